@@ -1,0 +1,280 @@
+"""What a run is: frozen, validated dataclasses, the named recipes, and reading them from a command line.
+
+The flags are the fields; `--help` shows the text beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names the flag."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A parsed `--ranks`: `uniform:R` (kind and amount), or a plan file."""
+
+    kind: str
+    amount: float = 0.0
+    file: Path = Path()
+
+
+def parse_rule(text: str) -> Rule:
+    """Read `--ranks`.
+
+    Raises:
+        ConfigError: neither a rule nor a file; a ratio outside (0, 1].
+    """
+    kind, _, amount = text.partition(":")
+    if kind == "uniform":
+        return Rule(kind, _ratio(amount, f"--ranks {text}"))
+    _require(Path(text).is_file(), f"--ranks {text}: expected uniform:RATIO, such as uniform:0.5, or a plan file")
+    return Rule("file", file=Path(text))
+
+
+def _ratio(text: str, where: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise ConfigError(f"{where}: {text!r} is not a number; expected a ratio such as 0.5") from None
+    _require(0 < ratio <= 1, f"{where}: a ratio must be above 0 and at most 1, got {text}")
+    return ratio
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Which network."""
+
+    arch: str = "resnet18"
+    """torchvision name, CIFAR resnet20/32/44/56, timm name, or path/to/file.py:function."""
+    weights: str = "none"
+    """A file, a torchvision enum such as IMAGENET1K_V1, `pretrained` for timm, or none."""
+    classes: int = 1000
+    """Outputs of the network; the data's classes must be as many."""
+
+    def __post_init__(self) -> None:
+        _require(self.classes >= 2, f"--classes {self.classes}: expected at least 2")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes a tensor; resizing is bilinear with antialiasing, as torchvision does it."""
+
+    resize: int = 256
+    """Shorter side before the centre crop, pixels; 0: keep the size."""
+    crop: int = 224
+    """Input height and width, pixels."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of RGB/255."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Of RGB/255."""
+
+    def __post_init__(self) -> None:
+        _require(self.crop > 0, f"--crop {self.crop}: expected pixels, at least 1")
+        smaller = self.resize and self.resize < self.crop
+        _require(not smaller, f"--resize {self.resize} is smaller than --crop {self.crop}; 0 keeps the size")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What random training crops look like."""
+
+    flip: bool = True
+    """Mirror training images at random."""
+    pad: int = 4
+    """With --resize 0: zeros around the image before a random crop, pixels."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """With --resize above 0: share of the image that a random-resized crop covers."""
+
+    def __post_init__(self) -> None:
+        _require(self.pad >= 0, f"--pad {self.pad}: expected pixels, 0 or more")
+        low, high = self.area
+        _require(0 < low <= high <= 1, f"--area {low} {high}: expected two shares with 0 < low ≤ high ≤ 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    data: str = ""
+    """Folder with train/ and val/, one folder a class in each; or `digits`, which ship with scikit-learn."""
+    class_list: Path | None = None
+    """Text file, one class folder a line in label order; without it, train/'s folders in alphabetical order."""
+    image: Annotated[ImageSpec, tyro.conf.arg(name="")] = field(default_factory=ImageSpec)
+    augment: Annotated[Augment, tyro.conf.arg(name="")] = field(default_factory=Augment)
+    threads: int = 4
+    """Decoding threads per rank."""
+    eval_batch_size: int = 64
+    """Images per rank and step, validation and statistics."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads > 0, f"--threads {self.threads}: expected at least 1")
+        _require(self.eval_batch_size > 0, f"--eval-batch-size {self.eval_batch_size}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """What is compressed, how, and how far."""
+
+    method: Literal["pca"] = "pca"
+    """Where the directions to keep come from."""
+    ranks: str = "uniform:0.5"
+    """uniform:RATIO of each site's channels, or a plan FILE."""
+    sites: str = "*"
+    """Globs over layer names and kinds @conv @linear @stride1 @spatial, comma-separated; ! excludes."""
+    round_to: int = 0
+    """Ranks are multiples of this; 0: 8 on CUDA, 1 on CPU."""
+    statistics_images: int = 0
+    """Training images the statistics see; 0: all."""
+
+    def __post_init__(self) -> None:
+        parse_rule(self.ranks)
+        _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
+        _require(self.statistics_images >= 0, f"--statistics-images {self.statistics_images}: expected ≥ 0")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """SGD with momentum, linear warm-up and cosine decay to zero."""
+
+    epochs: int = 0
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images per rank and step; the global batch is this times the ranks."""
+    lr: float = 0.01
+    """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 1e-4
+    """On weights of convolutions and linear layers; never on biases and batch norm."""
+    warmup: float = 0.05
+    """Share of all steps in which the learning rate rises."""
+    label_smoothing: float = 0.0
+    """Weight of the uniform distribution in the target."""
+    bf16: bool = False
+    """Forward in bfloat16 autocast."""
+    channels_last: bool = False
+    """NHWC memory layout, faster on tensor cores."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, f"--epochs {self.epochs}: expected 0 or more")
+        _require(self.batch_size > 0, f"--batch-size {self.batch_size}: expected at least 1")
+        _require(self.lr > 0, f"--lr {self.lr}: expected above 0")
+        _require(0 <= self.momentum < 1, f"--momentum {self.momentum}: expected 0 to below 1")
+        _require(0 <= self.warmup < 1, f"--warmup {self.warmup}: expected a share of the steps, 0 to below 1")
+        _require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: expected 0 to 1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of dist_prune."""
+
+    network: Annotated[NetworkConfig, tyro.conf.arg(name="")] = field(default_factory=NetworkConfig)
+    images: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    compression: Annotated[CompressionConfig, tyro.conf.arg(name="")] = field(default_factory=CompressionConfig)
+    tuning: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=TrainingConfig)
+    pretrain: TrainingConfig = field(default_factory=TrainingConfig)
+    recipe: Annotated[str, tyro.conf.Suppress] = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    seed: int = 0
+    """Of every random choice."""
+    run_dir: Path | None = None
+    """Where everything is written; default runs/RECIPE-DATE-TIME."""
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint."""
+    overwrite: bool = False
+    """Replace an existing --run-dir."""
+    dry_run: bool = False
+    """Print the plan's table and stop; needs no data and no GPU."""
+    timeout: float = 1800.0
+    """Seconds after which a rank that does not answer ends the run."""
+
+    def __post_init__(self) -> None:
+        _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+        _require(not self.resume or self.run_dir is not None, "--resume needs --run-dir")
+
+
+def require_complete(run: Run) -> None:
+    """A recipe may leave open what only its user knows; a run may not.
+
+    Raises:
+        ConfigError: data or weights are missing.
+    """
+    if run.dry_run:
+        return
+    _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")
+    known = run.network.weights != "none" or run.pretrain.epochs
+    _require(bool(known), "--weights none leaves nothing to compress: give weights, or --pretrain.epochs N")
+
+
+_SMALL = DataConfig(image=ImageSpec(resize=0, crop=32), threads=2, eval_batch_size=256)
+
+RECIPES: dict[str, Run] = {
+    "digits": Run(
+        NetworkConfig("resnet18", "none", 10),
+        replace(_SMALL, data="digits", augment=Augment(flip=False, pad=2)),
+        CompressionConfig(sites="@conv"),
+        TrainingConfig(epochs=2, batch_size=32, lr=0.02),
+        pretrain=TrainingConfig(epochs=6, batch_size=32, lr=0.1),
+    ),
+    "cifar10": Run(
+        NetworkConfig("resnet20", "none", 10),
+        _SMALL,
+        CompressionConfig(sites="@stride1"),
+        TrainingConfig(epochs=2, batch_size=64, lr=0.02),
+    ),
+    "resnet18-imagenet": Run(
+        NetworkConfig("resnet18", "IMAGENET1K_V1", 1000),
+        DataConfig(threads=8, eval_batch_size=256),
+        CompressionConfig(sites="@stride1"),
+        TrainingConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True),
+    ),
+}
+RECIPES["resnet50-imagenet"] = replace(
+    RECIPES["resnet18-imagenet"], network=NetworkConfig("resnet50", "IMAGENET1K_V2", 1000)
+)
+
+
+def parse(arguments: Sequence[str], quiet: bool = False) -> Run:
+    """A run from command-line words: an optional recipe name first, then flags over it.
+
+    Args:
+        arguments: without the program's name.
+        quiet: print neither help nor errors (all ranks but the first).
+
+    Raises:
+        ConfigError: an unknown recipe (close ones offered), or a setting that cannot be.
+    """
+    words = list(arguments)
+    name = words.pop(0) if words and not words[0].startswith("-") else "digits"
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"recipes: {', '.join(RECIPES)}"
+        raise ConfigError(f"unknown recipe {name!r}; {hint}")
+    described = f"Compress a network. Recipe {name}; others: {', '.join(r for r in RECIPES if r != name)}."
+    default = replace(RECIPES[name], recipe=name)
+    return tyro.cli(Run, args=words, default=default, description=described, console_outputs=not quiet)
+
+
+def to_dict(settings: Any) -> Any:  # noqa: ANN401  any field of a configuration
+    """Plain JSON types, nested as the dataclasses are."""
+    if dataclasses.is_dataclass(settings):
+        return {f.name: to_dict(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    if isinstance(settings, tuple):
+        return list(settings)
+    return str(settings) if isinstance(settings, Path) else settings

@@ -1,0 +1,95 @@
+"""A compressed network on disk: weights in `model.safetensors`, its shape in `plan.json`; and back again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from dist_prune.checkpoint import CheckpointError, replacing, require_intact, seal, write_text
+from dist_prune.config import ImageSpec, NetworkConfig, to_dict
+from dist_prune.models import build
+from dist_prune.projection import rebuild
+from dist_prune.ranks import Plan
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that is needed to build a compressed network again, and to feed it."""
+
+    arch: str
+    classes: int
+    image: ImageSpec
+    labels: tuple[str, ...]
+    plan: Plan
+
+
+def save_compressed(folder: Path, model: nn.Module, description: Description) -> None:
+    """Write `plan.json` and `model.safetensors` (with its checksum); each whole or not at all.
+
+    The source of an architecture given as `file.py:function` is copied beside them.
+    """
+    arch = description.arch
+    source, _, function = arch.partition(":")
+    if source.endswith(".py"):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / "network.py")
+        arch = f"network.py:{function}"
+    content = {
+        "format": FORMAT,
+        "network": to_dict(NetworkConfig(arch, "model.safetensors", description.classes)),
+        "image": to_dict(description.image),
+        "labels": list(description.labels),
+        "choices": description.plan.to_json(),
+    }
+    write_text(folder / "plan.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path = folder / "model.safetensors"
+    with replacing(path) as aside:
+        save_model(model, str(aside))
+    seal(path)
+
+
+def load_compressed(run_dir: str | Path) -> nn.Module:
+    """The compressed network of a run, in evaluation mode on the CPU; needs neither data nor training code.
+
+    Args:
+        run_dir: a folder with `plan.json` and `model.safetensors`.
+
+    Raises:
+        CheckpointError: files absent, damaged, or of a newer format.
+        ModelError: the architecture is not known here.
+    """
+    folder = Path(run_dir)
+    content = _read_plan(folder)
+    require_intact(folder / "model.safetensors")
+    network = content["network"]
+    arch = network["arch"]
+    if arch.startswith("network.py:"):
+        arch = str(folder / arch)
+    model = rebuild(build(arch, network["classes"]), Plan.from_json(content["choices"]))
+    try:
+        load_model(model, str(folder / "model.safetensors"))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: model.safetensors does not fit plan.json ({error})") from error
+    return model.eval()
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    path = folder / "plan.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no plan.json; expected the directory of a finished run")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {content.get('format')}, this version reads {FORMAT}")
+    return content

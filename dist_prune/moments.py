@@ -1,0 +1,180 @@
+"""Streamed second moments of every site in one forward pass, exact over any number of ranks.
+
+Each rank sums n, Σ(y−m) and Σ(y−m)(y−m)ᵀ about a shift m of its own (the mean of its first batch): without
+the shift, float32 products of data far from zero would cancel. At the end all ranks move their sums to one
+common shift, in float64, where the distance is a few standard deviations at most, and one all-reduce adds
+them. Products are taken in float32 (TF32 off), sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.sites import Site, evaluating, input_rows, output_rows
+from dist_prune.world import World
+
+Rows = Callable[[nn.Module, Tensor, Tensor], Tensor]  # module, input, output → (g·k, images, positions)
+
+
+class StatisticsError(ValueError):
+    """Statistics that cannot be used; the message names the site."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Raw sums over rows, never divided: they add over batches and ranks. All float64.
+
+    `count` is a scalar, `shift` and `total` are (g, k), `outer` is (g, k, k), where k is c on the output
+    side and d on the input side.
+    """
+
+    count: Tensor
+    shift: Tensor
+    total: Tensor
+    outer: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row, (g, k)."""
+        return self.shift + self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance, (g, k, k), symmetric, divided by n (the maximum-likelihood estimate)."""
+        offset = self.total / self.count
+        covariance = self.outer / self.count - offset[..., :, None] * offset[..., None, :]
+        return (covariance + covariance.mT) / 2
+
+    def about(self, shift: Tensor) -> Moments:
+        """The same sums about another shift (g, k): Σ(y−m′)(y−m′)ᵀ with m′ = m − d expands exactly."""
+        step = self.shift - shift
+        cross = self.total[..., :, None] * step[..., None, :]
+        outer = self.outer + cross + cross.mT + self.count * step[..., :, None] * step[..., None, :]
+        return Moments(self.count, shift, self.total + self.count * step, outer)
+
+
+class Accumulator:
+    """Adds rows to one site's moments, batch after batch, on the device, without a host synchronisation."""
+
+    def __init__(self, groups: int, width: int, device: torch.device) -> None:
+        self.count = 0
+        self.shift: Tensor | None = None
+        self.total = torch.zeros(groups, width, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(groups, width, width, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, rows: Tensor) -> None:
+        """Add rows given as columns, (g·k, images, positions), of any strides and floating type."""
+        if not rows.numel():
+            return
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        if self.shift is None:
+            self.shift = rows.mean((1, 2), dtype=dtype)
+        # One kernel both centres and lays the rows out for the product.
+        centred = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+        torch.sub(rows, self.shift[:, None, None], out=centred)
+        columns = centred.view(*self.total.shape, -1)
+        self.outer += columns @ columns.mT
+        self.total += columns.sum(-1)
+        self.count += columns.shape[-1]
+
+    def moments(self) -> Moments:
+        """The sums so far."""
+        shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift
+        count = self.total.new_tensor(self.count)
+        return Moments(count, shift.double().view(self.total.shape), self.total, self.outer)
+
+
+def collect_moments(
+    model: nn.Module, sites: Iterable[Site], batches: Iterable[Tensor], world: World, side: str = "output"
+) -> dict[str, Moments]:
+    """Moments of all sites from one forward pass over this rank's batches, summed over the ranks.
+
+    Args:
+        model: the dense network, on the world's device.
+        sites: where to look.
+        batches: images (N, 3, H, W) of this rank; N may be 0 and may differ between ranks.
+        world: the ranks to sum over.
+        side: `output` for y, `input` for the patches x.
+
+    Returns:
+        site name → moments, equal on all ranks.
+
+    Raises:
+        StatisticsError: NaN or infinity, or no rows at all (site named).
+    """
+    accumulators: dict[str, Accumulator] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            width = site.width if side == "output" else site.inputs
+            accumulator = Accumulator(site.groups, width, world.device)
+            accumulators[site.name] = accumulator
+            stack.enter_context(_feeding(model.get_submodule(site.name), _rows(site, side), accumulator))
+        with evaluating(model), full_float32():
+            for images in batches:
+                if len(images):
+                    model(images)
+    return sum_moments({name: a.moments() for name, a in accumulators.items()}, world)
+
+
+def _rows(site: Site, side: str) -> Rows:
+    if side == "output":
+        return lambda _module, _x, y: output_rows(site, y)
+    return lambda module, x, _y: input_rows(site, module, x)
+
+
+@contextmanager
+def _feeding(module: nn.Module, rows: Rows, accumulator: Accumulator) -> Iterator[None]:
+    hook = module.register_forward_hook(lambda m, inputs, y: accumulator.add(rows(m, inputs[0], y)))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Matrix products in true float32: TF32 keeps 10 bits, too few for small eigenvalues."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def sum_moments(local: Mapping[str, Moments], world: World) -> dict[str, Moments]:
+    """Add every rank's moments; rank 0's shift becomes everybody's.
+
+    Raises:
+        StatisticsError: see `collect_moments`.
+    """
+    shifts = [m.shift.clone() for m in local.values()]
+    world.broadcast_(*shifts)
+    moved = [m.about(shift) for m, shift in zip(local.values(), shifts, strict=True)]
+    world.sum_(*(t for m in moved for t in (m.count, m.total)))
+    world.sum_symmetric_(*(m.outer for m in moved))
+    summed = dict(zip(local, moved, strict=True))
+    for name, moments in summed.items():
+        require_finite(name, moments)
+    return summed
+
+
+def require_finite(name: str, moments: Moments) -> None:
+    """Refuse moments that would make an eigensolver answer nonsense (`eigh(inf)` does so silently).
+
+    Raises:
+        StatisticsError: see the message.
+    """
+    if not moments.count:
+        raise StatisticsError(f"{name}: no rows were seen; are there images in the statistics split?")
+    if not (torch.isfinite(moments.total).all() and torch.isfinite(moments.outer).all()):
+        raise StatisticsError(
+            f"{name}: its statistics hold NaN or infinity. Check the weights and the normalisation; "
+            f"with half precision, overflow is likely"
+        )

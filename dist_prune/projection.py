@@ -1,0 +1,77 @@
+"""From a basis to layers: `k×k conv to r channels → 1×1 conv back`, and a network rebuilt from a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.bases import Basis
+from dist_prune.ranks import Plan
+from dist_prune.sites import Factored, Site, bias_of, describe, factored_like, weight_of, with_replaced
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A site's low-rank matrices: y ≈ outer·inner·x + bias.
+
+    `outer` (g, c, r/g), `inner` (g, r/g, d), `bias` (g, c).
+    """
+
+    outer: Tensor
+    inner: Tensor
+    bias: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Channels in the middle, all groups together."""
+        return self.inner.shape[0] * self.inner.shape[1]
+
+
+def project_output(weight: Tensor, bias: Tensor, basis: Basis, rank: int) -> Factors:
+    """Project the outputs: y ≈ D·E·(Wx + b − ȳ) + ȳ, all constants gathered in the second layer's bias.
+
+    Args:
+        weight: (g, c, d), float64.
+        bias: (g, c), float64.
+        basis: of the outputs.
+        rank: directions to keep, all groups together.
+    """
+    encode, decode = basis.kept(rank)
+    offset = (decode @ (encode @ (bias - basis.mean)[..., None]))[..., 0]
+    return Factors(decode, encode @ weight, basis.mean + offset)
+
+
+def factor(module: nn.Module, site: Site, factors: Factors) -> Factored:
+    """The pair of layers that computes `factors` with the geometry of `module`."""
+    pair = factored_like(module, site, factors.rank)
+    with torch.no_grad():
+        for layer, matrix in ((pair.reduce, factors.inner), (pair.expand, factors.outer)):
+            assert isinstance(layer.weight, Tensor)
+            layer.weight.copy_(matrix.reshape(layer.weight.shape))
+        assert isinstance(pair.expand.bias, Tensor)
+        pair.expand.bias.copy_(factors.bias.flatten())
+    return pair
+
+
+def project(model: nn.Module, sites: Iterable[Site], bases: Mapping[str, Basis], plan: Plan) -> nn.Module:
+    """A copy of the network with every planned site projected on its basis. The network itself is untouched."""
+    replacements = []
+    for site in sites:
+        if site.name in plan.ranks:
+            module = model.get_submodule(site.name)
+            weight, bias = weight_of(module, site).double(), bias_of(module, site).double()
+            factors = project_output(weight, bias, bases[site.name], plan.ranks[site.name])
+            replacements.append((site.name, factor(module, site, factors)))
+    return with_replaced(model, replacements)
+
+
+def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the network in the plan's shape, its factored layers yet without values."""
+    replacements = []
+    for name, rank in plan.ranks.items():
+        module = model.get_submodule(name)
+        replacements.append((name, factored_like(module, describe(name, module), rank)))
+    return with_replaced(model, replacements)

@@ -1,0 +1,182 @@
+"""What a run says while it works: log, TensorBoard, JSON lines, tables. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from dist_prune.bases import Basis
+from dist_prune.ranks import Plan
+from dist_prune.sites import Survey
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "safetensors", "tensorboard")
+
+
+@dataclass
+class Report:
+    """One run's voice. Without a folder (other ranks, dry runs) nothing is written to disk."""
+
+    folder: Path | None = None
+    speaks: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+    _writer: SummaryWriter | None = None
+
+    def open(self, folder: Path, purge_step: int | None = None) -> None:
+        """From now on write into `folder` as well; a resumed run takes its curves up at `purge_step`."""
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def close(self) -> None:
+        """Flush what is still in memory."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        """Lines for people: the console, and log.txt."""
+        if not self.speaks:
+            return
+        print(text, flush=True)
+        if self.folder is not None:
+            with (self.folder / "log.txt").open("a") as log:
+                stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+                log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+
+    def scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
+        """One point on each curve `group/name`, in TensorBoard and metrics.jsonl."""
+        known = {name: value for name, value in values.items() if value is not None}
+        if self.folder is None or self._writer is None:
+            return
+        for name, value in known.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"group": group, "step": step, "time": time.time(), **known}) + "\n")
+
+    def flush(self) -> None:
+        """Make the curves visible to a running TensorBoard."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce a phase and time it."""
+        self.say(f"── {name}")
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.say(f"   {name}: {self.seconds[name]:.1f} s")
+
+    def site_spectra(self, survey: Survey, bases: Mapping[str, Basis], plan: Plan) -> None:
+        """Per site its rank, and its spectrum with that rank marked."""
+        if self._writer is None:
+            return
+        for site in survey.sites:
+            rank = plan.ranks.get(site.name)
+            self._writer.add_scalar(f"layer/{site.name}/rank", rank or site.outputs, 0)
+            self._writer.add_figure(f"layer/{site.name}/spectrum", spectrum_figure(bases[site.name], rank), 0)
+        self.flush()
+
+
+def spectrum_figure(basis: Basis, rank: int | None) -> Figure:
+    """Eigenvalues as shares of their sum, on a logarithmic axis, one line a group; the rank as a dashed line."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    spectrum = basis.spectrum.cpu()
+    shares = spectrum / spectrum.sum(-1, keepdim=True).clamp(min=1e-300)
+    for group in shares:
+        axes.semilogy(range(1, len(group) + 1), group.clamp(min=1e-12), linewidth=1.2)
+    if rank is not None:
+        axes.axvline(rank / len(shares), linestyle="--", color="black", linewidth=0.8)
+        axes.set_title(f"rank {rank} keeps {100 * shares[:, : rank // len(shares)].sum() / len(shares):.2f} %")
+    axes.set_xlabel("direction")
+    axes.set_ylabel("share of the variance")
+    return figure
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
+
+    return "\n".join([line(headers), "  ".join("─" * w for w in widths), *map(line, rows)])
+
+
+def plan_table(survey: Survey, plan: Plan, shares: Mapping[str, float] | None = None) -> str:
+    """What happens to each layer: shape, rank, cost before → after, share of the dense forward time."""
+    sites = {site.name: site for site in survey.sites}
+    rows = []
+    for choice in plan.choices:
+        site = sites.get(choice.site)
+        time_share = f"{shares[choice.site]:.1f} %" if shares and choice.site in shares else ""
+        if site is None:
+            rows.append([choice.site, "", "dense", "", "", "", choice.reason])
+            continue
+        macs, weights = site.macs, site.dense_weights
+        after = (macs, weights)
+        if choice.rank is not None:
+            after = (site.factored_macs(choice.rank), site.factored_weights(choice.rank))
+        rank = "dense" if choice.rank is None else f"{choice.rank}/{site.outputs}"
+        costs = [f"{_si(macs)} → {_si(after[0])}", f"{_si(weights)} → {_si(after[1])}"]
+        rows.append([site.name, site.shape, rank, *costs, time_share, choice.reason])
+    return table(["site", "shape", "rank", "MACs", "weights", "time", "why dense"], rows)
+
+
+def _si(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g}{unit}" if unit else f"{number:.0f}"
+        number /= 1000
+    return f"{number:.0f}P"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, machine and command: what one needs to run it again."""
+    return {
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with `+` if files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

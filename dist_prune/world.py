@@ -1,0 +1,469 @@
+"""Who this process is among its peers, every collective the project uses, and how errors reach all ranks.
+
+Nothing else in the project touches `torch.distributed`. A single process is a world of size 1.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+BUCKET_BYTES = 256 * 2**20
+POLL_S = 0.5  # how often a rank shows that it lives and looks for errors of the others
+SILENCE_S = 2.0  # once a connection broke, a rank without a sign of life for this long is called dead
+LOST_S = 30.0  # as long as all seems well; Python code may well keep a rank's threads from running for seconds
+HEARD_S = 3.0  # how long a failing rank stays, so that the others still find its message
+GRACE_S = 5.0  # how long a rank may take to raise another's error by itself, before its process is ended
+SLURM_STEP_ID_MAX = 0xFFFFFFF0  # above: batch scripts and interactive shells, which srun did not start as ranks
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the message names it and its error."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one process stands: `rank` of `size`, `local_rank` on its node, the rendezvous url they share."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    source: Literal["torchrun", "slurm", "single"]
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """Read the place from torchrun's variables, else from srun's, else be a single process.
+
+    MASTER_ADDR and MASTER_PORT, where set, override what is derived from SLURM's variables.
+
+    Raises:
+        ValueError: a launcher's variables are incomplete or not numbers.
+    """
+    if "RANK" in environ:
+        rank, size, local_rank = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return Place(rank, size, local_rank, _url(_required(environ, "MASTER_ADDR"), environ), "torchrun")
+    if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_ID", SLURM_STEP_ID_MAX)) < SLURM_STEP_ID_MAX:
+        return _slurm_place(environ)
+    return Place(0, 1, 0, "", "single")
+
+
+def _slurm_place(environ: Mapping[str, str]) -> Place:
+    # The step's own numbers win: a step may be smaller than its job.
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    names = [name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ]
+    nodes = _required(environ, names[0] if names else "SLURM_NODELIST")
+    # Steps of one job, and jobs of one array, may share a node: neighbours must not get the same port.
+    port = 20000 + (_number(environ, "SLURM_JOB_ID") + 1009 * _number(environ, "SLURM_STEP_ID")) % 12000
+    master = environ.get("MASTER_ADDR") or expand_nodelist(nodes)[0]
+    return Place(
+        rank=_number(environ, "SLURM_PROCID"),
+        size=_number(environ, tasks),
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        address=_url(master, {"MASTER_PORT": str(port), **environ}),
+        source="slurm",
+    )
+
+
+def _required(environ: Mapping[str, str], name: str) -> str:
+    if name not in environ:
+        raise ValueError(f"{name} is not set although other launcher variables are: start with torchrun or srun")
+    return environ[name]
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = _required(environ, name)
+    if not value.isdecimal():
+        raise ValueError(f"{name} is {value!r}, expected a whole number: start with torchrun or srun")
+    return int(value)
+
+
+def _url(host: str, environ: Mapping[str, str]) -> str:
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{_number(environ, 'MASTER_PORT')}"
+
+
+def expand_nodelist(nodes: str) -> list[str]:
+    """Host names of a SLURM node list, in order: `n[08-10],m3` gives n08, n09, n10, m3.
+
+    Raises:
+        ValueError: the list is empty or malformed.
+    """
+    if not re.fullmatch(r"(?:[\w.-]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]|(?!^),(?!,|$))+", nodes):
+        raise ValueError(f"cannot read the SLURM node list {nodes!r}: expected something like n[1-4,7],m03")
+    items = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return [host for item in items for host in _expand_brackets(item)]
+
+
+def _expand_brackets(item: str) -> list[str]:
+    head, _, rest = item.partition("[")
+    if not rest:
+        return [item]
+    ranges, _, tail = rest.partition("]")
+    numbers = [number for part in ranges.split(",") for number in _expand_range(part)]
+    return [head + number + end for number in numbers for end in _expand_brackets(tail)]
+
+
+def _expand_range(part: str) -> list[str]:
+    first, _, last = part.partition("-")
+    return [str(i).zfill(len(first)) for i in range(int(first), int(last or first) + 1)]
+
+
+@contextmanager
+def joined(device: str = "auto", timeout_s: float = 600, place: Place | None = None) -> Iterator["World"]:
+    """Join the other ranks, lend a `World`, leave together.
+
+    An exception on any rank ends all. A rank that is free to raise gets a `RankError` naming the first
+    failure; one that is not (deep in a computation, in a collective that never ends) is ended after some
+    seconds with the same message on stderr and exit status 1. An error all ranks share is raised as it is.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        timeout_s: seconds that ranks wait for each other, when joining and in every collective.
+        place: where this process stands; found in the environment by default.
+
+    Raises:
+        RankError: another rank failed or died, or the ranks could not meet.
+        RuntimeError: "cuda" was asked for and there is none for this rank.
+    """
+    place = place or find_place(os.environ)
+    store = _open_store(place, timeout_s)
+    # A launcher's store outlives one world: number the worlds, or the second would read the first one's keys.
+    store = PrefixStore(f"world{store.add(f'joins/{place.rank}', 1)}", store)
+    with _Alarm(store, place) as alarm:
+        try:
+            world = World(place, _enter(store, place, device, timeout_s))
+            yield world
+            world.barrier()  # a rank that is done still has to hear of the others' errors
+        except BaseException as error:
+            verdict = alarm.raise_for_all(error)
+            _leave(broken=True)
+            alarm.wait_until_heard()
+            if isinstance(error, Exception) and not verdict.endswith(_describe(error)):
+                raise RankError(verdict) from error
+            raise
+        _leave()
+
+
+def _open_store(place: Place, timeout_s: float) -> Store:
+    return HashStore() if place.size == 1 else _meet(place, timeout_s)
+
+
+@functools.cache  # rank 0 serves the store: others may still read its last words, or join the next world
+def _meet(place: Place, timeout_s: float) -> Store:
+    try:
+        timeout = timedelta(seconds=timeout_s)
+        found: Store = next(rendezvous(place.address, place.rank, place.size, timeout=timeout))[0]
+    except dist.DistError as error:
+        raise RankError(
+            f"rank {place.rank} of {place.size} met no others at {place.address} in {timeout_s:g} s: "
+            f"start every rank, and check that this is rank 0's address and can be reached ({error})"
+        ) from error
+    return found
+
+
+def _enter(store: Store, place: Place, wanted: str, timeout_s: float) -> torch.device:
+    device = _choose_device(wanted, place.local_rank)
+    agreed = store.compare_set("device", "", device.type).decode()
+    if agreed != device.type:
+        raise RuntimeError(
+            f"rank {place.rank} runs on {device.type}, another rank on {agreed}: "
+            "check the GPUs of this node, or pass device 'cpu'"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def _choose_device(wanted: str, local_rank: int) -> torch.device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise RuntimeError(
+            f"device 'cuda' was asked for, but this process sees no GPU (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}): ask the scheduler for one, or pass device 'cpu'"
+        )
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise RuntimeError(f"local rank {local_rank} has no GPU: {count} visible, start as many ranks per node")
+    return torch.device("cuda", local_rank if count > 1 else 0)  # one visible: the launcher chose it for us
+
+
+def _leave(broken: bool = False) -> None:
+    if not dist.is_initialized():
+        return
+    if broken and dist.group.WORLD is not None:
+        dist.group.WORLD.abort()  # an orderly NCCL shutdown would wait for the ranks that failed
+    dist.destroy_process_group()
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class _Alarm:
+    """Carries the first error of any rank to all, through the rendezvous store and past any collective."""
+
+    def __init__(self, store: Store, place: Place) -> None:
+        self.store = store
+        self.place = place
+        self.over = threading.Event()
+        self.error: BaseException | None = None
+        self.verdict = ""
+        # A connection of its own: the main thread may block inside the other one.
+        self.thread = threading.Thread(target=self._watch, args=(store.clone(),), daemon=True)  # type: ignore[attr-defined]
+
+    def __enter__(self) -> "_Alarm":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join(timeout=1)
+
+    def raise_for_all(self, error: BaseException) -> str:
+        """Post the error unless another rank was first; return the error that counts."""
+        self.error = error
+        broken = _connection_broke(error)
+        own = f"rank {self.place.rank} failed: {_describe(error)}"
+        try:
+            if broken and not self.store.check(["error"]) and (dead := self._silent_ranks()):
+                own = _died(dead)
+            return self.store.compare_set("error", "", own).decode()
+        except RuntimeError:
+            return self.verdict or (self._store_is_gone() if broken else own)
+
+    def wait_until_heard(self) -> None:
+        """Stay until every rank has read the error, a few seconds at most."""
+        deadline = time.monotonic() + HEARD_S
+        with suppress(RuntimeError):  # the store went down with its host, which waited itself
+            while self.store.add("heard", 0) < self.place.size > 1 and time.monotonic() < deadline:
+                time.sleep(POLL_S / 10)
+
+    def _beats(self, store: Store, rank: int) -> int:
+        return store.add(f"beats/{rank}", 0)
+
+    def _silent_ranks(self) -> list[int]:
+        before = [self._beats(self.store, rank) for rank in range(self.place.size)]
+        time.sleep(SILENCE_S)
+        return [rank for rank, beats in enumerate(before) if beats == self._beats(self.store, rank)]
+
+    def _store_is_gone(self) -> str:
+        return f"the store at {self.place.address} is gone: {_died([0])}"
+
+    def _watch(self, store: Store) -> None:
+        """Show that this rank lives, watch over the next, and let an error of any rank end this one."""
+        following = (self.place.rank + 1) % self.place.size
+        beats, since = 0, time.monotonic()
+        while not self.verdict and not self.over.wait(POLL_S):
+            try:
+                store.add(f"beats/{self.place.rank}", 1)
+                if (now := self._beats(store, following)) != beats or not now:  # none: it has not joined yet
+                    beats, since = now, time.monotonic()
+                elif time.monotonic() - since > LOST_S:
+                    store.compare_set("error", "", _died([following]))
+                if store.check(["error"]):
+                    self.verdict = store.get("error").decode()
+                    store.add("heard", 1)
+            except RuntimeError:
+                self.verdict = self.verdict or self._store_is_gone()
+        if self.verdict and not self.over.wait(GRACE_S):
+            self._end_process()
+
+    def _end_process(self) -> None:
+        if self.error:
+            traceback.print_exception(self.error)
+        print(f"rank {self.place.rank} ends: {self.verdict}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # the main thread is somewhere that no exception reaches
+
+
+def _died(ranks: Sequence[int]) -> str:
+    return f"rank {', '.join(map(str, ranks))} died without a message (killed, or out of memory?)"
+
+
+def _connection_broke(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|nccl|peer", str(error), re.IGNORECASE))
+
+
+class World:
+    """The ranks of a run and what they do together; every rank calls the same methods in the same order."""
+
+    def __init__(self, place: Place, device: torch.device) -> None:
+        self.rank = place.rank
+        self.size = place.size
+        self.local_rank = place.local_rank
+        self.device = device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @torch.no_grad()
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all ranks, in place. Shapes and dtypes agree between ranks."""
+        for bucket in _buckets(tensors):
+            flat = _pack(bucket)
+            dist.all_reduce(flat)
+            _unpack(flat, bucket)
+
+    @torch.no_grad()
+    def sum_symmetric_(self, *matrices: Tensor) -> None:
+        """As `sum_` for symmetric matrices (…, n, n): only the upper triangles are read, and travel.
+
+        Raises:
+            ValueError: a tensor is not a stack of square matrices.
+        """
+        for matrix in matrices:
+            if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+                raise ValueError(
+                    f"got shape {tuple(matrix.shape)}, expected (…, n, n): use sum_ for other tensors"
+                )
+        for bucket in _buckets(matrices):
+            triangles = [matrix[..., _upper(matrix)] for matrix in bucket]
+            self.sum_(*triangles)
+            for matrix, triangle in zip(bucket, triangles, strict=True):
+                matrix.mT[..., _upper(matrix)] = triangle
+                matrix[..., _upper(matrix)] = triangle
+
+    @torch.no_grad()
+    def broadcast_(self, *tensors: Tensor, source: int = 0) -> None:
+        """Overwrite each tensor by that of rank `source`, in place. Shapes and dtypes agree between ranks."""
+        for bucket in _buckets(tensors):
+            flat = _pack(bucket)
+            dist.broadcast(flat.view(torch.uint8), source)  # as bytes: not every backend knows every dtype
+            _unpack(flat, bucket)
+
+    def gather(self, value: T) -> list[T]:
+        """The picklable values of all ranks, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """Call the function on rank 0 and hand its picklable result to all; what it raises, all raise."""
+        result: Any = None
+        failed: Exception | None = None
+        if self.is_first:
+            try:
+                result = function()
+            except Exception as error:
+                failed = error
+        outcome: list[Any] = [(result, failed and _portable(failed))]
+        dist.broadcast_object_list(outcome, 0)
+        if outcome[0][1]:
+            raise failed or outcome[0][1]
+        return cast(T, outcome[0][0])
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        votes = torch.tensor([int(flag)])
+        self.sum_(votes)
+        return bool(votes.item())
+
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
+        self.any(False)
+
+    def require_same(self, what: str, values: Mapping[str, str]) -> None:
+        """Compare named values, such as parameter digests, between ranks.
+
+        Raises:
+            RankError: on every rank, if any rank's values differ from rank 0's.
+        """
+        first, *others = self.gather(dict(values))
+        complaints = [
+            f"rank {rank} differs from rank 0 in {len(names)} of {len(first)}: {', '.join(names[:3])}"
+            for rank, other in enumerate(others, start=1)
+            if (names := [name for name in sorted({*first, *other}) if first.get(name) != other.get(name)])
+        ]
+        if complaints:
+            raise RankError(f"{what} must be the same on all ranks, but {'; '.join(complaints)}")
+
+    def replicate(self, model: nn.Module, **options: Any) -> DistributedDataParallel:  # noqa: ANN401
+        """Wrap a model that lies on `device`, so that backward averages gradients; options go to DDP."""
+        return DistributedDataParallel(model.to(self.device), **options)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of one dtype and device, each of bounded size unless a single tensor is larger."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in kinds.values():
+        bucket: list[Tensor] = []
+        for tensor in group:
+            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
+
+
+def _pack(bucket: Sequence[Tensor]) -> Tensor:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        return bucket[0].detach().view(-1)  # large tensors travel without a copy
+    return torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+
+
+def _unpack(flat: Tensor, bucket: Sequence[Tensor]) -> None:
+    if flat.data_ptr() == bucket[0].data_ptr():
+        return
+    for tensor, values in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(values.view(tensor.shape))
+
+
+def _upper(matrix: Tensor) -> Tensor:
+    return torch.ones(matrix.shape[-2:], dtype=torch.bool, device=matrix.device).triu()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling with its message, else a RankError with the same text."""
+    with suppress(Exception):
+        if _describe(pickle.loads(pickle.dumps(error))) == _describe(error):
+            return error
+    return RankError(f"rank 0: {_describe(error)}")
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """The sha256 of the dtype, shape and bytes of every parameter and buffer, by name."""
+    return {name: _sha256(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def digest(model: nn.Module) -> str:
+    """One sha256 over all parameters and buffers and their names."""
+    return hashlib.sha256(repr(sorted(fingerprint(model).items())).encode()).hexdigest()
+
+
+def _sha256(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(header + flat.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,481 @@
+"""Images are decoded as torchvision does, sharded without loss, and damage is named."""
+
+import io
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+
+from dist_prune import data
+from dist_prune.data import (
+    Augment,
+    DataError,
+    ImageSpec,
+    Split,
+    check_files,
+    evaluation_stream,
+    list_images,
+    normalise,
+    open_dataset,
+    training_stream,
+    write_digits,
+)
+
+
+@dataclass(frozen=True)
+class One:
+    """One rank seen alone: enough of a World for streams, which never communicate."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def gather(self, value: object) -> list[object]:
+        return [value]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Coarse noise: edges everywhere, so that a shift by a pixel shows."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3))
+    return Image.fromarray(np.kron(coarse, np.ones((6, 6, 1)))[:height, :width].astype(np.uint8))
+
+
+def save(path: Path, image: Image.Image) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def flat(folder: Path, count: int, side: int = 16) -> Split:
+    """`count` images, each of one grey level, 2·index+1: pixels tell which it is."""
+    for i in range(count):
+        save(folder / f"{i:03d}.png", Image.new("RGB", (side, side), (2 * i + 1,) * 3))
+    return list_images(folder)
+
+
+def dataset(folder: Path, classes: str = "ab") -> Path:
+    for part in ("train", "val"):
+        for label, name in enumerate(classes):
+            save(folder / part / name / "x.jpg", picture(20, 20, label))
+    return folder
+
+
+SMALL = ImageSpec(resize=0, crop=16)
+
+
+# What a picture becomes
+
+SIZES = [
+    (300, 400),
+    (400, 300),
+    (31, 17),
+    (224, 224),
+    (256, 256),
+    (257, 256),
+    (255, 511),
+    (640, 333),
+    (97, 1000),
+    (9, 9),
+]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_evaluation_matches_torchvision_within_a_grey_level(tmp_path: Path, ending: str) -> None:
+    spec = ImageSpec(resize=256, crop=224)
+    for i, size in enumerate(SIZES):
+        image = picture(*size, seed=i)
+        save(tmp_path / f"{i:02d}.{ending}", image.convert("L") if i % 4 == 3 else image)
+    split = list_images(tmp_path)
+    (batch,) = evaluation_stream(split, spec, One(), len(SIZES), 2).raw()
+    for pixels, file in zip(batch.images, split.files, strict=True):
+        assert difference(pixels, tmp_path / file, spec) <= 1, file
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(33, 28), (40, 33), (33, 30)])
+def test_corners_round_as_torchvision_rounds(tmp_path: Path, resize: int, crop: int) -> None:
+    spec = ImageSpec(resize=resize, crop=crop)
+    for i, size in enumerate([(50, 61), (61, 50), (47, 90), (33, 40)]):
+        save(tmp_path / f"{i}.png", picture(*size, seed=i))
+    split = list_images(tmp_path)
+    (batch,) = evaluation_stream(split, spec, One(), 4, 1).raw()
+    assert max(difference(p, tmp_path / f, spec) for p, f in zip(batch.images, split.files, strict=True)) <= 1
+
+
+def difference(pixels: torch.Tensor, path: Path, spec: ImageSpec) -> int:
+    image = Compose([Resize(spec.resize), CenterCrop(spec.crop)])(Image.open(path).convert("RGB"))
+    wanted = torch.from_numpy(np.asarray(image).astype(np.int32)).permute(2, 0, 1)
+    return int((pixels.int() - wanted).abs().max())
+
+
+def test_without_resize_the_pixels_are_the_file_s_and_rotation_tags_are_ignored(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    image = picture(20, 16)
+    image.save(tmp_path / "a.png", exif=exif)
+    (batch,) = evaluation_stream(list_images(tmp_path), SMALL, One(), 1, 1).raw()
+    assert np.array_equal(batch.images[0].permute(1, 2, 0), np.asarray(image)[:, 2:18])
+
+
+def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
+    for ending in ("jpg", "JPEG", "png", "bmp", "webp", "tif", "TIFF", "ppm"):
+        save(tmp_path / f"{ending}.{ending}", Image.new("RGB", (16, 16), (200, 100, 50)))
+    save(tmp_path / "cmyk.jpg", Image.new("CMYK", (16, 16)))
+    (tmp_path / "notes.txt").write_text("not an image")
+    split = list_images(tmp_path)
+    check_files(split, One())
+    assert len(split) == 9
+    assert sum(len(b.images) for b in evaluation_stream(split, SMALL, One(), 4, 1)) == 9
+
+
+def test_normalise() -> None:
+    spec = ImageSpec(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    white = normalise(torch.full((2, 3, 1, 1), 255, dtype=torch.uint8), spec)
+    assert torch.equal(white[0].flatten(), torch.tensor([1.0, 3.0, 1.0]))
+
+
+def test_a_crop_larger_than_the_resize_is_refused() -> None:
+    with pytest.raises(DataError, match="resize=100, crop=224"):
+        ImageSpec(resize=100)
+
+
+# Which images come, and when
+
+
+@pytest.mark.parametrize(("count", "batch"), [(11, 3), (7, 2), (10, 5)])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_gives_every_image_once(tmp_path: Path, ranks: int, count: int, batch: int) -> None:
+    split = flat(tmp_path, count)
+    streams = [evaluation_stream(split, SMALL, One(rank, ranks), batch, 1) for rank in range(ranks)]
+    first = [[b.indices.tolist() for b in stream] for stream in streams]
+    for epoch in (first, [[b.indices.tolist() for b in stream] for stream in streams]):
+        assert sorted(i for rank in epoch for indices in rank for i in indices) == list(range(count))
+        assert [len(rank) for rank in epoch] == [len(streams[0])] * ranks
+        assert epoch == first
+
+
+def test_batches_carry_their_pixels_labels_and_positions_even_when_empty(tmp_path: Path) -> None:
+    split = flat(tmp_path, 5)
+    split = Split(split.root, ("a",), split.files, (3, 1, 4, 1, 5))
+    batches = [b for rank in range(2) for b in evaluation_stream(split, SMALL, One(rank, 2), 1, 1).raw()]
+    assert [len(b.images) for b in batches] == [1, 1, 0, 1, 1, 1]
+    for b in batches:
+        assert b.images.shape == (len(b.indices), 3, 16, 16)
+        assert b.labels.dtype == b.indices.dtype == torch.int64
+        assert torch.equal(b.images[:, 0, 0, 0], 2 * b.indices + 1)
+        assert b.labels.tolist() == [split.labels[i] for i in b.indices]
+
+
+def test_normalised_batches_may_be_empty(tmp_path: Path) -> None:
+    *_, last = evaluation_stream(flat(tmp_path, 5), SMALL, One(0, 2), 1, 1)
+    assert last.images.shape == (0, 3, 16, 16)
+    assert last.images.dtype == torch.float32
+
+
+def test_an_abandoned_evaluation_starts_again(tmp_path: Path) -> None:
+    stream = evaluation_stream(flat(tmp_path, 5), SMALL, One(), 2, 1)
+    assert next(iter(stream)).indices.tolist() == [0, 1]
+    assert [b.indices.tolist() for b in stream] == [[0, 1], [2, 3], [4]]
+
+
+def test_more_ranks_than_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"2 images in .* for 3 ranks"):
+        evaluation_stream(flat(tmp_path, 2), SMALL, One(0, 3), 1, 1)
+
+
+def epochs(split: Split, world: One, seed: int, count: int = 2, spec: ImageSpec = SMALL) -> list[list[list[int]]]:
+    stream = training_stream(split, spec, world, 4, 1, seed)
+    return [[b.indices.tolist() for b in stream] for _ in range(count)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_training_shows_every_image_each_epoch_in_full_batches(tmp_path: Path, ranks: int) -> None:
+    split = flat(tmp_path, 31)
+    runs = [epochs(split, One(rank, ranks), seed=1, count=3) for rank in range(ranks)]
+    for epoch in range(3):
+        batches = [batch for run in runs for batch in run[epoch]]
+        assert {i for batch in batches for i in batch} == set(range(31))
+        assert {len(batch) for batch in batches} == {4}
+        assert len({len(run[epoch]) for run in runs}) == 1
+        assert sum(len(set(batch)) for batch in batches) == 31  # nothing twice but the filling of the last batch
+
+
+@pytest.mark.parametrize("spec", [ImageSpec(resize=20, crop=16), SMALL])
+def test_training_batches_carry_their_pixels_labels_and_positions(tmp_path: Path, spec: ImageSpec) -> None:
+    split = flat(tmp_path, 9)
+    split = Split(split.root, ("a",), split.files, tuple(range(10, 19)))
+    stream = training_stream(split, spec, One(), 4, 1, seed=1)
+    for batch in [*stream.raw(), *stream.raw()]:
+        assert torch.equal(batch.images[:, 0, 8, 8], 2 * batch.indices + 1)
+        assert torch.equal(batch.labels, batch.indices + 10)
+
+
+def test_training_order_follows_the_seed_and_changes_with_the_epoch(tmp_path: Path) -> None:
+    split = flat(tmp_path, 32)
+    first, second = epochs(split, One(), seed=1)
+    assert [first, second] == epochs(split, One(), seed=1)
+    assert [i for batch in first for i in batch] != list(range(32))
+    assert first != second
+    assert epochs(split, One(), seed=2)[0] != first
+
+
+@pytest.mark.parametrize("spec", [ImageSpec(resize=20, crop=16), SMALL])
+def test_random_crops_follow_seed_and_rank(tmp_path: Path, spec: ImageSpec) -> None:
+    for i in range(8):
+        save(tmp_path / f"{i}.png", picture(24, 18, seed=0))  # the same picture: only the augmentation differs
+    split = list_images(tmp_path)
+
+    def crops(rank: int, seed: int) -> torch.Tensor:
+        return next(training_stream(split, spec, One(rank, 2), 4, 1, seed).raw()).images
+
+    assert torch.equal(crops(0, 1), crops(0, 1))
+    assert not torch.equal(crops(0, 1), crops(1, 1))
+    assert not torch.equal(crops(0, 1), crops(0, 2))
+
+
+def test_small_images_are_shifted_by_at_most_the_pad_and_flipped_only_if_asked(tmp_path: Path) -> None:
+    image = picture(16, 16)
+    for i in range(200):
+        save(tmp_path / f"{i:03d}.png", image)
+    split, padded = list_images(tmp_path), np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)))
+    shifts = {padded[y : y + 16, x : x + 16].tobytes(): (y, x) for y in range(5) for x in range(5)}
+
+    def seen(flip: bool) -> list[tuple[int, int] | None]:
+        (batch,) = training_stream(split, SMALL, One(), 200, 1, 0, Augment(pad=2, flip=flip)).raw()
+        return [shifts.get(p.permute(1, 2, 0).numpy().tobytes()) for p in batch.images]
+
+    assert set(seen(False)) == set(shifts.values())
+    assert 60 < seen(True).count(None) < 140
+
+
+@pytest.mark.parametrize("steps", [0, 2, 7, 8, 11, 16])
+def test_training_resumes_where_it_stood(tmp_path: Path, steps: int) -> None:
+    for i in range(30):
+        save(tmp_path / f"{i:02d}.png", picture(20, 18, seed=i))
+    split = list_images(tmp_path)
+
+    def stream() -> data.Stream:
+        return training_stream(split, SMALL, One(0, 1), 4, 1, seed=3)
+
+    def take(source: data.Stream, count: int) -> list[torch.Tensor]:
+        taken: list[torch.Tensor] = []
+        while len(taken) < count:
+            for batch in source.raw():
+                taken.append(batch.images)
+                if len(taken) == count:
+                    break
+        return taken
+
+    whole = take(stream(), 24)
+    before, after = stream(), stream()
+    take(before, steps)
+    after.restore(before.state())
+    if steps == 8:  # a whole epoch
+        assert len(list(after.raw())) == 8
+        after.restore(before.state())
+    assert all(torch.equal(a, b) for a, b in zip(take(after, 24 - steps), whole[steps:], strict=True))
+
+
+def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
+    split = flat(tmp_path, 8)
+    state = training_stream(split, SMALL, One(), 4, 1, seed=3).state()
+    with pytest.raises(DataError, match="ranks was 1 and is 2"):
+        training_stream(split, SMALL, One(0, 2), 4, 1, seed=3).restore(state)
+    with pytest.raises(DataError, match="batch_size was 4 and is 2"):
+        training_stream(split, SMALL, One(), 2, 1, seed=3).restore(state)
+
+
+# What a data set is
+
+
+def test_a_data_set_is_listed_by_class_then_name(tmp_path: Path) -> None:
+    found = open_dataset(dataset(tmp_path, "ba"))
+    assert found.train.classes == ("a", "b")
+    assert found.train.files == ("a/x.jpg", "b/x.jpg")
+    assert found.val.labels == (0, 1)
+    assert found.train.digest() == found.val.digest()
+    assert found.train.digest() != found.train.subset(1, 0).digest()
+
+
+def test_a_class_list_gives_the_labels_and_may_hold_more(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("b\nunused\na\n")
+    train = open_dataset(dataset(tmp_path / "d"), tmp_path / "names.txt").train
+    assert (train.files, train.labels) == (("b/x.jpg", "a/x.jpg"), (0, 2))
+
+
+def test_images_without_classes(tmp_path: Path) -> None:
+    split = flat(tmp_path, 3)
+    assert (split.classes, split.labels) == ((), (-1, -1, -1))
+    (batch,) = evaluation_stream(split, SMALL, One(), 3, 1)
+    assert batch.labels.tolist() == [-1, -1, -1]
+
+
+def no_val(root: Path) -> None:
+    (root / "val").rename(root / "valid")
+
+
+def class_only_in_train(root: Path) -> None:
+    save(root / "train" / "c" / "x.jpg", picture(20, 20))
+
+
+def empty_class(root: Path) -> None:
+    (root / "val" / "b" / "x.jpg").unlink()
+
+
+def nothing(root: Path) -> None:
+    for file in list(root.rglob("*.jpg")):
+        file.unlink()
+        file.parent.rmdir()
+
+
+def without_class_folders(root: Path) -> None:
+    nothing(root)
+    flat(root / "train", 2)
+    flat(root / "val", 2)
+
+
+def images_beside_folders(root: Path) -> None:
+    save(root / "train" / "stray.png", picture(20, 20))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_val, "val is not a folder: expected .*/{train,val}/<class>/"),
+        (class_only_in_train, "only in train: c; only in val: none"),
+        (empty_class, "class folders without images: b"),
+        (nothing, "no images in .*train"),
+        (without_class_folders, "train has images but no class folders"),
+        (images_beside_folders, r"images \(stray.png\) and folders \(a\)"),
+    ],
+)
+def test_a_layout_that_is_wrong_is_explained(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(dataset(tmp_path))
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path)
+
+
+def test_an_absent_folder_and_an_unlisted_class_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        open_dataset(tmp_path / "nowhere")
+    dataset(tmp_path)
+    for text, message in (("a\n", "not in the class list: b"), ("a\nb\na\n", "twice: a")):
+        (tmp_path / "names.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            open_dataset(tmp_path, tmp_path / "names.txt")
+    with pytest.raises(DataError, match=r"none.txt is not a file"):
+        open_dataset(tmp_path, tmp_path / "none.txt")
+
+
+def test_a_subset_is_seeded_spread_and_without_repeats(tmp_path: Path) -> None:
+    split = Split(tmp_path, ("a", "b"), tuple(f"{i}" for i in range(100)), (0,) * 50 + (1,) * 50)
+    subset = split.subset(30, seed=4)
+    assert subset == split.subset(30, seed=4)
+    assert subset != split.subset(30, seed=5)
+    assert len(set(subset.files)) == 30
+    assert subset.labels.count(0) == 15
+    assert all(split.labels[int(f)] == label for f, label in zip(subset.files, subset.labels, strict=True))
+    assert set(split.subset(100, seed=4).files) == set(split.files)
+    with pytest.raises(DataError, match="asked for 101 of 100"):
+        split.subset(101, seed=4)
+
+
+# Damage
+
+
+def jpeg_bytes() -> bytes:
+    buffer = io.BytesIO()
+    picture(64, 64).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+DAMAGE = {
+    "empty": b"",
+    "not an image": b"<html>404 not found</html>",
+    "truncated JPEG": jpeg_bytes()[:-400],
+}
+
+
+@pytest.mark.parametrize(("reason", "content"), DAMAGE.items())
+def test_damage_is_named_before_and_during_a_stream(tmp_path: Path, reason: str, content: bytes) -> None:
+    for i in range(6):
+        save(tmp_path / f"{i}.jpg", picture(64, 64))
+    (tmp_path / "4.jpg").write_bytes(content)
+    split, spec = list_images(tmp_path), ImageSpec(64, 64)
+    with pytest.raises(DataError, match=rf"1 damaged in .*: 4\.jpg \({reason}"):
+        check_files(split, One())
+    for stream in (evaluation_stream(split, spec, One(), 2, 1), training_stream(split, spec, One(), 2, 1, 0)):
+        with pytest.raises(DataError, match=rf"4\.jpg \({reason}"):
+            list(stream)
+
+
+def test_damage_that_only_decoding_shows_is_named_by_the_stream(tmp_path: Path) -> None:
+    flat(tmp_path, 3)
+    whole = (tmp_path / "000.png").read_bytes()
+    (tmp_path / "001.png").write_bytes(whole[:20] + bytes(30))
+    split = list_images(tmp_path)
+    check_files(split, One())
+    with pytest.raises(DataError, match=r"001\.png \(cannot be decoded"):
+        list(evaluation_stream(split, SMALL, One(), 1, 1))
+
+
+def test_an_image_that_is_too_small_is_named(tmp_path: Path) -> None:
+    flat(tmp_path, 3)
+    save(tmp_path / "001.png", picture(16, 12))
+    with pytest.raises(DataError, match=r"001\.png \(16×12 pixels, need 16\)"):
+        list(evaluation_stream(list_images(tmp_path), SMALL, One(), 1, 1))
+
+
+def test_sound_files_pass_and_ten_of_many_damaged_are_named(tmp_path: Path) -> None:
+    (tmp_path / "thumbnail.jpg").write_bytes(
+        jpeg_bytes() + bytes(9000)
+    )  # padded beyond the tail that is looked at
+    flat(tmp_path, 2)
+    check_files(list_images(tmp_path), One())
+    (tmp_path / "bad00.jpg").write_bytes(jpeg_bytes()[:-2])  # the decoder may or may not mind
+    for i in range(1, 12):
+        (tmp_path / f"bad{i:02d}.jpg").touch()
+    with pytest.raises(
+        DataError, match=r"^12 damaged .* bad00.jpg \(truncated JPEG\), bad01.jpg \(empty\), .* and 2 more"
+    ):
+        check_files(list_images(tmp_path), One())
+
+
+# Digits
+
+
+def test_digits_are_written_once_and_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "digits"
+    context = multiprocessing.get_context("spawn")
+    racers = [context.Process(target=write_digits, args=(folder,)) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert [racer.exitcode for racer in racers] == [0, 0]
+    found = open_dataset(folder)
+    assert len(found.train) + len(found.val) == 1797
+    assert 0.19 < len(found.val) / 1797 < 0.21
+    assert found.val.classes == tuple("0123456789")
+    assert Image.open(found.val.root / found.val.files[0]).size == (32, 32)
+    stamp = (folder / "train" / "0").stat().st_mtime_ns
+    assert write_digits(folder) == folder
+    assert (folder / "train" / "0").stat().st_mtime_ns == stamp
+    assert [p.name for p in folder.parent.iterdir()] == ["digits"]
+
+
+def test_digits_do_not_overwrite_other_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="other images than the 1797 digits"):
+        write_digits(dataset(tmp_path))
+
+
+def test_without_dali_the_package_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
+    with pytest.raises(ImportError, match="install nvidia-dali"):
+        next(iter(evaluation_stream(flat(tmp_path, 2), SMALL, One(), 1, 1)))
