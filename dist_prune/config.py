@@ -100,10 +100,15 @@ class Augment:
     area: tuple[float, float] = (0.08, 1.0)
     """With --resize above 0: share of the image that a random-resized crop covers."""
 
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """With --resize above 0: width over height of that crop."""
+
     def __post_init__(self) -> None:
         _require(self.pad >= 0, f"--pad {self.pad}: expected pixels, 0 or more")
         low, high = self.area
         _require(0 < low <= high <= 1, f"--area {low} {high}: expected two shares with 0 < low ≤ high ≤ 1")
+        low, high = self.ratio
+        _require(0 < low <= high, f"--ratio {low} {high}: expected two numbers with 0 < low ≤ high")
 
 
 @dataclass(frozen=True)
@@ -204,17 +209,15 @@ class Run:
     timeout: float = 1800.0
     """Seconds after which a rank that does not answer ends the run."""
 
-    def __post_init__(self) -> None:
-        _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
-        _require(not self.resume or self.run_dir is not None, "--resume needs --run-dir")
-
 
 def require_complete(run: Run) -> None:
     """A recipe may leave open what only its user knows; a run may not.
 
     Raises:
-        ConfigError: data or weights are missing.
+        ConfigError: data or weights are missing, or flags exclude each other.
     """
+    _require(not (run.resume and run.overwrite), "--resume and --overwrite exclude each other")
+    _require(not run.resume or run.run_dir is not None, "--resume needs --run-dir")
     if run.dry_run:
         return
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")

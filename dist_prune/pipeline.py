@@ -14,18 +14,11 @@ from torch import nn
 from dist_prune import checkpoint, models
 from dist_prune.bases import solve
 from dist_prune.config import ConfigError, Run, TrainingConfig, parse_rule, require_complete, to_dict
-from dist_prune.data import (
-    Dataset,
-    Stream,
-    check_files,
-    evaluation_stream,
-    open_dataset,
-    training_stream,
-    write_digits,
-)
+from dist_prune.data import Stream, evaluation_stream, training_stream
 from dist_prune.evaluate import Metrics, Predictions, predict, score, time_sites
 from dist_prune.export import Description, save_compressed
 from dist_prune.finetune import Trainer, scaled_lr
+from dist_prune.images import Dataset, check_files, open_dataset, write_digits
 from dist_prune.moments import Moments, collect_moments
 from dist_prune.projection import project, rebuild
 from dist_prune.ranks import Plan, cost, make_plan

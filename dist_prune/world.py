@@ -141,8 +141,10 @@ def joined(device: str = "auto", timeout_s: float = 600, place: Place | None = N
 
     Raises:
         RankError: another rank failed or died, or the ranks could not meet.
-        RuntimeError: "cuda" was asked for and there is none for this rank.
+        RuntimeError: "cuda" was asked for and there is none for this rank, or this process has already joined.
     """
+    if dist.is_initialized():
+        raise RuntimeError("this process has already joined a world: pass that World on instead")
     place = place or find_place(os.environ)
     store = _open_store(place, timeout_s)
     # A launcher's store outlives one world: number the worlds, or the second would read the first one's keys.

@@ -9,14 +9,18 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dist_prune.world import Place, World, joined
+
+T = TypeVar("T")
 
 
 class RanksFailed(AssertionError):
@@ -49,9 +53,7 @@ def run_ranks(
     Raises:
         RanksFailed: with every failing rank's traceback; a rank past the deadline is killed and named.
     """
-    # Forked from a server that imported torch but never used it: fresh processes, without 3 s of imports each.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dist_prune.world"])
+    context = _context()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         places = [Place(r, size, r, address or f"file://{folder}/meet", "torchrun") for r in range(size)]
@@ -64,6 +66,19 @@ def run_ranks(
         ended = _wait_for(processes, deadline_s)
         _kill([process for rank, process in enumerate(processes) if rank not in ended])
         return _collect(folder, processes, ended, deadline_s)
+
+
+def run_alone(function: Callable[[], T]) -> T:
+    """Call an importable function in a fresh process that has joined no world; return or raise what it does."""
+    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def _context() -> ForkServerContext:
+    # Forked from a server that imported torch but never used it: fresh processes, without 3 s of imports each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "dist_prune.world"])
+    return context
 
 
 def free_address() -> str:

@@ -1,9 +1,5 @@
 """Images are decoded as torchvision does, sharded without loss, and damage is named."""
 
-import io
-import multiprocessing
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,63 +8,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from dist_prune import data
-from dist_prune.data import (
-    Augment,
-    DataError,
-    ImageSpec,
-    Split,
-    check_files,
-    evaluation_stream,
-    list_images,
-    normalise,
-    open_dataset,
-    training_stream,
-    write_digits,
-)
+from dist_prune.config import Augment, ImageSpec
+from dist_prune.data import Stream, evaluation_stream, normalise, training_stream
+from dist_prune.images import DataError, Split, check_files, list_images
+from tests.pictures import SMALL, One, flat, jpeg_bytes, picture, save
 
-
-@dataclass(frozen=True)
-class One:
-    """One rank seen alone: enough of a World for streams, which never communicate."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def gather(self, value: object) -> list[object]:
-        return [value]
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Coarse noise: edges everywhere, so that a shift by a pixel shows."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3))
-    return Image.fromarray(np.kron(coarse, np.ones((6, 6, 1)))[:height, :width].astype(np.uint8))
-
-
-def save(path: Path, image: Image.Image) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return path
-
-
-def flat(folder: Path, count: int, side: int = 16) -> Split:
-    """`count` images, each of one grey level, 2·index+1: pixels tell which it is."""
-    for i in range(count):
-        save(folder / f"{i:03d}.png", Image.new("RGB", (side, side), (2 * i + 1,) * 3))
-    return list_images(folder)
-
-
-def dataset(folder: Path, classes: str = "ab") -> Path:
-    for part in ("train", "val"):
-        for label, name in enumerate(classes):
-            save(folder / part / name / "x.jpg", picture(20, 20, label))
-    return folder
-
-
-SMALL = ImageSpec(resize=0, crop=16)
-
+AUGMENT = Augment()
 
 # What a picture becomes
 
@@ -140,11 +85,6 @@ def test_normalise() -> None:
     assert torch.equal(white[0].flatten(), torch.tensor([1.0, 3.0, 1.0]))
 
 
-def test_a_crop_larger_than_the_resize_is_refused() -> None:
-    with pytest.raises(DataError, match="resize=100, crop=224"):
-        ImageSpec(resize=100)
-
-
 # Which images come, and when
 
 
@@ -190,7 +130,7 @@ def test_more_ranks_than_images(tmp_path: Path) -> None:
 
 
 def epochs(split: Split, world: One, seed: int, count: int = 2, spec: ImageSpec = SMALL) -> list[list[list[int]]]:
-    stream = training_stream(split, spec, world, 4, 1, seed)
+    stream = training_stream(split, spec, world, 4, 1, seed, augment=AUGMENT)
     return [[b.indices.tolist() for b in stream] for _ in range(count)]
 
 
@@ -210,7 +150,7 @@ def test_training_shows_every_image_each_epoch_in_full_batches(tmp_path: Path, r
 def test_training_batches_carry_their_pixels_labels_and_positions(tmp_path: Path, spec: ImageSpec) -> None:
     split = flat(tmp_path, 9)
     split = Split(split.root, ("a",), split.files, tuple(range(10, 19)))
-    stream = training_stream(split, spec, One(), 4, 1, seed=1)
+    stream = training_stream(split, spec, One(), 4, 1, seed=1, augment=AUGMENT)
     for batch in [*stream.raw(), *stream.raw()]:
         assert torch.equal(batch.images[:, 0, 8, 8], 2 * batch.indices + 1)
         assert torch.equal(batch.labels, batch.indices + 10)
@@ -232,7 +172,7 @@ def test_random_crops_follow_seed_and_rank(tmp_path: Path, spec: ImageSpec) -> N
     split = list_images(tmp_path)
 
     def crops(rank: int, seed: int) -> torch.Tensor:
-        return next(training_stream(split, spec, One(rank, 2), 4, 1, seed).raw()).images
+        return next(training_stream(split, spec, One(rank, 2), 4, 1, seed, augment=AUGMENT).raw()).images
 
     assert torch.equal(crops(0, 1), crops(0, 1))
     assert not torch.equal(crops(0, 1), crops(1, 1))
@@ -260,10 +200,10 @@ def test_training_resumes_where_it_stood(tmp_path: Path, steps: int) -> None:
         save(tmp_path / f"{i:02d}.png", picture(20, 18, seed=i))
     split = list_images(tmp_path)
 
-    def stream() -> data.Stream:
-        return training_stream(split, SMALL, One(0, 1), 4, 1, seed=3)
+    def stream() -> Stream:
+        return training_stream(split, SMALL, One(0, 1), 4, 1, seed=3, augment=AUGMENT)
 
-    def take(source: data.Stream, count: int) -> list[torch.Tensor]:
+    def take(source: Stream, count: int) -> list[torch.Tensor]:
         taken: list[torch.Tensor] = []
         while len(taken) < count:
             for batch in source.raw():
@@ -284,115 +224,14 @@ def test_training_resumes_where_it_stood(tmp_path: Path, steps: int) -> None:
 
 def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
     split = flat(tmp_path, 8)
-    state = training_stream(split, SMALL, One(), 4, 1, seed=3).state()
+    state = training_stream(split, SMALL, One(), 4, 1, seed=3, augment=AUGMENT).state()
     with pytest.raises(DataError, match="ranks was 1 and is 2"):
-        training_stream(split, SMALL, One(0, 2), 4, 1, seed=3).restore(state)
+        training_stream(split, SMALL, One(0, 2), 4, 1, seed=3, augment=AUGMENT).restore(state)
     with pytest.raises(DataError, match="batch_size was 4 and is 2"):
-        training_stream(split, SMALL, One(), 2, 1, seed=3).restore(state)
-
-
-# What a data set is
-
-
-def test_a_data_set_is_listed_by_class_then_name(tmp_path: Path) -> None:
-    found = open_dataset(dataset(tmp_path, "ba"))
-    assert found.train.classes == ("a", "b")
-    assert found.train.files == ("a/x.jpg", "b/x.jpg")
-    assert found.val.labels == (0, 1)
-    assert found.train.digest() == found.val.digest()
-    assert found.train.digest() != found.train.subset(1, 0).digest()
-
-
-def test_a_class_list_gives_the_labels_and_may_hold_more(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("b\nunused\na\n")
-    train = open_dataset(dataset(tmp_path / "d"), tmp_path / "names.txt").train
-    assert (train.files, train.labels) == (("b/x.jpg", "a/x.jpg"), (0, 2))
-
-
-def test_images_without_classes(tmp_path: Path) -> None:
-    split = flat(tmp_path, 3)
-    assert (split.classes, split.labels) == ((), (-1, -1, -1))
-    (batch,) = evaluation_stream(split, SMALL, One(), 3, 1)
-    assert batch.labels.tolist() == [-1, -1, -1]
-
-
-def no_val(root: Path) -> None:
-    (root / "val").rename(root / "valid")
-
-
-def class_only_in_train(root: Path) -> None:
-    save(root / "train" / "c" / "x.jpg", picture(20, 20))
-
-
-def empty_class(root: Path) -> None:
-    (root / "val" / "b" / "x.jpg").unlink()
-
-
-def nothing(root: Path) -> None:
-    for file in list(root.rglob("*.jpg")):
-        file.unlink()
-        file.parent.rmdir()
-
-
-def without_class_folders(root: Path) -> None:
-    nothing(root)
-    flat(root / "train", 2)
-    flat(root / "val", 2)
-
-
-def images_beside_folders(root: Path) -> None:
-    save(root / "train" / "stray.png", picture(20, 20))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (no_val, "val is not a folder: expected .*/{train,val}/<class>/"),
-        (class_only_in_train, "only in train: c; only in val: none"),
-        (empty_class, "class folders without images: b"),
-        (nothing, "no images in .*train"),
-        (without_class_folders, "train has images but no class folders"),
-        (images_beside_folders, r"images \(stray.png\) and folders \(a\)"),
-    ],
-)
-def test_a_layout_that_is_wrong_is_explained(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
-    spoil(dataset(tmp_path))
-    with pytest.raises(DataError, match=message):
-        open_dataset(tmp_path)
-
-
-def test_an_absent_folder_and_an_unlisted_class_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere is not a folder"):
-        open_dataset(tmp_path / "nowhere")
-    dataset(tmp_path)
-    for text, message in (("a\n", "not in the class list: b"), ("a\nb\na\n", "twice: a")):
-        (tmp_path / "names.txt").write_text(text)
-        with pytest.raises(DataError, match=message):
-            open_dataset(tmp_path, tmp_path / "names.txt")
-    with pytest.raises(DataError, match=r"none.txt is not a file"):
-        open_dataset(tmp_path, tmp_path / "none.txt")
-
-
-def test_a_subset_is_seeded_spread_and_without_repeats(tmp_path: Path) -> None:
-    split = Split(tmp_path, ("a", "b"), tuple(f"{i}" for i in range(100)), (0,) * 50 + (1,) * 50)
-    subset = split.subset(30, seed=4)
-    assert subset == split.subset(30, seed=4)
-    assert subset != split.subset(30, seed=5)
-    assert len(set(subset.files)) == 30
-    assert subset.labels.count(0) == 15
-    assert all(split.labels[int(f)] == label for f, label in zip(subset.files, subset.labels, strict=True))
-    assert set(split.subset(100, seed=4).files) == set(split.files)
-    with pytest.raises(DataError, match="asked for 101 of 100"):
-        split.subset(101, seed=4)
+        training_stream(split, SMALL, One(), 2, 1, seed=3, augment=AUGMENT).restore(state)
 
 
 # Damage
-
-
-def jpeg_bytes() -> bytes:
-    buffer = io.BytesIO()
-    picture(64, 64).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
 
 
 DAMAGE = {
@@ -410,7 +249,10 @@ def test_damage_is_named_before_and_during_a_stream(tmp_path: Path, reason: str,
     split, spec = list_images(tmp_path), ImageSpec(64, 64)
     with pytest.raises(DataError, match=rf"1 damaged in .*: 4\.jpg \({reason}"):
         check_files(split, One())
-    for stream in (evaluation_stream(split, spec, One(), 2, 1), training_stream(split, spec, One(), 2, 1, 0)):
+    for stream in (
+        evaluation_stream(split, spec, One(), 2, 1),
+        training_stream(split, spec, One(), 2, 1, 0, AUGMENT),
+    ):
         with pytest.raises(DataError, match=rf"4\.jpg \({reason}"):
             list(stream)
 
@@ -430,49 +272,6 @@ def test_an_image_that_is_too_small_is_named(tmp_path: Path) -> None:
     save(tmp_path / "001.png", picture(16, 12))
     with pytest.raises(DataError, match=r"001\.png \(16×12 pixels, need 16\)"):
         list(evaluation_stream(list_images(tmp_path), SMALL, One(), 1, 1))
-
-
-def test_sound_files_pass_and_ten_of_many_damaged_are_named(tmp_path: Path) -> None:
-    (tmp_path / "thumbnail.jpg").write_bytes(
-        jpeg_bytes() + bytes(9000)
-    )  # padded beyond the tail that is looked at
-    flat(tmp_path, 2)
-    check_files(list_images(tmp_path), One())
-    (tmp_path / "bad00.jpg").write_bytes(jpeg_bytes()[:-2])  # the decoder may or may not mind
-    for i in range(1, 12):
-        (tmp_path / f"bad{i:02d}.jpg").touch()
-    with pytest.raises(
-        DataError, match=r"^12 damaged .* bad00.jpg \(truncated JPEG\), bad01.jpg \(empty\), .* and 2 more"
-    ):
-        check_files(list_images(tmp_path), One())
-
-
-# Digits
-
-
-def test_digits_are_written_once_and_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "digits"
-    context = multiprocessing.get_context("spawn")
-    racers = [context.Process(target=write_digits, args=(folder,)) for _ in range(2)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert [racer.exitcode for racer in racers] == [0, 0]
-    found = open_dataset(folder)
-    assert len(found.train) + len(found.val) == 1797
-    assert 0.19 < len(found.val) / 1797 < 0.21
-    assert found.val.classes == tuple("0123456789")
-    assert Image.open(found.val.root / found.val.files[0]).size == (32, 32)
-    stamp = (folder / "train" / "0").stat().st_mtime_ns
-    assert write_digits(folder) == folder
-    assert (folder / "train" / "0").stat().st_mtime_ns == stamp
-    assert [p.name for p in folder.parent.iterdir()] == ["digits"]
-
-
-def test_digits_do_not_overwrite_other_images(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="other images than the 1797 digits"):
-        write_digits(dataset(tmp_path))
 
 
 def test_without_dali_the_package_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,13 +103,13 @@ def test_non_finite_statistics_name_the_site(world: World) -> None:
     sites = survey(model, images(1)).sites
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] = float("inf")
-    with pytest.raises(StatisticsError, match="^3: its statistics hold NaN or infinity"):
+    with pytest.raises(StatisticsError, match=r"^3: its statistics hold NaN or infinity"):
         collect_moments(model, sites, [images(4)], world)
 
 
 def test_no_images_name_the_site(world: World) -> None:
     model = network()
-    with pytest.raises(StatisticsError, match="^0: no rows were seen"):
+    with pytest.raises(StatisticsError, match=r"^0: no rows were seen"):
         collect_moments(model, survey(model, images(1)).sites, [images(4)[:0]], world)
 
 

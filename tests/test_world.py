@@ -1,15 +1,16 @@
 import os
 import signal
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RanksFailed, free_address, in_turn, run_ranks
 from torch import nn
 
 from dist_prune import world as world_module
 from dist_prune.world import Place, RankError, World, digest, expand_nodelist, find_place, fingerprint, joined
+from tests.ranks import RanksFailed, free_address, in_turn, run_alone, run_ranks
 
 # --- finding the place ----------------------------------------------------------------------------
 
@@ -360,30 +361,50 @@ def test_a_rank_that_hangs_is_killed_and_named():
 # --- one process ----------------------------------------------------------------------------------
 
 
-def test_a_single_process_may_join_again_and_leaves_nothing_behind():
+def join_twice():
     for _ in range(2):
         with joined("cpu", place=find_place({})) as world:
             assert dist.is_initialized()
             check_sum(world)
+            with pytest.raises(RuntimeError, match="already joined"), joined("cpu"):
+                pass
+            check_sum(world)
         assert not dist.is_initialized()
+    assert threading.active_count() == 1
 
 
-def test_an_exception_leaves_no_group_behind():
+def test_a_single_process_may_join_again_and_leaves_nothing_behind():
+    run_alone(join_twice)
+
+
+def fail_inside():
     with pytest.raises(ZeroDivisionError), joined("cpu", place=find_place({})):
         _ = 1 / 0
     assert not dist.is_initialized()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_cuda_asked_for_and_absent():
+def test_an_exception_leaves_no_group_behind():
+    run_alone(fail_inside)
+
+
+def ask_for_cuda():
     with pytest.raises(RuntimeError, match=r"'cuda' was asked for.*pass device 'cpu'"), joined("cuda"):
         pass
     assert not dist.is_initialized()
 
 
-def test_unknown_device():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_cuda_asked_for_and_absent():
+    run_alone(ask_for_cuda)
+
+
+def ask_for_gpu():
     with pytest.raises(ValueError, match="'gpu', expected"), joined("gpu"):
         pass
+
+
+def test_unknown_device():
+    run_alone(ask_for_gpu)
 
 
 def test_digest_sees_values_names_and_shapes():
