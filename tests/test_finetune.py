@@ -50,10 +50,10 @@ def test_without_batch_norm_the_number_of_ranks_does_not_matter() -> None:
 
 
 def test_training_learns_and_reports(world: World) -> None:
-    trainer = Trainer(network(), TrainingConfig(epochs=1, batch_size=16, lr=3.0), 60, world)
+    trainer = Trainer(network(), TrainingConfig(epochs=1, batch_size=16, lr=1.0), 60, world)
     progress = list(trainer.epoch(batches(60, 16), every=20))
     assert [p.step for p in progress] == [20, 40, 60]
-    assert progress[-1].loss < 0.5 * progress[0].loss
+    assert progress[-1].loss < 0.7 * progress[0].loss
     assert all(p.images_per_second > 0 for p in progress)
     assert progress[-1].lr == pytest.approx(0, abs=1e-4)
 
