@@ -7,22 +7,22 @@ import functools
 import hashlib
 import os
 import pickle
-import re
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
+
+from dist_prune.place import Place, find_place
 
 T = TypeVar("T")
 
@@ -32,98 +32,10 @@ SILENCE_S = 2.0  # once a connection broke, a rank without a sign of life for th
 LOST_S = 30.0  # as long as all seems well; Python code may well keep a rank's threads from running for seconds
 HEARD_S = 3.0  # how long a failing rank stays, so that the others still find its message
 GRACE_S = 5.0  # how long a rank may take to raise another's error by itself, before its process is ended
-SLURM_STEP_ID_MAX = 0xFFFFFFF0  # above: batch scripts and interactive shells, which srun did not start as ranks
 
 
 class RankError(RuntimeError):
     """Another rank failed; the message names it and its error."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one process stands: `rank` of `size`, `local_rank` on its node, the rendezvous url they share."""
-
-    rank: int
-    size: int
-    local_rank: int
-    address: str
-    source: Literal["torchrun", "slurm", "single"]
-
-
-def find_place(environ: Mapping[str, str]) -> Place:
-    """Read the place from torchrun's variables, else from srun's, else be a single process.
-
-    MASTER_ADDR and MASTER_PORT, where set, override what is derived from SLURM's variables.
-
-    Raises:
-        ValueError: a launcher's variables are incomplete or not numbers.
-    """
-    if "RANK" in environ:
-        rank, size, local_rank = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return Place(rank, size, local_rank, _url(_required(environ, "MASTER_ADDR"), environ), "torchrun")
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_ID", SLURM_STEP_ID_MAX)) < SLURM_STEP_ID_MAX:
-        return _slurm_place(environ)
-    return Place(0, 1, 0, "", "single")
-
-
-def _slurm_place(environ: Mapping[str, str]) -> Place:
-    # The step's own numbers win: a step may be smaller than its job.
-    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-    names = [name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ]
-    nodes = _required(environ, names[0] if names else "SLURM_NODELIST")
-    # Steps of one job, and jobs of one array, may share a node: neighbours must not get the same port.
-    port = 20000 + (_number(environ, "SLURM_JOB_ID") + 1009 * _number(environ, "SLURM_STEP_ID")) % 12000
-    master = environ.get("MASTER_ADDR") or expand_nodelist(nodes)[0]
-    return Place(
-        rank=_number(environ, "SLURM_PROCID"),
-        size=_number(environ, tasks),
-        local_rank=_number(environ, "SLURM_LOCALID"),
-        address=_url(master, {"MASTER_PORT": str(port), **environ}),
-        source="slurm",
-    )
-
-
-def _required(environ: Mapping[str, str], name: str) -> str:
-    if name not in environ:
-        raise ValueError(f"{name} is not set although other launcher variables are: start with torchrun or srun")
-    return environ[name]
-
-
-def _number(environ: Mapping[str, str], name: str) -> int:
-    value = _required(environ, name)
-    if not value.isdecimal():
-        raise ValueError(f"{name} is {value!r}, expected a whole number: start with torchrun or srun")
-    return int(value)
-
-
-def _url(host: str, environ: Mapping[str, str]) -> str:
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{_number(environ, 'MASTER_PORT')}"
-
-
-def expand_nodelist(nodes: str) -> list[str]:
-    """Host names of a SLURM node list, in order: `n[08-10],m3` gives n08, n09, n10, m3.
-
-    Raises:
-        ValueError: the list is empty or malformed.
-    """
-    if not re.fullmatch(r"(?:[\w.-]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]|(?!^),(?!,|$))+", nodes):
-        raise ValueError(f"cannot read the SLURM node list {nodes!r}: expected something like n[1-4,7],m03")
-    items = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    return [host for item in items for host in _expand_brackets(item)]
-
-
-def _expand_brackets(item: str) -> list[str]:
-    head, _, rest = item.partition("[")
-    if not rest:
-        return [item]
-    ranges, _, tail = rest.partition("]")
-    numbers = [number for part in ranges.split(",") for number in _expand_range(part)]
-    return [head + number + end for number in numbers for end in _expand_brackets(tail)]
-
-
-def _expand_range(part: str) -> list[str]:
-    first, _, last = part.partition("-")
-    return [str(i).zfill(len(first)) for i in range(int(first), int(last or first) + 1)]
 
 
 @contextmanager

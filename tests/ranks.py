@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_prune.world import Place, World, joined
+from dist_prune.place import Place
+from dist_prune.world import World, joined
 
 T = TypeVar("T")
 
