@@ -175,7 +175,7 @@ def require_free(folder: Path, config: Run) -> None:
     Raises:
         CheckpointError: the folder holds something and the flags do not say what to do, or say it wrongly.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     is_run = (folder / CONFIG).is_file()
     if not is_run:

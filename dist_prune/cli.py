@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from dist_prune.checkpoint import CheckpointError
 from dist_prune.config import parse
+from dist_prune.evaluate import EvaluationError
+from dist_prune.finetune import TrainingError
 from dist_prune.pipeline import run
+from dist_prune.place import find_place
 from dist_prune.world import RankError
+
+FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must be able to speak before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the words say; the exit code: 0 done, 1 failed while working, 2 could not start as asked."""
+    """Run what the words say; the exit code: 0 done, 1 failed while working, 2 could not start as asked.
+
+    An error that all ranks share is told by rank 0; what a rank hears of another's, it tells itself.
+    """
     words = sys.argv[1:] if arguments is None else arguments
+    first = True
     try:
-        run(parse(words, quiet=os.environ.get("RANK", "0") != "0"))
-    except ValueError as error:
-        return _failed(error, 2)
-    except (CheckpointError, RankError) as error:
+        first = find_place(os.environ).rank == 0
+        run(parse(words, quiet=not first))
+    except RankError as error:
         return _failed(error, 1)
+    except ValueError as error:
+        return _failed(error, 2, first)
+    except (CheckpointError, EvaluationError, TrainingError, OSError) as error:
+        return _failed(error, 1, first)
     return 0
 
 
-def _failed(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+def _failed(error: Exception, code: int, speaks: bool = True) -> int:
+    if speaks:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(FIRST_WORD_S)
     return code

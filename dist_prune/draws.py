@@ -1,4 +1,4 @@
-"""Random numbers keyed by image: what is drawn for an image depends on its index, not on the rank that holds it."""
+"""Random numbers keyed by image: what is drawn depends on the image's index, not on the rank that holds it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import zlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers.
@@ -44,8 +45,7 @@ def normal(seed: int, purpose: str, indices: Tensor, width: int) -> Tensor:
 
 def directions(seed: int, purpose: str, indices: Tensor, width: int) -> Tensor:
     """Unit vectors, uniform on the sphere, float64, (N, width); see `uniform`."""
-    vectors = normal(seed, purpose, indices, width)
-    return vectors / vectors.norm(dim=1, keepdim=True)
+    return F.normalize(normal(seed, purpose, indices, width), dim=1)
 
 
 def labels(seed: int, purpose: str, indices: Tensor, logits: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from dist_prune.checkpoint import CheckpointError, replacing, require_intact, se
 from dist_prune.config import ImageSpec, NetworkConfig, to_dict
 from dist_prune.models import build
 from dist_prune.projection import rebuild
-from dist_prune.ranks import Plan
+from dist_prune.ranks import Plan, PlanError
+from dist_prune.sites import SiteError
 
 FORMAT = 1
 
@@ -70,14 +71,17 @@ def load_compressed(run_dir: str | Path) -> nn.Module:
     folder = Path(run_dir)
     content = _read_plan(folder)
     require_intact(folder / "model.safetensors")
-    network = content["network"]
-    arch = network["arch"]
+    try:
+        arch, classes = content["network"]["arch"], content["network"]["classes"]
+        plan = Plan.from_json(content["choices"])
+    except (KeyError, TypeError, PlanError) as error:
+        raise CheckpointError(f"{folder / 'plan.json'}: incomplete or edited wrongly ({error!r})") from error
     if arch.startswith("network.py:"):
         arch = str(folder / arch)
-    model = rebuild(build(arch, network["classes"]), Plan.from_json(content["choices"]))
     try:
+        model = rebuild(build(arch, classes), plan)
         load_model(model, str(folder / "model.safetensors"))
-    except (safetensors.SafetensorError, RuntimeError) as error:
+    except (safetensors.SafetensorError, RuntimeError, AttributeError, SiteError) as error:
         raise CheckpointError(f"{folder}: model.safetensors does not fit plan.json ({error})") from error
     return model.eval()
 
@@ -87,9 +91,10 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no plan.json; expected the directory of a finished run")
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: Any = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {content.get('format')}, this version reads {FORMAT}")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
     return content

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dist_prune.sites import Site, evaluating, input_rows, output_rows
+from dist_prune.sites import View, evaluating
 from dist_prune.world import World
-
-Rows = Callable[[nn.Module, Tensor, Tensor], Tensor]  # module, input, output → (g·k, images, positions)
 
 
 class StatisticsError(ValueError):
@@ -91,16 +89,15 @@ class Accumulator:
 
 
 def collect_moments(
-    model: nn.Module, sites: Iterable[Site], batches: Iterable[Tensor], world: World, side: str = "output"
+    model: nn.Module, views: Iterable[View], batches: Iterable[Tensor], world: World
 ) -> dict[str, Moments]:
     """Moments of all sites from one forward pass over this rank's batches, summed over the ranks.
 
     Args:
         model: the dense network, on the world's device.
-        sites: where to look.
+        views: of the sites, on either side.
         batches: images (N, 3, H, W) of this rank; N may be 0 and may differ between ranks.
         world: the ranks to sum over.
-        side: `output` for y, `input` for the patches x.
 
     Returns:
         site name → moments, equal on all ranks.
@@ -108,33 +105,35 @@ def collect_moments(
     Raises:
         StatisticsError: NaN or infinity, or no rows at all (site named).
     """
-    accumulators: dict[str, Accumulator] = {}
-    with ExitStack() as stack:
-        for site in sites:
-            width = site.width if side == "output" else site.inputs
-            accumulator = Accumulator(site.groups, width, world.device)
-            accumulators[site.name] = accumulator
-            stack.enter_context(_feeding(model.get_submodule(site.name), _rows(site, side), accumulator))
-        with evaluating(model), full_float32():
-            for images in batches:
-                if len(images):
-                    model(images)
+    with accumulating(model, views, world.device) as accumulators, evaluating(model), full_float32():
+        for images in batches:
+            if len(images):
+                model(images)
     return sum_moments({name: a.moments() for name, a in accumulators.items()}, world)
 
 
-def _rows(site: Site, side: str) -> Rows:
-    if side == "output":
-        return lambda _module, _x, y: output_rows(site, y)
-    return lambda module, x, _y: input_rows(site, module, x)
-
-
 @contextmanager
-def _feeding(module: nn.Module, rows: Rows, accumulator: Accumulator) -> Iterator[None]:
-    hook = module.register_forward_hook(lambda m, inputs, y: accumulator.add(rows(m, inputs[0], y)))
-    try:
-        yield
-    finally:
-        hook.remove()
+def accumulating(
+    model: nn.Module, views: Iterable[View], device: torch.device
+) -> Iterator[dict[str, Accumulator]]:
+    """While open, every forward pass of the model adds to the accumulators it gives, site name → moments."""
+    accumulators: dict[str, Accumulator] = {}
+    with ExitStack() as stack:
+        for view in views:
+            accumulator = Accumulator(view.site.groups, view.width, device)
+            accumulators[view.site.name] = accumulator
+            module = model.get_submodule(view.site.name)
+            stack.callback(module.register_forward_hook(_feed(view, accumulator)).remove)
+        yield accumulators
+
+
+def _feed(view: View, accumulator: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        source = view.source(inputs[0], y).detach()
+        for chunk in view.chunks(y, len(y)):
+            accumulator.add(view.rows(module, source[chunk]))
+
+    return hook
 
 
 @contextmanager

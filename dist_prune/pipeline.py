@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from dist_prune.moments import Moments, collect_moments
 from dist_prune.projection import project, rebuild
 from dist_prune.ranks import Plan, cost, make_plan
 from dist_prune.report import Report, environment, plan_table, table
-from dist_prune.sites import Survey, survey
-from dist_prune.world import World, digest, fingerprint, joined
+from dist_prune.sites import Survey, View, survey
+from dist_prune.world import RankError, World, digest, fingerprint, joined
 
 STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
 
@@ -51,15 +52,17 @@ def run(config: Run) -> Path | None:
             before long work starts, and on every rank.
     """
     require_complete(config)
-    with joined(config.device, config.timeout) as world:
+    with together(config) as world:
         report = Report(speaks=world.is_first)
         if config.dry_run:
             show_plan(config, world, report)
             return None
-        job = prepare(config, world, report)
-        if finished(job.folder):
-            report.say(f"{job.folder} holds a finished run; nothing to resume")
-            return job.folder
+        folder = world.from_first(lambda: checkpoint.run_directory(config))
+        world.from_first(lambda: checkpoint.require_free(folder, config))
+        if config.resume and world.from_first(lambda: finished(folder)):
+            report.say(f"{folder} holds a finished run; nothing to resume")
+            return folder
+        job = prepare(config, world, report, folder)
         try:
             compress_and_tune(job)
         finally:
@@ -86,21 +89,38 @@ def compress_and_tune(job: Job) -> None:
 # ── before the work: everything that can be wrong ──────────────────────────────────────────────────────────
 
 
-def prepare(config: Run, world: World, report: Report) -> Job:
+@contextmanager
+def together(config: Run) -> Iterator[World]:
+    """Join the other ranks on the device that `--device` names.
+
+    Raises:
+        ConfigError: this rank has no such device.
+    """
+    with ExitStack() as stack:
+        try:
+            world = stack.enter_context(joined(config.device, config.timeout))
+        except RankError:
+            raise
+        except RuntimeError as error:
+            raise ConfigError(f"--device {config.device}: {error}") from error
+        yield world
+
+
+def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     """Check the data, the network and the plan, then open the run's directory. Changes nothing on disk before."""
-    folder = world.from_first(lambda: checkpoint.run_directory(config))
-    world.from_first(lambda: checkpoint.require_free(folder, config))
     dataset = world.from_first(lambda: open_images(config))
     require_classes(config, dataset)
     check_files(dataset.train, world)
     check_files(dataset.val, world)
     dense, found = load_network(config, world)
     make_plan(parse_rule(config.compression.ranks), found, rounding(config, world))
+    job = Job(config, world, report, folder, dataset, dense, found)
+    validation(job), calibration(job)  # both refuse to share fewer images than ranks
     world.from_first(lambda: checkpoint.claim(folder, config, environment()))
     if world.is_first:
         report.open(folder)
     report.say(f"run directory {folder}, {world.size} rank(s) on {world.device.type}")
-    return Job(config, world, report, folder, dataset, dense, found)
+    return job
 
 
 def open_images(config: Run) -> Dataset:
@@ -130,7 +150,12 @@ def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
     network = config.network
     dense = models.load(network.arch, network.classes, network.weights).to(world.device)
     world.broadcast_(*dense.state_dict().values())
-    found = survey(dense, probe(config, world, 1)).select(config.compression.sites)
+    image = probe(config, world, 1)
+    try:
+        found = survey(dense, image).select(config.compression.sites)
+    except RuntimeError as error:
+        size = " × ".join(map(str, image.shape[1:]))
+        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see --crop ({error})") from error
     if found.classes != network.classes:
         raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
     return dense, found
@@ -182,7 +207,9 @@ def train_dense(job: Job) -> None:
         job.world.size,
         torch.__version__,
     ]
-    key = [*map(str, map(to_dict, settings)), job.dataset.train.digest()]
+    source = Path(config.network.arch.partition(":")[0])  # where the architecture is a file of the user's own
+    code = checkpoint.checksum(source) if source.is_file() else ""
+    key = [*map(str, map(to_dict, settings)), job.dataset.train.digest(), code]
     cached = checkpoint.cache_folder() / f"{config.network.arch.replace('/', '_')}-{checkpoint.name_of(key)}.pt"
     if job.world.from_first(lambda: checkpoint.is_intact(cached)):
         job.report.say(f"dense weights from {cached}")
@@ -198,8 +225,10 @@ def baseline(job: Job) -> Predictions:
     """The dense network on the validation images: figures, and logits for the divergence."""
     with job.report.phase("baseline"):
         found = predict(job.dense, validation(job))
-        job.metrics["dense"] = score(found, len(job.dataset.val), job.world)
-    told(job, "dense", job.metrics["dense"])
+        metrics = score(found, len(job.dataset.val), job.world)
+    if "dense" not in job.metrics:  # a resumed run has told it before
+        job.metrics["dense"] = metrics
+        told(job, "dense", metrics)
     return found
 
 
@@ -233,7 +262,7 @@ def compress(job: Job) -> tuple[Plan, nn.Module]:
     """Statistics → bases → plan → projected network."""
     config, sites = job.config, job.survey.sites
     with job.report.phase("statistics"):
-        moments = collect_moments(job.dense, sites, calibration(job), job.world)
+        moments = collect_moments(job.dense, map(View, sites), calibration(job), job.world)
         for site in sites:
             warn_if_few(job, site.name, moments[site.name])
     with job.report.phase("bases"):
@@ -353,6 +382,7 @@ def resume_point(job: Job) -> dict[str, Any] | None:
         )
     job.metrics.update({stage: Metrics(**m) for stage, m in state["metrics"].items()})
     job.report.seconds.update(state["seconds"])
+    job.report.rewind("train", state["trainer"]["step"])
     job.report.say(f"resuming after epoch {state['epoch']}")
     return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from dist_prune.bases import Basis
+from dist_prune.checkpoint import write_text
 from dist_prune.ranks import Plan
 from dist_prune.sites import Survey
 
@@ -46,6 +48,16 @@ class Report:
         if self._writer is not None:
             self._writer.close()
 
+    def rewind(self, group: str, step: int) -> None:
+        """Take back the points of `group` after `step`: the run went on from there once before."""
+        if self.folder is None or self._writer is None:
+            return
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        write_text(path, "".join(line for line in lines if _is_kept(line, group, step)))
+        self.close()
+        self.open(self.folder, purge_step=step + 1)
+
     def say(self, text: str) -> None:
         """Lines for people: the console, and log.txt."""
         if not self.speaks:
@@ -59,12 +71,13 @@ class Report:
     def scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
         """One point on each curve `group/name`, in TensorBoard and metrics.jsonl."""
         known = {name: value for name, value in values.items() if value is not None}
+        finite = {name: value if math.isfinite(value) else None for name, value in known.items()}
         if self.folder is None or self._writer is None:
             return
         for name, value in known.items():
             self._writer.add_scalar(f"{group}/{name}", value, step)
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"group": group, "step": step, "time": time.time(), **known}) + "\n")
+            file.write(json.dumps({"group": group, "step": step, "time": time.time(), **finite}) + "\n")
 
     def flush(self) -> None:
         """Make the curves visible to a running TensorBoard."""
@@ -89,6 +102,14 @@ class Report:
             self._writer.add_scalar(f"layer/{site.name}/rank", rank or site.outputs, 0)
             self._writer.add_figure(f"layer/{site.name}/spectrum", spectrum_figure(bases[site.name], rank), 0)
         self.flush()
+
+
+def _is_kept(line: str, group: str, step: int) -> bool:
+    try:
+        point = json.loads(line)
+    except ValueError:  # the last line of a run that was killed
+        return False
+    return bool(point["group"] != group or point["step"] <= step)
 
 
 def spectrum_figure(basis: Basis, rank: int | None) -> Figure:

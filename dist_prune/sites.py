@@ -241,11 +241,10 @@ def output_rows(site: Site, y: Tensor) -> Tensor:
 
     Args:
         site: the layer.
-        y: what its module returned: (N, C, H, W), (C, H, W) or (…, C).
+        y: what its module returned: (N, C, H, W) or (N, …, C).
     """
     if site.kind == "linear":
-        return y.reshape(y.shape[0] if y.dim() > 1 else 1, -1, site.outputs).permute(2, 0, 1)
-    y = y if y.dim() == 4 else y[None]
+        return y.reshape(y.shape[0], -1, site.outputs).permute(2, 0, 1)
     return y.flatten(2).transpose(0, 1)
 
 
@@ -255,13 +254,50 @@ def input_rows(site: Site, module: nn.Module, x: Tensor) -> Tensor:
     Args:
         site: the layer.
         module: the dense layer itself: it knows padding and dilation.
-        x: what its module was given: (N, in, H, W), (in, H, W) or (…, in).
+        x: what its module was given: (N, in, H, W) or (N, …, in).
     """
     if isinstance(module, nn.Linear):
-        return x.reshape(x.shape[0] if x.dim() > 1 else 1, -1, site.inputs).permute(2, 0, 1)
+        return x.reshape(x.shape[0], -1, site.inputs).permute(2, 0, 1)
     assert isinstance(module, nn.Conv2d)
-    x = x if x.dim() == 4 else x[None]
     return F.unfold(_padded(module, x), module.kernel_size, module.dilation, 0, module.stride).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class View:
+    """One side of a site: `output` rows are y (k = c), `input` rows are patches x (k = d).
+
+    Patches take k·positions numbers per image, so they are made for as many images at a time as `chunk_bytes`
+    allow (at least one).
+    """
+
+    site: Site
+    side: str = "output"
+    chunk_bytes: int = 1 << 27
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a row, of one group."""
+        return self.site.width if self.side == "output" else self.site.inputs
+
+    def source(self, x: Tensor, y: Tensor) -> Tensor:
+        """The tensor the rows are made of: the layer's input or its output."""
+        return y if self.side == "output" else x
+
+    def rows(self, module: nn.Module, source: Tensor) -> Tensor:
+        """Rows as columns, (g·k, images, positions)."""
+        return output_rows(self.site, source) if self.side == "output" else input_rows(self.site, module, source)
+
+    def chunks(self, y: Tensor, images: int) -> Iterator[slice]:
+        """Slices of the first dimension, whole images each, small enough for their patches.
+
+        Args:
+            y: the layer's output for a batch.
+            images: in the batch; layers on windows or patches have several entries an image.
+        """
+        entries = len(y) // images
+        bytes_each = 4 * self.site.groups * self.width * y.numel() // (images * self.site.outputs)
+        some = images if self.side == "output" else max(1, self.chunk_bytes // bytes_each)
+        return (slice(start, start + some * entries) for start in range(0, len(y), some * entries))
 
 
 def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pickle
+import re
 import sys
 import threading
 import time

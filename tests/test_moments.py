@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dist_prune.moments import Accumulator, StatisticsError, collect_moments
-from dist_prune.sites import input_rows, output_rows, survey, weight_of
+from dist_prune.sites import View, input_rows, output_rows, survey, weight_of
 from dist_prune.world import World
 from tests.ranks import run_ranks
 
@@ -23,6 +23,10 @@ def network() -> nn.Module:
 
 def images(count: int = 23) -> torch.Tensor:
     return torch.randn(count, 3, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def views(model: nn.Module) -> list[View]:
+    return [View(site) for site in survey(model, images(1)).sites]
 
 
 def plain_covariance(side: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -46,7 +50,7 @@ def collect_share(world: World, side: str) -> dict[str, tuple[torch.Tensor, torc
     cuts = {1: [0, 23], 2: [0, 17, 23], 3: [0, 17, 22, 23]}[world.size]
     mine = x[cuts[world.rank] : cuts[world.rank + 1]]
     batches = [mine[:0], *mine.split(5)] if world.rank == world.size - 1 else mine.split(5)
-    moments = collect_moments(model, sites, batches, world, side)
+    moments = collect_moments(model, [View(s, side) for s in sites], batches, world)
     return {name: (m.mean, m.covariance, int(m.count)) for name, m in moments.items()}
 
 
@@ -93,7 +97,7 @@ def test_bfloat16_outputs_are_summed_in_float32_and_more() -> None:
 
 def test_the_pass_leaves_no_hook_and_keeps_the_mode(world: World) -> None:
     model = network().train()
-    collect_moments(model, survey(model, images(1)).sites, [images(4)], world)
+    collect_moments(model, views(model), [images(4)], world)
     assert all(m.training for m in model.modules())
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -104,21 +108,21 @@ def test_non_finite_statistics_name_the_site(world: World) -> None:
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(StatisticsError, match=r"^3: its statistics hold NaN or infinity"):
-        collect_moments(model, sites, [images(4)], world)
+        collect_moments(model, map(View, sites), [images(4)], world)
 
 
 def test_no_images_name_the_site(world: World) -> None:
     model = network()
     with pytest.raises(StatisticsError, match=r"^0: no rows were seen"):
-        collect_moments(model, survey(model, images(1)).sites, [images(4)[:0]], world)
+        collect_moments(model, views(model), [images(4)[:0]], world)
 
 
 def test_output_covariance_follows_from_the_input_covariance(world: World) -> None:
     """Cov(Wx + b) = W Cov(x) Wᵀ: both sides of one pass must agree."""
     model = network()
     sites = survey(model, images(1)).sites
-    outputs = collect_moments(model, sites, [images()], world, "output")
-    inputs = collect_moments(model, sites, [images()], world, "input")
+    outputs = collect_moments(model, map(View, sites), [images()], world)
+    inputs = collect_moments(model, [View(s, "input") for s in sites], [images()], world)
     for site in sites:
         weight = weight_of(model.get_submodule(site.name), site)
         expected = weight @ inputs[site.name].covariance @ weight.mT

@@ -6,7 +6,7 @@ from dist_prune.bases import principal, solve
 from dist_prune.moments import collect_moments
 from dist_prune.projection import factor, project, project_output, rebuild
 from dist_prune.ranks import Choice, Plan
-from dist_prune.sites import Survey, bias_of, describe, output_rows, survey, weight_of
+from dist_prune.sites import Survey, View, bias_of, describe, output_rows, survey, weight_of
 from dist_prune.world import World, digest
 from tests.layers import LAYERS, layer
 from tests.ranks import run_ranks
@@ -21,7 +21,7 @@ def projected(kind: str, share: float, world: World) -> tuple[nn.Module, nn.Modu
     module, x = layer(kind)
     model = wrapped(module)
     site = describe("0", module)
-    moments = collect_moments(model, [site], [x], world)
+    moments = collect_moments(model, [View(site)], [x], world)
     bases = solve([site], moments, world)
     rank = max(site.groups, int(share * site.outputs) // site.groups * site.groups)
     return model, project(model, [site], bases, Plan((Choice("0", rank),))), x
@@ -68,7 +68,7 @@ def test_bias_sits_in_the_second_layer_and_padding_sees_zeros(world: World) -> N
 def test_projection_equals_projecting_the_outputs_themselves(world: World) -> None:
     model, compressed, x = projected("grouped", 0.5, world)
     site = describe("0", model[0])
-    moments = collect_moments(model, [site], [x], world)["0"]
+    moments = collect_moments(model, [View(site)], [x], world)["0"]
     encode, decode = principal(moments).kept(4)
     rows = output_rows(site, model[0](x)).reshape(site.groups, site.width, -1)
     mean = moments.mean[..., None]
@@ -99,7 +99,7 @@ def compress_small(world: World) -> tuple[str, torch.Tensor]:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(200, 4))
     x = torch.randn(12, 3, 9, 9, generator=torch.Generator().manual_seed(4))
     sites = survey(model, x[:1]).sites
-    moments = collect_moments(model, sites, x[world.rank :: world.size].split(4), world)
+    moments = collect_moments(model, map(View, sites), x[world.rank :: world.size].split(4), world)
     bases = solve(sites, moments, world)
     compressed = project(model, sites, bases, Plan(tuple(Choice(s.name, 3) for s in sites)))
     return digest(compressed), compressed(x).detach()
@@ -128,7 +128,7 @@ def test_a_module_used_twice_is_replaced_in_both_places(world: World) -> None:
     from dist_prune.models import logits_of
 
     site = describe("0", shared)
-    moments = collect_moments(model, [site], [x], world)
+    moments = collect_moments(model, [View(site)], [x], world)
     assert int(moments["0"].count) == 80
     compressed = project(model, [site], solve([site], moments, world), Plan((Choice("0", 6),)))
     assert compressed[0] is compressed[2] is not shared
