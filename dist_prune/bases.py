@@ -1,29 +1,33 @@
 """From statistics to directions: which r-dimensional subspace of a site to keep.
 
-A basis is full (r = C) and ordered: its first r directions are the best r, so ranks can be chosen, and chosen
-again, without solving again.
+A basis is full and ordered: its first r directions are the best r, so ranks can be chosen, and chosen again,
+without solving again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dist_prune.config import MethodConfig
 from dist_prune.moments import Moments
-from dist_prune.sites import Site
+from dist_prune.sites import Site, View, bias_of, weight_of
+from dist_prune.statistics import Statistics
 from dist_prune.world import World
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Directions of one site, best first; a leading dimension for its groups. All float64.
+    """Directions of one side of one site, best first; a leading dimension for its groups. All float64.
 
     `encode` (g, k, k) has a direction in each row, `decode` (g, k, k) in each column; the first r of each
-    give the projection y ≈ decode·encode·(y − mean) + mean. `mean` is (g, k). `spectrum` (g, k) is what each
-    direction carries, descending, in the method's own unit.
+    give the projection a ≈ decode·encode·(a − mean) + mean. They are inverse to each other, but need not be
+    orthogonal. `mean` is (g, k). `spectrum` (g, k) is what each direction carries, in the method's own unit and
+    order.
     """
 
     encode: Tensor
@@ -37,28 +41,106 @@ class Basis:
         return self.encode[:, :each], self.decode[..., :each]
 
 
+def eigenbasis(matrix: Tensor, mean: Tensor) -> Basis:
+    """Orthonormal eigenvectors of a symmetric (g, k, k) matrix, largest eigenvalue first."""
+    values, vectors = torch.linalg.eigh(matrix)
+    vectors = vectors.flip(-1).contiguous()
+    return Basis(vectors.mT.contiguous(), vectors, mean, values.flip(-1))
+
+
 def principal(moments: Moments) -> Basis:
     """PCA: eigenvectors of the covariance, largest eigenvalue first.
 
     For outputs y = Wx + b this is also the optimum of data-whitened SVD, argmin ‖(W − Ŵ)Σₓ^½‖ over rank r
     (Eckart-Young in the metric of Σₓ).
     """
-    values, vectors = torch.linalg.eigh(moments.covariance)
-    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-    return Basis(vectors.mT.contiguous(), vectors.contiguous(), moments.mean, values)
+    basis = eigenbasis(moments.covariance, moments.mean)
+    return replace(basis, spectrum=basis.spectrum.clamp(min=0))
 
 
-def solve(sites: Iterable[Site], moments: Mapping[str, Moments], world: World) -> dict[str, Basis]:
-    """Solve every site on rank 0 and give the answer to all, so that all hold the same bits."""
-    bases = {
-        site.name: principal(moments[site.name]) if world.is_first else _blank(moments[site.name])
-        for site in sites
-    }
+def by_gradient(matrix: Tensor, mean: Tensor, greedy: bool) -> Basis:
+    """Eigenvectors of T + Tᵀ, T = E[Σ_p (a_p − ā)g_pᵀ] with task gradients g, (g, k, k).
+
+    Removing the direction u changes the loss by −uᵀTu to first order. Kept first are those that matter most in
+    either way, or, when `greedy`, those whose removal is predicted to raise the loss most.
+    """
+    basis = eigenbasis(matrix, mean)
+    worth = -basis.spectrum if greedy else basis.spectrum.abs()
+    worth, order = worth.sort(dim=-1, descending=True, stable=True)
+    decode = basis.decode.gather(-1, order[:, None].expand_as(basis.decode))
+    return Basis(decode.mT.contiguous(), decode, mean, worth)
+
+
+def by_fisher(moments: Moments, metric: Tensor, damping: float) -> Basis:
+    """PCA in the metric G of output gradients: eigenvectors Q of G^½ΣG^½, encode QᵀG^½, decode G^−½Q.
+
+    Half the sum of the eigenvalues left out is the predicted KL divergence, if G is summed over positions and
+    rows and gradients are independent. G is damped by `damping` times its largest eigenvalue.
+    """
+    values, vectors = torch.linalg.eigh(metric)
+    largest = values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
+    root = (values.clamp(min=0) + damping * largest).sqrt()[:, None]
+    inner = (vectors * root) @ vectors.mT
+    basis = eigenbasis(inner @ moments.covariance @ inner, moments.mean)
+    encode, decode = basis.encode @ inner, (vectors / root) @ vectors.mT @ basis.decode
+    return Basis(encode, decode, moments.mean, basis.spectrum.clamp(min=0))
+
+
+def by_weight(weight: Tensor, bias: Tensor, side: str) -> Basis:
+    """Singular vectors of the weight (g, c, d) itself; the mean is such that the bias stays as it is."""
+    if side == "output":
+        return eigenbasis(weight @ weight.mT, bias)
+    return eigenbasis(weight.mT @ weight, weight.new_zeros(weight.shape[0], weight.shape[2]))
+
+
+def at_random(like: Basis, seed: int) -> Basis:
+    """Orthonormal directions, uniform (QR of a normal matrix), about the same mean."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(like.encode.shape, generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(normal)[0].to(like.encode.device)
+    return Basis(directions.mT.contiguous(), directions, like.mean, torch.ones_like(like.spectrum))
+
+
+def solve(
+    model: nn.Module,
+    sites: Iterable[Site],
+    statistics: Statistics,
+    method: MethodConfig,
+    seed: int,
+    world: World,
+) -> dict[str, Basis]:
+    """Solve every site on rank 0 and give the answer to all, so that all hold the same bits.
+
+    Returns:
+        site name → full basis, on the world's device.
+    """
+    bases = {}
+    for site in sites:
+        if world.is_first:
+            bases[site.name] = _solve_one(model.get_submodule(site.name), site, statistics, method, seed)
+        else:
+            bases[site.name] = _blank(View(site, method.side), world.device)
     world.broadcast_(*(t for b in bases.values() for t in (b.encode, b.decode, b.mean, b.spectrum)))
     return bases
 
 
-def _blank(moments: Moments) -> Basis:
+def _solve_one(module: nn.Module, site: Site, statistics: Statistics, method: MethodConfig, seed: int) -> Basis:
+    if method.method in ("weight-svd", "random"):
+        basis = by_weight(weight_of(module, site).double(), bias_of(module, site).double(), method.side)
+        return basis if method.method == "weight-svd" else at_random(basis, seed + zlib.crc32(site.name.encode()))
+    moments = statistics.moments[site.name]
+    if method.method == "pca":
+        return principal(moments)
+    matrix = statistics.curvature[site.name]
+    if method.method == "gradient":
+        return by_gradient(matrix, moments.mean, method.greedy)
+    if method.method == "fisher":
+        return by_fisher(moments, matrix, method.damping)
+    return eigenbasis(matrix, moments.mean)
+
+
+def _blank(view: View, device: torch.device) -> Basis:
     """Room for a basis solved elsewhere."""
-    square, vector = torch.empty_like(moments.outer), torch.empty_like(moments.total)
-    return Basis(square, square.clone(), vector, vector.clone())
+    vector = torch.empty(view.site.groups, view.width, dtype=torch.float64, device=device)
+    square = vector.new_empty(*vector.shape, view.width)
+    return Basis(square, torch.empty_like(square), vector, torch.empty_like(vector))

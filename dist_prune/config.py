@@ -131,25 +131,77 @@ class DataConfig:
         _require(self.eval_batch_size > 0, f"--eval-batch-size {self.eval_batch_size}: expected at least 1")
 
 
+Method = Literal[
+    "pca", "gradient", "hessian-global", "hessian-local", "fisher", "weight-svd", "random", "random-init"
+]
+Side = Literal["output", "input"]
+DATA_FREE: tuple[Method, ...] = ("weight-svd", "random", "random-init")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Where the directions to keep come from, and what is measured for that."""
+
+    method: Method = "pca"
+    """Covariance (pca), task gradients, curvature of the output's change (hessian-*, fisher), or a baseline."""
+    side: Side = "output"
+    """Directions of a layer's outputs, or of its input patches."""
+    loss: Literal["mse", "kl", "kl-reverse"] = "kl"
+    """Of the change of the network's output; fisher, hessian-*."""
+    greedy: bool = False
+    """gradient: keep what is predicted to raise the loss when removed, not what matters most either way."""
+    rank_loss: bool = False
+    """hessian-global: losses by their rank among all."""
+    sampled: bool = False
+    """hessian-local: by sampling and double backward, site by site; slow, for comparison."""
+    draws: int = 1
+    """fisher, hessian-local: random gradients an image; 0: all classes, exactly."""
+    probes: int = 1024
+    """hessian-global, --sampled: images, one random direction each."""
+    damping: float = 0.01
+    """fisher: added to the metric, as a share of its largest eigenvalue."""
+    statistics_images: int = 0
+    """Training images the statistics see; 0: all."""
+    statistics: Path | None = None
+    """Take the statistics from this file, of an earlier run's directory, instead of collecting them."""
+    chunk_mb: int = 128
+    """Input side: memory for patches at a time, MiB."""
+
+    def __post_init__(self) -> None:
+        _require(self.statistics_images >= 0, f"--statistics-images {self.statistics_images}: expected ≥ 0")
+        _require(self.draws >= 0, f"--draws {self.draws}: expected 0 or more")
+        _require(self.probes > 0, f"--probes {self.probes}: expected at least 1")
+        _require(self.damping > 0, f"--damping {self.damping}: expected above 0")
+        _require(self.chunk_mb > 0, f"--chunk-mb {self.chunk_mb}: expected at least 1")
+        self._require_fitting("greedy", self.greedy, "gradient", "other methods have no sign to be greedy about")
+        self._require_fitting("rank-loss", self.rank_loss, "hessian-global", "others sample no losses")
+        self._require_fitting("sampled", self.sampled, "hessian-local", "other methods have no double backward")
+        wrong_side = self.side == "input" and self.method == "fisher"
+        _require(
+            not wrong_side, "--method fisher is a metric of outputs; on --side input use pca or hessian-local"
+        )
+        unused = self.statistics is not None and self.method in DATA_FREE
+        _require(not unused, f"--statistics: --method {self.method} uses none; leave it out")
+
+    def _require_fitting(self, flag: str, given: bool, method: Method, why: str) -> None:
+        _require(not given or self.method == method, f"--{flag} goes with --method {method}; {why}")
+
+
 @dataclass(frozen=True)
 class CompressionConfig:
     """What is compressed, how, and how far."""
 
-    method: Literal["pca"] = "pca"
-    """Where the directions to keep come from."""
+    basis: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MethodConfig)
     ranks: str = "uniform:0.5"
     """uniform:RATIO of each site's channels, or a plan FILE."""
     sites: str = "*"
     """Globs over layer names and kinds @conv @linear @stride1 @spatial, comma-separated; ! excludes."""
     round_to: int = 0
     """Ranks are multiples of this; 0: 8 on CUDA, 1 on CPU."""
-    statistics_images: int = 0
-    """Training images the statistics see; 0: all."""
 
     def __post_init__(self) -> None:
         parse_rule(self.ranks)
         _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
-        _require(self.statistics_images >= 0, f"--statistics-images {self.statistics_images}: expected ≥ 0")
 
 
 @dataclass(frozen=True)

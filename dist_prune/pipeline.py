@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_prune import checkpoint, models
+from dist_prune import checkpoint, models, statistics
 from dist_prune.bases import solve
-from dist_prune.config import ConfigError, Run, TrainingConfig, parse_rule, require_complete, to_dict
+from dist_prune.config import DATA_FREE, ConfigError, Run, TrainingConfig, parse_rule, require_complete, to_dict
 from dist_prune.data import Stream, evaluation_stream, training_stream
 from dist_prune.evaluate import Metrics, Predictions, predict, score, time_sites
 from dist_prune.export import Description, save_compressed
 from dist_prune.finetune import Trainer, scaled_lr
-from dist_prune.images import Dataset, check_files, open_dataset, write_digits
-from dist_prune.moments import Moments, collect_moments
+from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
 from dist_prune.projection import project, rebuild
 from dist_prune.ranks import Plan, cost, make_plan
 from dist_prune.report import Report, environment, plan_table, table
-from dist_prune.sites import Survey, View, survey
+from dist_prune.sites import Survey, survey
+from dist_prune.statistics import Statistics
 from dist_prune.world import RankError, World, digest, fingerprint, joined
 
 STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
@@ -113,9 +113,9 @@ def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     check_files(dataset.train, world)
     check_files(dataset.val, world)
     dense, found = load_network(config, world)
-    make_plan(parse_rule(config.compression.ranks), found, rounding(config, world))
+    planned(config, found, world)
     job = Job(config, world, report, folder, dataset, dense, found)
-    validation(job), calibration(job)  # both refuse to share fewer images than ranks
+    validation(job), calibration(job, 0)  # both refuse to share fewer images than ranks
     world.from_first(lambda: checkpoint.claim(folder, config, environment()))
     if world.is_first:
         report.open(folder)
@@ -168,16 +168,18 @@ def probe(config: Run, world: World, images: int) -> torch.Tensor:
     return torch.randn(images, 3, crop, crop, generator=generator).to(world.device)
 
 
-def rounding(config: Run, world: World) -> int:
-    """Tensor cores want multiples of 8."""
-    return config.compression.round_to or (8 if world.device.type == "cuda" else 1)
+def planned(config: Run, found: Survey, world: World) -> Plan:
+    """The plan that `--ranks` asks for; tensor cores want multiples of 8."""
+    compression = config.compression
+    round_to = compression.round_to or (8 if world.device.type == "cuda" else 1)
+    return make_plan(parse_rule(compression.ranks), found, round_to, compression.basis.side)
 
 
 def show_plan(config: Run, world: World, report: Report) -> None:
     """The dry run: the plan's table from the network alone; weights are not even read."""
     unread = replace(config, network=replace(config.network, weights="none"))
     dense, found = load_network(unread, world)
-    plan = make_plan(parse_rule(config.compression.ranks), found, rounding(config, world))
+    plan = planned(config, found, world)
     report.say(told_plan(found, plan, time_sites(dense, found.sites, probe(config, world, 4))))
 
 
@@ -260,39 +262,53 @@ def validation(job: Job) -> Stream:
 
 def compress(job: Job) -> tuple[Plan, nn.Module]:
     """Statistics → bases → plan → projected network."""
-    config, sites = job.config, job.survey.sites
-    with job.report.phase("statistics"):
-        moments = collect_moments(job.dense, map(View, sites), calibration(job), job.world)
-        for site in sites:
-            warn_if_few(job, site.name, moments[site.name])
-    with job.report.phase("bases"):
-        bases = solve(sites, moments, job.world)
-    plan = make_plan(parse_rule(config.compression.ranks), job.survey, rounding(config, job.world))
+    config, sites, method = job.config, job.survey.sites, job.config.compression.basis
+    plan = planned(config, job.survey, job.world)
     shares = job.world.from_first(lambda: time_sites(job.dense, sites, probe(config, job.world, 16)))
     job.report.say(told_plan(job.survey, plan, shares))
+    if method.method == "random-init":
+        torch.manual_seed(config.seed)
+        untrained = models.build(config.network.arch, config.network.classes)
+        return plan, rebuild(untrained, plan).to(job.world.device)
+    gathered = gather(job)
+    with job.report.phase("bases"):
+        bases = solve(job.dense, sites, gathered, method, config.seed, job.world)
     job.report.site_spectra(job.survey, bases, plan)
     with job.report.phase("projection"):
-        return plan, project(job.dense, sites, bases, plan)
+        return plan, project(job.dense, sites, bases, plan, method.side)
 
 
-def calibration(job: Job) -> Iterator[torch.Tensor]:
-    """The statistics' images: of the training split, as validation sees images."""
-    images, count = job.config.images, job.config.compression.statistics_images
+def gather(job: Job) -> Statistics:
+    """The statistics the method needs: from the file given, or collected now and kept in the run's directory."""
+    method, sites, seed = job.config.compression.basis, job.survey.sites, job.config.seed
+    if method.method in DATA_FREE:
+        return Statistics()
+    split, image = statistics_split(job, 0), to_dict(job.config.images.image)
+    made_of = statistics.origin(method, digest(job.dense), split.digest(), image, seed)
+    if method.statistics is not None:
+        return statistics.load(method.statistics, sites, made_of, job.world.device)
+    with job.report.phase("statistics"):
+        found = statistics.collect(job.dense, sites, lambda n: calibration(job, n), job.world, method, seed)
+    for warning in statistics.warnings(found, sites, method, len(split)):
+        job.report.say(f"warning: {warning}")
+    path = job.folder / "statistics.safetensors"
+    job.world.from_first(lambda: statistics.save(path, found, made_of))
+    return found
+
+
+def calibration(job: Job, count: int) -> Stream:
+    """The statistics' images, at most `count` of them (0: all), as validation sees images."""
+    images, split = job.config.images, statistics_split(job, count)
+    return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
+
+
+def statistics_split(job: Job, count: int) -> Split:
+    """A seeded subset of the training images, never of the validation images."""
     split = job.dataset.train
-    if count and count < len(split):
-        split = split.subset(count, job.config.seed)
-    stream = evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
-    return (batch.images for batch in stream)
-
-
-def warn_if_few(job: Job, name: str, moments: Moments) -> None:
-    """Fewer rows than dimensions leave directions undetermined."""
-    rows, width = int(moments.count), moments.total.shape[-1]
-    if rows < width:
-        job.report.say(
-            f"warning: {name}: {rows} rows for {width} dimensions, the covariance is rank-deficient; "
-            f"raise --statistics-images"
-        )
+    for limit in (job.config.compression.basis.statistics_images, count):
+        if limit and limit < len(split):
+            split = split.subset(limit, job.config.seed)
+    return split
 
 
 def tune(
@@ -426,7 +442,7 @@ def outcome(job: Job, plan: Plan, compressed: nn.Module) -> dict[str, Any]:
         "seconds": {phase: round(seconds, 3) for phase, seconds in job.report.seconds.items()},
         "world_size": job.world.size,
         "seed": job.config.seed,
-        "method": job.config.compression.method,
+        "method": job.config.compression.basis.method,
         "ranks": job.config.compression.ranks,
         "parameter_hash": digest(compressed),
     }

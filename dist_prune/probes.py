@@ -212,10 +212,11 @@ def _products(model: nn.Module, view: View, batch: Batch, dense: Tensor, probing
     (slope,) = torch.autograd.grad(loss, w, create_graph=True)
     (curved,) = torch.autograd.grad((slope * v).sum(), w)
     products = torch.einsum("sngk,ngl->sgkl", torch.stack([curved.double(), direction]), direction)
-    return products.detach()  # type: ignore[no-any-return]
+    return torch.Tensor.detach(products)
 
 
 def _least_squares(responses: Tensor, directions: Tensor) -> Tensor:
     """M with M·Σvvᵀ = ΣHvvᵀ; with fewer directions than dimensions, the solution of least norm."""
     solution = responses @ torch.linalg.pinv(directions, hermitian=True)
-    return (solution + solution.mT) / 2
+    symmetric: Tensor = (solution + solution.mT) / 2
+    return symmetric

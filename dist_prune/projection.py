@@ -44,6 +44,13 @@ def project_output(weight: Tensor, bias: Tensor, basis: Basis, rank: int) -> Fac
     return Factors(decode, encode @ weight, basis.mean + offset)
 
 
+def project_input(weight: Tensor, bias: Tensor, basis: Basis, rank: int) -> Factors:
+    """Project the input patches: y ≈ W(D·E·(x − x̄) + x̄) + b. Arguments as in `project_output`; basis of x."""
+    encode, decode = basis.kept(rank)
+    lost = basis.mean - (decode @ (encode @ basis.mean[..., None]))[..., 0]
+    return Factors(weight @ decode, encode, bias + (weight @ lost[..., None])[..., 0])
+
+
 def factor(module: nn.Module, site: Site, factors: Factors) -> Factored:
     """The pair of layers that computes `factors` with the geometry of `module`."""
     pair = factored_like(module, site, factors.rank)
@@ -56,14 +63,17 @@ def factor(module: nn.Module, site: Site, factors: Factors) -> Factored:
     return pair
 
 
-def project(model: nn.Module, sites: Iterable[Site], bases: Mapping[str, Basis], plan: Plan) -> nn.Module:
+def project(
+    model: nn.Module, sites: Iterable[Site], bases: Mapping[str, Basis], plan: Plan, side: str = "output"
+) -> nn.Module:
     """A copy of the network with every planned site projected on its basis. The network itself is untouched."""
+    factors_of = project_output if side == "output" else project_input
     replacements = []
     for site in sites:
         if site.name in plan.ranks:
             module = model.get_submodule(site.name)
             weight, bias = weight_of(module, site).double(), bias_of(module, site).double()
-            factors = project_output(weight, bias, bases[site.name], plan.ranks[site.name])
+            factors = factors_of(weight, bias, bases[site.name], plan.ranks[site.name])
             replacements.append((site.name, factor(module, site, factors)))
     return with_replaced(model, replacements)
 

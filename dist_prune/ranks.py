@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_prune.config import Rule
-from dist_prune.sites import Site, Survey
+from dist_prune.sites import Survey, View
 
 
 class PlanError(ValueError):
@@ -78,37 +78,41 @@ def cost(survey: Survey, plan: Plan) -> Cost:
     return Cost(macs, params)
 
 
-def make_plan(rule: Rule, survey: Survey, round_to: int) -> Plan:
+def make_plan(rule: Rule, survey: Survey, round_to: int, side: str = "output") -> Plan:
     """Apply the rule.
 
     Args:
         rule: see `config.parse_rule`.
         survey: the chosen sites and the skipped ones.
         round_to: ranks are multiples of this where the site is large enough.
+        side: of the bases, which have no more directions than that side has dimensions.
     """
     if rule.kind == "file":
-        return read_plan(rule.file, survey)
-    chosen = tuple(_uniform(site, rule.amount, round_to) for site in survey.sites)
+        return read_plan(rule.file, survey, side)
+    chosen = tuple(_uniform(View(site, side), rule.amount, round_to) for site in survey.sites)
     return Plan(chosen + tuple(Choice(s.name, None, s.reason) for s in survey.skipped))
 
 
-def _uniform(site: Site, ratio: float, round_to: int) -> Choice:
-    """`ratio` of the site's channels. At ratio 1 all are kept, whatever that costs: the identity."""
-    rank = rounded(site, ratio * site.outputs, round_to)
-    if ratio < 1 and site.factored_macs(rank) >= site.macs:
+def _uniform(view: View, ratio: float, round_to: int) -> Choice:
+    """`ratio` of the site's output channels. At ratio 1 all directions are kept, whatever that costs."""
+    site = view.site
+    if ratio == 1:
+        return Choice(site.name, view.full_rank)
+    rank = rounded(view, ratio * site.outputs, round_to)
+    if site.factored_macs(rank) >= site.macs:
         return Choice(site.name, None, f"rank {rank} costs no less than the dense layer")
     return Choice(site.name, rank)
 
 
-def rounded(site: Site, rank: float, round_to: int) -> int:
+def rounded(view: View, rank: float, round_to: int) -> int:
     """The nearest rank the site allows: a multiple of its groups, and of `round_to` if it has room."""
-    step = math.lcm(site.groups, round_to)
-    if step > site.max_rank:
-        step = site.groups
-    return int(min(max(round(rank / step), 1) * step, site.outputs))
+    step = math.lcm(view.site.groups, round_to)
+    if step > view.full_rank:
+        step = view.site.groups
+    return int(min(max(round(rank / step), 1) * step, view.full_rank))
 
 
-def read_plan(file: Path, survey: Survey) -> Plan:
+def read_plan(file: Path, survey: Survey, side: str) -> Plan:
     """A plan edited by hand (`plan.json` of a run, or only its `choices`).
 
     Raises:
@@ -119,7 +123,7 @@ def read_plan(file: Path, survey: Survey) -> Plan:
     except ValueError as error:
         raise PlanError(f"--ranks {file}: not JSON ({error})") from error
     plan = Plan.from_json(content["choices"] if isinstance(content, dict) else content)
-    sites = {site.name: site for site in survey.sites}
+    sites = {site.name: View(site, side) for site in survey.sites}
     for name, rank in plan.ranks.items():
         if name not in sites:
             raise PlanError(f"--ranks {file}: {name} is not a site here; sites: {', '.join(sites)}")
@@ -129,7 +133,8 @@ def read_plan(file: Path, survey: Survey) -> Plan:
     return replace(plan, choices=chosen + tuple(Choice(s.name, None, s.reason) for s in survey.skipped))
 
 
-def _check_rank(site: Site, rank: int, file: Path) -> None:
-    if not 1 <= rank <= site.outputs or rank % site.groups:
+def _check_rank(view: View, rank: int, file: Path) -> None:
+    site = view.site
+    if not 1 <= rank <= view.full_rank or rank % site.groups:
         extra = f", a multiple of {site.groups}" if site.groups > 1 else ""
-        raise PlanError(f"--ranks {file}: {site.name} has rank {rank}; expected 1 to {site.outputs}{extra}")
+        raise PlanError(f"--ranks {file}: {site.name} has rank {rank}; expected 1 to {view.full_rank}{extra}")

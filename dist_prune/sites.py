@@ -50,8 +50,8 @@ class Site:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank that can say something: no basis needs more directions than min(C, D)."""
-        return self.groups * min(self.width, self.inputs)
+        """All directions of the larger side, all groups together: more are impossible."""
+        return self.groups * max(self.width, self.inputs)
 
     @property
     def dense_weights(self) -> int:
@@ -279,6 +279,11 @@ class View:
         """Dimensions of a row, of one group."""
         return self.site.width if self.side == "output" else self.site.inputs
 
+    @property
+    def full_rank(self) -> int:
+        """Directions of all groups together."""
+        return self.site.groups * self.width
+
     def source(self, x: Tensor, y: Tensor) -> Tensor:
         """The tensor the rows are made of: the layer's input or its output."""
         return y if self.side == "output" else x
@@ -325,11 +330,11 @@ def factored_like(module: nn.Module, site: Site, rank: int) -> Factored:
     """An uninitialised factored pair in the place of `module`, of the same device and type.
 
     Raises:
-        SiteError: a rank outside 1…C or not a multiple of the groups.
+        SiteError: a rank that the site does not allow or not a multiple of the groups.
     """
-    if not 1 <= rank <= site.outputs or rank % site.groups:
+    if not 1 <= rank <= site.max_rank or rank % site.groups:
         groups = f" in multiples of its {site.groups} groups" if site.groups > 1 else ""
-        raise SiteError(f"{site.name}: rank {rank} is impossible; expected 1 to {site.outputs}{groups}")
+        raise SiteError(f"{site.name}: rank {rank} is impossible; expected 1 to {site.max_rank}{groups}")
     weight = module.weight
     assert isinstance(weight, Tensor)
     pair = _linear_pair(module, rank) if isinstance(module, nn.Linear) else _conv_pair(module, rank)

@@ -1,12 +1,16 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
-from dist_prune.bases import principal, solve
-from dist_prune.moments import collect_moments
+from dist_prune.bases import Basis, principal, solve
+from dist_prune.config import MethodConfig
+from dist_prune.moments import Moments, collect_moments
 from dist_prune.projection import factor, project, project_output, rebuild
 from dist_prune.ranks import Choice, Plan
-from dist_prune.sites import Survey, View, bias_of, describe, output_rows, survey, weight_of
+from dist_prune.sites import Site, Survey, View, bias_of, describe, input_rows, output_rows, survey, weight_of
+from dist_prune.statistics import Statistics
 from dist_prune.world import World, digest
 from tests.layers import LAYERS, layer
 from tests.ranks import run_ranks
@@ -17,12 +21,16 @@ def wrapped(module: nn.Module) -> nn.Module:
     return nn.Sequential(module, nn.Flatten())
 
 
+def pca(model: nn.Module, sites: Sequence[Site], moments: dict[str, Moments], world: World) -> dict[str, Basis]:
+    return solve(model, sites, Statistics(moments), MethodConfig(), 0, world)
+
+
 def projected(kind: str, share: float, world: World) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     module, x = layer(kind)
     model = wrapped(module)
     site = describe("0", module)
     moments = collect_moments(model, [View(site)], [x], world)
-    bases = solve([site], moments, world)
+    bases = pca(model, [site], moments, world)
     rank = max(site.groups, int(share * site.outputs) // site.groups * site.groups)
     return model, project(model, [site], bases, Plan((Choice("0", rank),))), x
 
@@ -34,6 +42,36 @@ def test_full_rank_is_the_identity_for_every_kind(kind: str, world: World) -> No
     single, x = compressed.float(), x.float()
     torch.testing.assert_close(single(x), model.float()(x), rtol=1e-4, atol=1e-4)
     model.double()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_input_side_at_full_rank_is_the_identity_for_every_kind(kind: str, world: World) -> None:
+    module, x = layer(kind)
+    model, site = wrapped(module), describe("0", module)
+    view = View(site, "input")
+    moments = collect_moments(model, [view], [x], world)
+    bases = solve(model, [site], Statistics(moments), MethodConfig(side="input"), 0, world)
+    plan = Plan((Choice("0", view.full_rank),))
+    compressed = project(model, [site], bases, plan, "input")
+    torch.testing.assert_close(compressed(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["3×3", "strided", "dilated", "grouped", "linear"])
+def test_the_input_side_projects_the_patches_themselves(kind: str, world: World) -> None:
+    """Reduced patches, put back and multiplied by W, give what the factored layers give."""
+    module, x = layer(kind)
+    model, site = wrapped(module), describe("0", module)
+    moments = collect_moments(model, [View(site, "input")], [x], world)
+    bases = solve(model, [site], Statistics(moments), MethodConfig(side="input"), 0, world)
+    rank = 3 * site.groups
+    compressed = project(model, [site], bases, Plan((Choice("0", rank),)), "input")
+    patches = input_rows(site, module, x).reshape(site.groups, site.inputs, -1)
+    encode, decode = bases["0"].kept(rank)
+    mean = moments["0"].mean[..., None]
+    expected = weight_of(module, site) @ (decode @ (encode @ (patches - mean)) + mean)
+    expected = expected + bias_of(module, site)[..., None]
+    found = output_rows(site, compressed[0](x)).reshape(expected.shape)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["3×3", "strided", "grouped", "linear", "linear on tokens"])
@@ -100,7 +138,7 @@ def compress_small(world: World) -> tuple[str, torch.Tensor]:
     x = torch.randn(12, 3, 9, 9, generator=torch.Generator().manual_seed(4))
     sites = survey(model, x[:1]).sites
     moments = collect_moments(model, map(View, sites), x[world.rank :: world.size].split(4), world)
-    bases = solve(sites, moments, world)
+    bases = pca(model, sites, moments, world)
     compressed = project(model, sites, bases, Plan(tuple(Choice(s.name, 3) for s in sites)))
     return digest(compressed), compressed(x).detach()
 
@@ -130,7 +168,7 @@ def test_a_module_used_twice_is_replaced_in_both_places(world: World) -> None:
     site = describe("0", shared)
     moments = collect_moments(model, [View(site)], [x], world)
     assert int(moments["0"].count) == 80
-    compressed = project(model, [site], solve([site], moments, world), Plan((Choice("0", 6),)))
+    compressed = project(model, [site], pca(model, [site], moments, world), Plan((Choice("0", 6),)))
     assert compressed[0] is compressed[2] is not shared
     torch.testing.assert_close(logits_of(compressed(x)), model(x))
     assert isinstance(survey(wrapped(nn.Linear(6, 2)), torch.zeros(1, 6)), Survey)

@@ -1,0 +1,160 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dist_prune import statistics
+from dist_prune.bases import solve
+from dist_prune.checkpoint import CheckpointError
+from dist_prune.config import ConfigError, MethodConfig
+from dist_prune.data import Batch
+from dist_prune.moments import StatisticsError
+from dist_prune.projection import project
+from dist_prune.ranks import Choice, Plan
+from dist_prune.sites import survey
+from dist_prune.world import World
+
+METHODS = [
+    MethodConfig("pca"),
+    MethodConfig("pca", side="input"),
+    MethodConfig("gradient"),
+    MethodConfig("gradient", greedy=True, side="input"),
+    MethodConfig("fisher"),
+    MethodConfig("fisher", loss="mse", draws=0),
+    MethodConfig("hessian-local"),
+    MethodConfig("hessian-local", side="input", loss="mse"),
+    MethodConfig("hessian-local", sampled=True, probes=64),
+    MethodConfig("hessian-global", probes=64),
+    MethodConfig("hessian-global", probes=64, rank_loss=True, side="input", loss="kl-reverse"),
+    MethodConfig("weight-svd"),
+    MethodConfig("weight-svd", side="input"),
+    MethodConfig("random"),
+]
+IMAGES = 64
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 8, 3, stride=2, groups=2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ).eval()
+
+
+def batches(count: int) -> list[Batch]:
+    count = min(count, IMAGES) if count else IMAGES
+    x = torch.randn(IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    return [Batch(x[i : i + 16], torch.arange(16) % 4, torch.arange(i, i + 16)) for i in range(0, count, 16)]
+
+
+SITES = survey(network(), batches(0)[0].images[:1]).sites
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.method}-{m.side}-{m.loss}")
+def test_every_method_compresses_and_is_exact_at_full_rank(method: MethodConfig, world: World) -> None:
+    model, x = network(), batches(0)[0].images
+    found = statistics.collect(model, SITES, batches, world, method, seed=0)
+    bases = solve(model, SITES, found, method, 0, world)
+    full = {"output": {"0": 6, "2": 8, "4": 4}, "input": {"0": 27, "2": 54, "4": 32}}[method.side]
+    errors = []
+    for ranks in (dict.fromkeys(full, 2), {n: r // 2 for n, r in full.items()}, full):
+        plan = Plan(tuple(Choice(name, rank) for name, rank in ranks.items()))
+        compressed = project(model, SITES, bases, plan, method.side)
+        errors.append((compressed(x) - model(x)).square().mean().item())
+    assert errors[2] < 1e-8 < errors[0]
+    assert all(torch.isfinite(b.spectrum).all() for b in bases.values())
+
+
+@pytest.mark.parametrize("method", METHODS[:11], ids=lambda m: f"{m.method}-{m.side}-{m.loss}")
+def test_statistics_come_back_from_disk_bit_for_bit(method: MethodConfig, world: World, tmp_path: Path) -> None:
+    found = statistics.collect(network(), SITES, batches, world, method, seed=0)
+    made_of = statistics.origin(method, "model", "images", {"crop": 6}, 0)
+    path = tmp_path / "statistics.safetensors"
+    statistics.save(path, found, made_of)
+    again = statistics.load(path, SITES, made_of, torch.device("cpu"))
+    for site in SITES:
+        assert torch.equal(again.moments[site.name].covariance, found.moments[site.name].covariance)
+        assert torch.equal(again.moments[site.name].mean, found.moments[site.name].mean)
+        if found.curvature:
+            assert torch.equal(again.curvature[site.name], found.curvature[site.name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "other"}, "model: a there, other here"),
+        ({"images": "other"}, "images: b there, other here"),
+        ({"image": {"crop": 7}}, "image: {'crop': 6} there, {'crop': 7} here"),
+        ({"side": "input"}, "side: output there, input here"),
+        ({"seed": 4, "draws": 3}, "draws: 1 there, 3 here; seed: 0 there, 4 here"),
+    ],
+)
+def test_statistics_of_something_else_are_refused_with_what_differs(
+    change: dict[str, object], message: str, world: World, tmp_path: Path
+) -> None:
+    method = MethodConfig("fisher")
+    made_of = statistics.origin(method, "a", "b", {"crop": 6}, 0)
+    path = tmp_path / "statistics.safetensors"
+    statistics.save(path, statistics.collect(network(), SITES, batches, world, method, 0), made_of)
+    with pytest.raises(StatisticsError, match=message):
+        statistics.load(path, SITES, made_of | change, torch.device("cpu"))
+
+
+def test_damaged_foreign_and_incomplete_files_are_refused(world: World, tmp_path: Path) -> None:
+    path, made_of = tmp_path / "statistics.safetensors", {"model": "a"}
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        statistics.load(path, SITES, made_of, torch.device("cpu"))
+    found = statistics.collect(network(), SITES[:2], batches, world, MethodConfig(), 0)
+    statistics.save(path, found, made_of)
+    with pytest.raises(StatisticsError, match="has no 4; collect again"):
+        statistics.load(path, SITES, made_of, torch.device("cpu"))
+    statistics.load(path, SITES[:1], made_of, torch.device("cpu"))
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        statistics.load(path, SITES[:1], made_of, torch.device("cpu"))
+
+
+def test_pca_statistics_do_not_depend_on_the_seed_but_drawn_ones_do() -> None:
+    for method, depends in (
+        (MethodConfig("pca"), False),
+        (MethodConfig("gradient"), False),
+        (MethodConfig("fisher"), True),
+    ):
+        same = statistics.origin(method, "", "", {}, 0) == statistics.origin(method, "", "", {}, 1)
+        assert same != depends
+
+
+def test_too_few_rows_and_probes_are_told_with_the_site(world: World) -> None:
+    def few(count: int) -> list[Batch]:
+        return [replace(b, images=b.images[:3], labels=b.labels[:3], indices=b.indices[:3]) for b in batches(1)]
+
+    method = MethodConfig("hessian-global", probes=3)
+    found = statistics.collect(network(), SITES, few, world, method, 0)
+    told = statistics.warnings(found, SITES, method, 3)
+    assert any(t.startswith("4: 3 rows for 4 dimensions, the covariance is rank-deficient") for t in told)
+    assert any(t.startswith("0: 3 probes for 6 dimensions, the Hessian is rank-deficient") for t in told)
+    assert not statistics.warnings(statistics.Statistics(), SITES, MethodConfig("random"), 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "pca", "greedy": True}, "--greedy goes with --method gradient"),
+        ({"method": "fisher", "rank_loss": True}, "--rank-loss goes with --method hessian-global"),
+        ({"method": "hessian-global", "sampled": True}, "--sampled goes with --method hessian-local"),
+        ({"method": "fisher", "side": "input"}, "on --side input use pca or hessian-local"),
+        ({"method": "random", "statistics": Path("x")}, "--method random uses none; leave it out"),
+        ({"method": "fisher", "damping": 0.0}, "--damping 0.0: expected above 0"),
+        ({"probes": 0}, "--probes 0"),
+    ],
+)
+def test_flags_that_do_not_fit_the_method_say_what_to_do(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MethodConfig(**settings)
