@@ -77,13 +77,20 @@ def by_fisher(moments: Moments, metric: Tensor, damping: float) -> Basis:
     Half the sum of the eigenvalues left out is the predicted KL divergence, if G is summed over positions and
     rows and gradients are independent. G is damped by `damping` times its largest eigenvalue.
     """
+    values = torch.linalg.eigvalsh(metric)[:, -1:, None]
+    identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+    return metric_basis(moments.covariance, moments.mean, metric + damping * values.clamp(min=0) * identity)
+
+
+def metric_basis(covariance: Tensor, mean: Tensor, metric: Tensor) -> Basis:
+    """PCA of a covariance (g, k, k) in a metric (g, k, k), whose negative and vanishing eigenvalues are lifted."""
     values, vectors = torch.linalg.eigh(metric)
-    largest = values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
-    root = (values.clamp(min=0) + damping * largest).sqrt()[:, None]
+    floor = (values[:, -1:] * 1e-12).clamp(min=torch.finfo(values.dtype).tiny)
+    root = values.clamp(min=floor).sqrt()[:, None]
     inner = (vectors * root) @ vectors.mT
-    basis = eigenbasis(inner @ moments.covariance @ inner, moments.mean)
+    basis = eigenbasis(inner @ covariance @ inner, mean)
     encode, decode = basis.encode @ inner, (vectors / root) @ vectors.mT @ basis.decode
-    return Basis(encode, decode, moments.mean, basis.spectrum.clamp(min=0))
+    return Basis(encode, decode, mean, basis.spectrum.clamp(min=0))
 
 
 def by_weight(weight: Tensor, bias: Tensor, side: str) -> Basis:

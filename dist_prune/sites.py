@@ -222,10 +222,10 @@ def describe(name: str, module: nn.Module, rows: int = 0) -> Site:
 
 
 def weight_of(module: nn.Module, site: Site) -> Tensor:
-    """The site's weight as a matrix, (g, c, d), a view in the layer's own type."""
+    """The weight of the site's layer, or of one of its factors, as a matrix (g, outputs/g, inputs), a view."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().reshape(site.groups, site.width, site.inputs)
+    return weight.detach().reshape(site.groups, weight.shape[0] // site.groups, -1)
 
 
 def bias_of(module: nn.Module, site: Site) -> Tensor:

@@ -1,0 +1,293 @@
+"""Closed-form correction: each site is solved anew against the dense network, in execution order.
+
+When a site's turn comes, everything before it is compressed and corrected. With x̂ its input there and t what
+it should give, the best linear map is least squares; kept near the dense weight by a ridge,
+
+    P = (C_tx + λW)(C_xx + λI)⁻¹,   C_xx = Cov(x̂),  C_tx = Cov(t, x̂),
+
+and its best rank-r version in a metric G projects the predicted outputs on the leading eigenvectors U of
+G^½ P(C_xx + λI)Pᵀ G^½ (reduced-rank regression, Izenman 1975): decode G^−½U_r, encode U_rᵀG^½P, bias t̄ − P_r x̄.
+
+Where the output is added to a shortcut that is compressed too, t = y + (s − ŝ)/γ: the site repairs what the
+shortcut lost, γ being the slope of the batch norm in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.bases import metric_basis
+from dist_prune.models import logits_of
+from dist_prune.moments import Accumulator, Moments, full_float32, sum_moments
+from dist_prune.probes import kl
+from dist_prune.projection import Factors, factor
+from dist_prune.sites import Factored, Site, View, output_rows, weight_of
+from dist_prune.walk import Pass, Program
+from dist_prune.world import World
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The normal equations of one site: means (g, d), (g, c), covariances (g, d, d), (g, c, d), rows seen."""
+
+    mean_x: Tensor
+    mean_t: Tensor
+    xx: Tensor
+    tx: Tensor
+    rows: int
+
+
+def normal_equations(joint: Moments, inputs: int) -> Normal:
+    """From the moments of rows (x̂, t), (g, d + c), with d = `inputs`."""
+    mean, covariance = joint.mean, joint.covariance
+    return Normal(
+        mean[:, :inputs],
+        mean[:, inputs:],
+        covariance[:, :inputs, :inputs],
+        covariance[:, inputs:, :inputs],
+        int(joint.count),
+    )
+
+
+def least_squares(normal: Normal, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """P, and the covariance of what it predicts, P(C_xx + λI)Pᵀ.
+
+    Args:
+        normal: of the site.
+        weight: (g, c, d), which P is kept near to.
+        ridge: λ as a share of the mean eigenvalue of C_xx; the floor under which eigenvalues are not trusted.
+
+    Returns:
+        (g, c, d) and (g, c, c).
+    """
+    size = normal.xx.shape[-1]
+    trace = normal.xx.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    shift = ridge * trace.clamp(min=torch.finfo(trace.dtype).tiny) / size
+    shifted = normal.xx + shift * torch.eye(size, dtype=normal.xx.dtype, device=normal.xx.device)
+    right = normal.tx + shift * weight
+    solved = torch.linalg.solve(shifted, right.mT).mT
+    predicted = right @ solved.mT
+    return solved, (predicted + predicted.mT) / 2
+
+
+def reduced_rank(normal: Normal, weight: Tensor, rank: int, ridge: float, metric: Tensor) -> Factors:
+    """The rank-`rank` map that predicts t best in the metric (g, c, c)."""
+    solved, predicted = least_squares(normal, weight, ridge)
+    encode, decode = metric_basis(predicted, normal.mean_t, metric).kept(rank)
+    inner = encode @ solved
+    return Factors(decode, inner, _bias(normal, decode @ inner))
+
+
+def refit(normal: Normal, inner: Tensor, outer: Tensor, ridge: float) -> Factors:
+    """Keep the first layer; solve the second, and the bias, by least squares on its outputs."""
+    reduced = Normal(
+        (inner @ normal.mean_x[..., None])[..., 0],
+        normal.mean_t,
+        inner @ normal.xx @ inner.mT,
+        normal.tx @ inner.mT,
+        normal.rows,
+    )
+    solved, _ = least_squares(reduced, outer, ridge)
+    return Factors(solved, inner, _bias(normal, solved @ inner))
+
+
+def _bias(normal: Normal, weight: Tensor) -> Tensor:
+    return normal.mean_t - (weight @ normal.mean_x[..., None])[..., 0]
+
+
+# ── one site ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How sites are solved: `refit` or `regression`; `ridge` as in `least_squares`; dampings of the metric to try.
+
+    Dampings are shares of the metric's largest eigenvalue; infinity stands for no metric.
+    """
+
+    kind: str = "regression"
+    ridge: float = 1e-3
+    dampings: tuple[float, ...] = (0.01, 0.1, math.inf)
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        """What is tried in the place of a layer."""
+        if not isinstance(module, Factored):
+            return ("re-solved",)
+        return ("refit",) if self.kind == "refit" else tuple(f"regression, damping {d:g}" for d in self.dampings)
+
+    def solve(
+        self, name: str, present: nn.Module, dense: nn.Module, site: Site, normal: Normal, metric: Tensor
+    ) -> nn.Module:
+        """The layer that `name` stands for."""
+        weight = weight_of(dense, site).double()
+        if not isinstance(present, Factored):
+            return _resolved(dense, site, normal if site.bias else _uncentred(normal), self.ridge)
+        inner, outer = weight_of(present.reduce, site).double(), weight_of(present.expand, site).double()
+        if name == "refit":
+            return factor(dense, site, refit(normal, inner, outer, self.ridge))
+        damping = self.dampings[self.names(present).index(name)]
+        rank = inner.shape[0] * inner.shape[1]
+        return factor(dense, site, reduced_rank(normal, weight, rank, self.ridge, damped(metric, damping)))
+
+
+def damped(metric: Tensor, damping: float) -> Tensor:
+    """The metric plus a share of its largest eigenvalue; the identity for an infinite share."""
+    identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
+    if math.isinf(damping):
+        return identity
+    largest: Tensor = torch.linalg.eigvalsh(metric)[:, -1:, None].clamp(min=0)
+    return metric + damping * largest * identity
+
+
+def _resolved(dense: nn.Module, site: Site, normal: Normal, ridge: float) -> nn.Module:
+    solved, _ = least_squares(normal, weight_of(dense, site).double(), ridge)
+    module = copy.deepcopy(dense)
+    state = {"weight": solved, "bias": _bias(normal, solved)} if site.bias else {"weight": solved}
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(state[name].reshape(parameter.shape))
+    return module
+
+
+def _uncentred(normal: Normal) -> Normal:
+    """Moments about zero: what a layer without bias is solved from."""
+    xx = normal.xx + normal.mean_x[..., :, None] * normal.mean_x[..., None, :]
+    tx = normal.tx + normal.mean_t[..., :, None] * normal.mean_x[..., None, :]
+    return replace(normal, xx=xx, tx=tx)
+
+
+# ── the walk ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Pair:
+    """The dense and the compressed network's passes over one batch; `held` out of solving, it judges instead."""
+
+    dense: Pass
+    compressed: Pass
+    logits: Tensor | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether its images judge."""
+        return self.logits is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one site: the held-out KL of each layer tried, in nats per image, and the one chosen."""
+
+    site: str
+    tried: Mapping[str, float]
+    chosen: str
+    rows: int
+
+
+@dataclass
+class Correction:
+    """Everything the walk needs; `metrics` are the Fisher metrics of the sites' outputs, (g, c, c)."""
+
+    program: Program
+    dense: nn.Module
+    compressed: nn.Module
+    pairs: Sequence[Pair]
+    metrics: Mapping[str, Tensor]
+    solver: Solver
+    world: World
+    positions: int = 0
+    seed: int = 0
+
+    def run(self, sites: Sequence[Site]) -> Iterator[Outcome]:
+        """Solve the sites that the program stops at, in its order, each in place; yields after each."""
+        by_name = {site.name: site for site in sites}
+        for name in self.program.stops:
+            with full_float32(), torch.no_grad():
+                yield self._site(by_name[name])
+
+    def _site(self, site: Site) -> Outcome:
+        normal = self._normal(site)
+        present = self.compressed.get_submodule(site.name)
+        tried = {"kept": present} | self._solutions(site, present, normal)
+        losses = self._judge(site, list(tried.values()))
+        chosen = min(range(len(losses)), key=losses.__getitem__)
+        best = list(tried.values())[chosen]
+        present.load_state_dict(best.state_dict())
+        return Outcome(site.name, dict(zip(tried, losses, strict=True)), list(tried)[chosen], normal.rows)
+
+    def _solutions(self, site: Site, present: nn.Module, normal: Normal) -> dict[str, nn.Module]:
+        """Rank 0 solves; all ranks get the same layers."""
+        dense, found = self.dense.get_submodule(site.name), {}
+        for name in self.solver.names(present):
+            if self.world.is_first:
+                found[name] = self.solver.solve(name, present, dense, site, normal, self.metrics[site.name])
+            else:
+                found[name] = copy.deepcopy(present)
+        self.world.broadcast_(*(p.data for module in found.values() for p in module.parameters()))
+        return found
+
+    def _normal(self, site: Site) -> Normal:
+        """Advance all passes to the site, and sum the normal equations over images and ranks."""
+        accumulator = Accumulator(site.groups, site.inputs + site.width, self.world.device)
+        for pair in self.pairs:
+            x, target = self._advance(site, pair)
+            if not pair.held:
+                self._add(accumulator, site, x, target)
+        joint = sum_moments({site.name: accumulator.moments()}, self.world)[site.name]
+        return normal_equations(joint, site.inputs)
+
+    def _advance(self, site: Site, pair: Pair) -> tuple[Tensor, Tensor]:
+        """What the site is given in the compressed network, and what it should give."""
+        place = self.program.stops[site.name]
+        pair.dense.advance(place)
+        pair.compressed.advance(place)
+        lost = self._lost_by_the_shortcut(site, pair) if site.name in self.program.shortcuts else None
+        pair.dense.advance(place + 1)
+        target = pair.dense.values[self.program.steps[place]]
+        return pair.compressed.input_of(site.name), target if lost is None else target + lost
+
+    def _lost_by_the_shortcut(self, site: Site, pair: Pair) -> Tensor:
+        """(s − ŝ)/γ; nothing in channels whose slope γ is far below the others'."""
+        lost = pair.dense.shortcut_of(site.name) - pair.compressed.shortcut_of(site.name)
+        norm = self.program.shortcuts[site.name].affine
+        if not norm:
+            return lost
+        affine = self.dense.get_submodule(norm)
+        assert isinstance(affine, nn.BatchNorm2d) and affine.running_var is not None
+        slope = (affine.running_var + affine.eps).rsqrt()
+        slope = slope if affine.weight is None else slope * affine.weight
+        usable = slope.abs() > 1e-2 * slope.abs().median()
+        return lost * torch.where(usable, 1 / slope, 0)[:, None, None]
+
+    def _add(self, accumulator: Accumulator, site: Site, x: Tensor, target: Tensor) -> None:
+        view, module = View(site, "input"), self.dense.get_submodule(site.name)
+        for chunk in view.chunks(target, len(target)):
+            rows = view.rows(module, x[chunk])
+            rows = rows.reshape(site.groups, site.inputs, *rows.shape[1:])
+            wanted = output_rows(site, target[chunk])
+            wanted = wanted.reshape(site.groups, site.width, *wanted.shape[1:])
+            accumulator.add(torch.cat([rows, wanted], 1)[..., self._chosen(rows.shape[-1])].flatten(0, 1))
+
+    def _chosen(self, positions: int) -> Tensor | slice:
+        """A seeded subset of the positions."""
+        if not self.positions or positions <= self.positions:
+            return slice(None)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(positions, generator=generator)[: self.positions].to(self.world.device)
+
+    def _judge(self, site: Site, layers: Sequence[nn.Module]) -> list[float]:
+        """Held-out KL to the dense network with each layer in place and everything after it dense."""
+        sums = torch.zeros(len(layers) + 1, dtype=torch.float64, device=self.world.device)
+        for pair in self.pairs:
+            if pair.logits is not None:
+                x = pair.compressed.input_of(site.name)
+                for index, layer in enumerate(layers):
+                    logits = logits_of(pair.compressed.outcome(self.dense, layer(x)))
+                    sums[index] += kl(pair.logits, logits).double().sum()
+                sums[-1] += len(pair.logits)
+        self.world.sum_(sums)
+        return (sums[:-1] / sums[-1]).tolist()
