@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -166,7 +167,10 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 def run_directory(config: Run) -> Path:
     """`--run-dir`, or a new name under runs/."""
-    return config.run_dir or Path("runs") / f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if config.run_dir is not None:
+        return config.run_dir
+    name = f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(p for n in itertools.count() if not (p := Path("runs") / (f"{name}-{n}" if n else name)).exists())
 
 
 def require_free(folder: Path, config: Run) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\x00", b"MM\x00*", b"P3", b"P6", b"P2", b"P5")
+PNG, PNG_END = SIGNATURES[1], b"IEND"
 JPEG, SCAN_START, IMAGE_END = SIGNATURES[0], b"\xff\xda", b"\xff\xd9"
 UNLABELLED = -1
 DIGITS = 1797
@@ -181,8 +182,12 @@ def file_fault(path: Path) -> str | None:
                 return "empty"
             if not head.startswith(SIGNATURES):
                 return f"not an image, starts with {head[:4]!r}"
-            whole = not head.startswith(JPEG) or _jpeg_ends(file.read()) or _jpeg_ends(path.read_bytes())
-            return None if whole else "truncated JPEG"
+            tail = file.read()
+            if head.startswith(JPEG) and not (_jpeg_ends(tail) or _jpeg_ends(path.read_bytes())):
+                return "truncated JPEG"
+            if head.startswith(PNG) and PNG_END not in tail:  # DALI may crash on one
+                return "truncated PNG"
+            return None
     except OSError as error:
         return f"unreadable, {error.strerror}"
 

@@ -35,6 +35,10 @@ HEARD_S = 3.0  # how long a failing rank stays, so that the others still find it
 GRACE_S = 5.0  # how long a rank may take to raise another's error by itself, before its process is ended
 
 
+class DeviceError(ValueError):
+    """The device asked for is not there."""
+
+
 class RankError(RuntimeError):
     """Another rank failed; the message names it and its error."""
 
@@ -122,13 +126,13 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise RuntimeError(
+        raise DeviceError(
             f"device 'cuda' was asked for, but this process sees no GPU (CUDA_VISIBLE_DEVICES="
             f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}): ask the scheduler for one, or pass device 'cpu'"
         )
     count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
-        raise RuntimeError(f"local rank {local_rank} has no GPU: {count} visible, start as many ranks per node")
+        raise DeviceError(f"local rank {local_rank} has no GPU: {count} visible, start as many ranks per node")
     return torch.device("cuda", local_rank if count > 1 else 0)  # one visible: the launcher chose it for us
 
 

@@ -88,7 +88,9 @@ class Commands:
             began = time.monotonic()
             print(json.dumps(request), file=self.server.stdin, flush=True)
             codes = json.loads(self.server.stdout.readline())
-            out, err = ("".join(p.read_text() for p in sorted(Path(folder).glob(f"*.{k}"))) for k in ("out", "err"))
+            out, err = (
+                "".join(p.read_text() for p in sorted(Path(folder).glob(f"*.{k}"))) for k in ("out", "err")
+            )
         done = Done(codes or [], out, err, time.monotonic() - began)
         assert codes is not None, f"{words} hung and was killed after {deadline_s:g} s\n{out}\n{err}"
         return done

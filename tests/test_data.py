@@ -260,7 +260,7 @@ def test_damage_is_named_before_and_during_a_stream(tmp_path: Path, reason: str,
 def test_damage_that_only_decoding_shows_is_named_by_the_stream(tmp_path: Path) -> None:
     flat(tmp_path, 3)
     whole = (tmp_path / "000.png").read_bytes()
-    (tmp_path / "001.png").write_bytes(whole[:20] + bytes(30))
+    (tmp_path / "001.png").write_bytes(whole[:20] + bytes(30) + whole[-12:])
     split = list_images(tmp_path)
     check_files(split, One())
     with pytest.raises(DataError, match=r"001\.png \(cannot be decoded"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_prune import world as world_module
 from dist_prune.place import find_place
-from dist_prune.world import RankError, World, digest, fingerprint, joined
+from dist_prune.world import DeviceError, RankError, World, digest, fingerprint, joined
 from tests.ranks import RanksFailed, free_address, in_turn, run_alone, run_ranks
 
 # --- what ranks do together, at several sizes -----------------------------------------------------
@@ -289,7 +289,7 @@ def test_an_exception_leaves_no_group_behind():
 
 
 def ask_for_cuda():
-    with pytest.raises(RuntimeError, match=r"'cuda' was asked for.*pass device 'cpu'"), joined("cuda"):
+    with pytest.raises(DeviceError, match=r"'cuda' was asked for.*pass device 'cpu'"), joined("cuda"):
         pass
     assert not dist.is_initialized()
 
