@@ -26,11 +26,26 @@ def _require(holds: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """A parsed `--ranks`: `uniform:R` (kind and amount), or a plan file."""
+    """A parsed `--ranks`: `uniform`, `energy` or `budget` (`of` macs, params or latency), or a plan `file`."""
 
     kind: str
     amount: float = 0.0
     file: Path = Path()
+    of: str = ""
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether ranks depend on what directions are worth."""
+        return self.kind in ("energy", "budget")
+
+    @property
+    def text(self) -> str:
+        """As it is given on the command line."""
+        amount = f"{self.of}={self.amount:g}" if self.of else f"{self.amount:g}"
+        return str(self.file) if self.kind == "file" else f"{self.kind}:{amount}"
+
+
+BUDGETS = ("macs", "params", "latency")
 
 
 def parse_rule(text: str) -> Rule:
@@ -40,9 +55,15 @@ def parse_rule(text: str) -> Rule:
         ConfigError: neither a rule nor a file; a ratio outside (0, 1].
     """
     kind, _, amount = text.partition(":")
-    if kind == "uniform":
+    if kind in ("uniform", "energy"):
         return Rule(kind, _ratio(amount, f"--ranks {text}"))
-    _require(Path(text).is_file(), f"--ranks {text}: expected uniform:RATIO, such as uniform:0.5, or a plan file")
+    if kind == "budget":
+        of, _, amount = amount.partition("=")
+        known = ", ".join(f"budget:{name}=0.5" for name in BUDGETS)
+        _require(of in BUDGETS, f"--ranks {text}: a budget of {of!r} is not known; expected {known}")
+        return Rule(kind, _ratio(amount, f"--ranks {text}"), of=of)
+    rules = "uniform:RATIO, energy:RATIO, or budget:macs=RATIO, such as uniform:0.5"
+    _require(Path(text).is_file(), f"--ranks {text}: expected {rules}, or a plan file")
     return Rule("file", file=Path(text))
 
 
@@ -136,6 +157,7 @@ Method = Literal[
 ]
 Side = Literal["output", "input"]
 DATA_FREE: tuple[Method, ...] = ("weight-svd", "random", "random-init")
+BLIND: tuple[Method, ...] = ("random", "random-init")  # all directions are worth the same to them
 
 
 @dataclass(frozen=True)
@@ -193,14 +215,22 @@ class CompressionConfig:
 
     basis: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MethodConfig)
     ranks: str = "uniform:0.5"
-    """uniform:RATIO of each site's channels, or a plan FILE."""
+    """uniform:RATIO of each site's channels, energy:RATIO of its spectrum, budget:macs|params|latency=RATIO of
+    the dense network's, or a plan FILE."""
     sites: str = "*"
     """Globs over layer names and kinds @conv @linear @stride1 @spatial, comma-separated; ! excludes."""
     round_to: int = 0
     """Ranks are multiples of this; 0: 8 on CUDA, 1 on CPU."""
+    measure_sites: bool = False
+    """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
 
     def __post_init__(self) -> None:
-        parse_rule(self.ranks)
+        rule, method = parse_rule(self.ranks), self.basis.method
+        _require(
+            not rule.needs_spectra or method not in BLIND,
+            f"--ranks {self.ranks}: --method {method} does not say what directions are worth; use uniform:RATIO, "
+            f"or another method, such as pca or fisher",
+        )
         _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,33 @@ from torch import Tensor
 
 from dist_prune.config import Augment, ImageSpec
 from dist_prune.images import DataError, Split, damaged, decode_fault, file_fault, find_faults
-from dist_prune.world import World
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
     from nvidia.dali.pipeline import Pipeline
+
+
+class Share(Protocol):
+    """Which part of the images a process reads, part `rank` of `size`, and onto which device. A World is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All images, on the device of one rank."""
+
+    device: torch.device
+    local_rank: int
+    rank: int = 0
+    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class Stream:
 
     split: Split
     spec: ImageSpec
-    world: World
+    world: Share
     batch_size: int
     threads: int
     seed: int = 0
@@ -167,7 +189,7 @@ class Stream:
         return Batch(images, self._labels[indices].to(device), indices.to(device))
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """Find the file that DALI stumbled over, as its message may not name it; else return `error`."""
+        """Find the file that DALI stumbled over, as its message may not name it."""
         count, size, rank = len(self.split), self.world.size, self.world.rank
         shard = range(count * rank // size, count * (rank + 1) // size)
         seen = range(count) if self.augment else shard  # training shards move with every epoch
@@ -175,13 +197,14 @@ class Stream:
         faults = list(find_faults(self.split, seen, file_fault))
         if not faults:  # the first is enough: decoding everything takes too long
             faults = list(islice(find_faults(self.split, seen, decode), 1))
-        return damaged(self.split, faults) if faults else error
+        unnamed = f"DALI failed on an image of {self.split.root} that Pillow can read: {error}"
+        return damaged(self.split, faults) if faults else DataError(unnamed)
 
 
 def training_stream(
     split: Split,
     spec: ImageSpec,
-    world: World,
+    world: Share,
     batch_size: int,
     threads: int,
     seed: int,
@@ -194,7 +217,7 @@ def training_stream(
     return Stream(split, spec, world, batch_size, threads, seed, augment)
 
 
-def evaluation_stream(split: Split, spec: ImageSpec, world: World, batch_size: int, threads: int) -> Stream:
+def evaluation_stream(split: Split, spec: ImageSpec, world: Share, batch_size: int, threads: int) -> Stream:
     """Stream every image exactly once over all ranks, the same ones to a rank in each epoch.
 
     Every rank gets equally many batches, so that collectives match; the last ones may be short, or of size 0.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_prune import checkpoint, models, statistics
+from dist_prune import checkpoint, models, sensitivity, statistics
 from dist_prune.bases import solve
-from dist_prune.config import DATA_FREE, ConfigError, Run, TrainingConfig, parse_rule, require_complete, to_dict
-from dist_prune.data import Stream, evaluation_stream, training_stream
+from dist_prune.config import DATA_FREE, ConfigError, Run, TrainingConfig, require_complete, to_dict
+from dist_prune.data import Everything, Stream, evaluation_stream, normalise, training_stream
 from dist_prune.evaluate import Metrics, Predictions, predict, score, time_sites
 from dist_prune.export import Description, save_compressed
 from dist_prune.finetune import Trainer, scaled_lr
 from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
+from dist_prune.planning import Planner, planner, timed_planner
 from dist_prune.projection import project, rebuild
-from dist_prune.ranks import Plan, cost, make_plan
-from dist_prune.report import Report, environment, plan_table, table
+from dist_prune.ranks import Plan, cost
+from dist_prune.report import Report, environment, table
 from dist_prune.sites import Survey, survey
+from dist_prune.spectra import Spectra, spectra_of, unit_of
 from dist_prune.statistics import Statistics
-from dist_prune.world import RankError, World, digest, fingerprint, joined
+from dist_prune.world import World, digest, fingerprint, joined
 
+SITE_IMAGES = 512  # on which sites are measured alone
 STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
 
 
@@ -41,6 +42,7 @@ class Job:
     dataset: Dataset
     dense: nn.Module
     survey: Survey
+    planner: Planner
     metrics: dict[str, Metrics] = field(default_factory=dict)
 
 
@@ -52,7 +54,7 @@ def run(config: Run) -> Path | None:
             before long work starts, and on every rank.
     """
     require_complete(config)
-    with together(config) as world:
+    with joined(config.device, config.timeout) as world:
         report = Report(speaks=world.is_first)
         if config.dry_run:
             show_plan(config, world, report)
@@ -78,6 +80,7 @@ def compress_and_tune(job: Job) -> None:
     if resumed is None:
         plan, compressed = compress(job)
         job.metrics["projected"] = measure(job, compressed, reference, "projected")
+        measure_alone(job, plan, compressed)
     else:
         plan = Plan.from_json(resumed["plan"])
         compressed = rebuild(job.dense, plan)
@@ -89,23 +92,6 @@ def compress_and_tune(job: Job) -> None:
 # ── before the work: everything that can be wrong ──────────────────────────────────────────────────────────
 
 
-@contextmanager
-def together(config: Run) -> Iterator[World]:
-    """Join the other ranks on the device that `--device` names.
-
-    Raises:
-        ConfigError: this rank has no such device.
-    """
-    with ExitStack() as stack:
-        try:
-            world = stack.enter_context(joined(config.device, config.timeout))
-        except RankError:
-            raise
-        except RuntimeError as error:
-            raise ConfigError(f"--device {config.device}: {error}") from error
-        yield world
-
-
 def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     """Check the data, the network and the plan, then open the run's directory. Changes nothing on disk before."""
     dataset = world.from_first(lambda: open_images(config))
@@ -113,8 +99,9 @@ def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     check_files(dataset.train, world)
     check_files(dataset.val, world)
     dense, found = load_network(config, world)
-    planned(config, found, world)
-    job = Job(config, world, report, folder, dataset, dense, found)
+    ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
+    ranks.check()
+    job = Job(config, world, report, folder, dataset, dense, found, ranks)
     validation(job), calibration(job, 0)  # both refuse to share fewer images than ranks
     world.from_first(lambda: checkpoint.claim(folder, config, environment()))
     if world.is_first:
@@ -168,29 +155,15 @@ def probe(config: Run, world: World, images: int) -> torch.Tensor:
     return torch.randn(images, 3, crop, crop, generator=generator).to(world.device)
 
 
-def planned(config: Run, found: Survey, world: World) -> Plan:
-    """The plan that `--ranks` asks for; tensor cores want multiples of 8."""
-    compression = config.compression
-    round_to = compression.round_to or (8 if world.device.type == "cuda" else 1)
-    return make_plan(parse_rule(compression.ranks), found, round_to, compression.basis.side)
-
-
 def show_plan(config: Run, world: World, report: Report) -> None:
     """The dry run: the plan's table from the network alone; weights are not even read."""
     unread = replace(config, network=replace(config.network, weights="none"))
     dense, found = load_network(unread, world)
-    plan = planned(config, found, world)
-    report.say(told_plan(found, plan, time_sites(dense, found.sites, probe(config, world, 4))))
-
-
-def told_plan(found: Survey, plan: Plan, shares: dict[str, float]) -> str:
-    """The plan's table with its totals."""
-    after = cost(found, plan)
-    return (
-        f"{plan_table(found, plan, shares)}\n"
-        f"MACs {found.macs / 1e6:.1f} M → {after.macs / 1e6:.1f} M ({after.macs / found.macs:.3f}), "
-        f"parameters {found.params / 1e6:.2f} M → {after.params / 1e6:.2f} M ({after.params / found.params:.3f})"
-    )
+    known = planner(config, found, world)
+    plan, note = known.foreseen()
+    report.say(known.told(plan, time_sites(dense, found.sites, probe(config, world, 4))))
+    if note:
+        report.say(note)
 
 
 # ── the work ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -263,19 +236,49 @@ def validation(job: Job) -> Stream:
 def compress(job: Job) -> tuple[Plan, nn.Module]:
     """Statistics → bases → plan → projected network."""
     config, sites, method = job.config, job.survey.sites, job.config.compression.basis
-    plan = planned(config, job.survey, job.world)
-    shares = job.world.from_first(lambda: time_sites(job.dense, sites, probe(config, job.world, 16)))
-    job.report.say(told_plan(job.survey, plan, shares))
     if method.method == "random-init":
+        plan = decide(job, None)
         torch.manual_seed(config.seed)
         untrained = models.build(config.network.arch, config.network.classes)
         return plan, rebuild(untrained, plan).to(job.world.device)
     gathered = gather(job)
     with job.report.phase("bases"):
         bases = solve(job.dense, sites, gathered, method, config.seed, job.world)
+    plan = decide(job, spectra_of(bases, method))
     job.report.site_spectra(job.survey, bases, plan)
     with job.report.phase("projection"):
         return plan, project(job.dense, sites, bases, plan, method.side)
+
+
+def decide(job: Job, spectra: Spectra | None) -> Plan:
+    """The plan, made on rank 0, and told."""
+    plan = job.world.from_first(lambda: job.planner.plan(spectra))
+    noise = probe(job.config, job.world, 16)
+    shares = job.world.from_first(lambda: time_sites(job.dense, job.survey.sites, noise))
+    job.report.say(job.planner.told(plan, shares, spectra.unit if spectra else ""))
+    return plan
+
+
+def measure_alone(job: Job, plan: Plan, compressed: nn.Module) -> None:
+    """With --measure-sites: what each site loses by itself, next to what was predicted."""
+    if not job.config.compression.measure_sites:
+        return
+    images, split = job.config.images, statistics_split(job, SITE_IMAGES)
+    with job.report.phase("measure sites"):
+        everything = Everything(job.world.device, job.world.local_rank)
+        stream = evaluation_stream(split, images.image, everything, images.eval_batch_size, images.threads)
+        decoded = list(stream.raw())
+        losses = sensitivity.measure_sites(
+            job.dense,
+            compressed,
+            plan,
+            lambda: (replace(b, images=normalise(b.images, images.image)) for b in decoded),
+            job.world,
+        )
+    unit = unit_of(job.config.compression.basis)
+    job.report.say(sensitivity.told(losses, unit))
+    path = job.folder / "sites.json"
+    job.world.from_first(lambda: sensitivity.save(path, losses, unit, len(split)))
 
 
 def gather(job: Job) -> Statistics:

@@ -9,8 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dist_prune import knapsack
+from dist_prune.budget import NAMED, Budget, Menu, budget_of, multiples, rounded
 from dist_prune.config import Rule
-from dist_prune.sites import Survey, View
+from dist_prune.latency import LatencyTable
+from dist_prune.sites import Site, Survey, View
+from dist_prune.spectra import Spectra
+
+WORTH_IT = "within the budget nothing need be left out"
+UNDECIDED = "its rank follows from the statistics"
 
 
 class PlanError(ValueError):
@@ -19,11 +28,15 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What happens to one site: `rank` channels, or kept dense (`rank` None) for `reason`."""
+    """What happens to one site: `rank` channels, or kept dense (`rank` None) for `reason`.
+
+    `loss` is predicted from the spectrum, in the unit of `Spectra.unit`; None where there is no spectrum.
+    """
 
     site: str
     rank: int | None
     reason: str = ""
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,12 @@ class Plan:
     def ranks(self) -> dict[str, int]:
         """Site → rank of the factored sites, in execution order."""
         return {c.site: c.rank for c in self.choices if c.rank is not None}
+
+    @property
+    def loss(self) -> float | None:
+        """Predicted loss of all sites together; None where no site has one."""
+        known = [c.loss for c in self.choices if c.loss is not None]
+        return math.fsum(known) if known else None
 
     def to_json(self) -> list[dict[str, object]]:
         """Plain types, for plan.json."""
@@ -55,8 +74,11 @@ class Plan:
 
 
 def _choice(row: Mapping[str, Any]) -> Choice:
-    rank = row["rank"]
-    return Choice(str(row["site"]), None if rank is None else int(rank), str(row.get("reason", "")))
+    rank, loss = row["rank"], row.get("loss")
+    reason = str(row.get("reason", ""))
+    return Choice(
+        str(row["site"]), None if rank is None else int(rank), reason, None if loss is None else float(loss)
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,17 @@ def cost(survey: Survey, plan: Plan) -> Cost:
     return Cost(macs, params)
 
 
-def make_plan(rule: Rule, survey: Survey, round_to: int, side: str = "output") -> Plan:
+# ── from a rule to a plan ──────────────────────────────────────────────────────────────────────────────────
+
+
+def make_plan(
+    rule: Rule,
+    survey: Survey,
+    round_to: int,
+    side: str = "output",
+    spectra: Spectra | None = None,
+    latency: LatencyTable | None = None,
+) -> Plan:
     """Apply the rule.
 
     Args:
@@ -86,30 +118,103 @@ def make_plan(rule: Rule, survey: Survey, round_to: int, side: str = "output") -
         survey: the chosen sites and the skipped ones.
         round_to: ranks are multiples of this where the site is large enough.
         side: of the bases, which have no more directions than that side has dimensions.
+        spectra: what directions are worth; the rules `energy` and `budget` need them.
+        latency: what ranks cost, for a budget of latency.
+
+    Raises:
+        PlanError: a file that cannot be used, a budget out of reach, or a rule without the spectra it needs.
     """
+    views = [View(site, side) for site in survey.sites]
     if rule.kind == "file":
-        return read_plan(rule.file, survey, side)
-    chosen = tuple(_uniform(View(site, side), rule.amount, round_to) for site in survey.sites)
-    return Plan(chosen + tuple(Choice(s.name, None, s.reason) for s in survey.skipped))
+        plan = read_plan(rule.file, survey, side)
+    elif rule.kind == "uniform":
+        plan = _plan(survey, [_uniform(view, rule.amount, round_to) for view in views])
+    elif spectra is None:
+        raise PlanError(f"--ranks {rule.text}: what directions are worth is not known here; use uniform:RATIO")
+    elif rule.kind == "energy":
+        plan = _plan(survey, [_by_energy(view, rule.amount, round_to, spectra) for view in views])
+    else:
+        plan = _plan(survey, _within(require_reachable(rule, survey, round_to, side, latency), spectra))
+    return with_losses(plan, survey, spectra) if spectra else plan
+
+
+def undecided(survey: Survey) -> Plan:
+    """Every site dense: all that can be said of a rule that needs spectra before there are any."""
+    return _plan(survey, [Choice(site.name, None, UNDECIDED) for site in survey.sites])
+
+
+def _plan(survey: Survey, chosen: Sequence[Choice]) -> Plan:
+    return Plan((*chosen, *(Choice(skipped.name, None, skipped.reason) for skipped in survey.skipped)))
 
 
 def _uniform(view: View, ratio: float, round_to: int) -> Choice:
     """`ratio` of the site's output channels. At ratio 1 all directions are kept, whatever that costs."""
-    site = view.site
     if ratio == 1:
-        return Choice(site.name, view.full_rank)
-    rank = rounded(view, ratio * site.outputs, round_to)
+        return Choice(view.site.name, view.full_rank)
+    return _if_cheaper(view.site, rounded(view, ratio * view.site.outputs, round_to))
+
+
+def _by_energy(view: View, share: float, round_to: int, spectra: Spectra) -> Choice:
+    """The smallest rank that keeps `share` of the sum of the spectrum."""
+    site, tails = view.site, spectra.tails(view.site.name)
+    ranks = np.append(multiples(view, round_to), view.full_rank)
+    enough = tails[ranks // site.groups] <= (1 - share + 1e-12) * tails[0]
+    return _if_cheaper(site, int(ranks[enough.argmax()]))
+
+
+def _if_cheaper(site: Site, rank: int) -> Choice:
     if site.factored_macs(rank) >= site.macs:
         return Choice(site.name, None, f"rank {rank} costs no less than the dense layer")
     return Choice(site.name, rank)
 
 
-def rounded(view: View, rank: float, round_to: int) -> int:
-    """The nearest rank the site allows: a multiple of its groups, and of `round_to` if it has room."""
-    step = math.lcm(view.site.groups, round_to)
-    if step > view.full_rank:
-        step = view.site.groups
-    return int(min(max(round(rank / step), 1) * step, view.full_rank))
+def with_losses(plan: Plan, survey: Survey, spectra: Spectra) -> Plan:
+    """The plan with the predicted loss of each site."""
+    sites = {site.name: site for site in survey.sites}
+
+    def predicted(choice: Choice) -> Choice:
+        site = sites.get(choice.site)
+        if site is None:
+            return replace(choice, loss=None)
+        tails = spectra.tails(site.name)
+        return replace(choice, loss=0.0 if choice.rank is None else float(tails[choice.rank // site.groups]))
+
+    return Plan(tuple(map(predicted, plan.choices)))
+
+
+def require_reachable(
+    rule: Rule, survey: Survey, round_to: int, side: str = "output", latency: LatencyTable | None = None
+) -> Budget:
+    """Refuse a budget before any work is done for it. Arguments as for `make_plan`.
+
+    Raises:
+        PlanError: out of reach; what can be reached is told, and which layers are in the way.
+    """
+    budget = budget_of(rule, survey, round_to, side, latency)
+    if budget.is_reachable:
+        return budget
+    left = ", ".join(f"{s.name} ({s.reason})" for s in survey.skipped[:NAMED])
+    raise PlanError(
+        f"--ranks {rule.text}: out of reach, the least is {budget.least} of the dense network's {rule.of}: "
+        f"{budget.in_the_way()}{f', among it {left}' if left else ''}. "
+        f"Raise the budget, choose more --sites, or a smaller --round-to"
+    )
+
+
+def _within(budget: Budget, spectra: Spectra) -> list[Choice]:
+    """The ranks of least predicted loss; see `knapsack.solve`."""
+    menus = budget.menus
+    chosen = knapsack.solve([menu.options(spectra.tails(menu.site.name)) for menu in menus], budget.for_sites)
+    return [_chosen(menu, option) for menu, option in zip(menus, chosen, strict=True)]
+
+
+def _chosen(menu: Menu, option: int) -> Choice:
+    if option < len(menu.ranks):
+        return Choice(menu.site.name, int(menu.ranks[option]))
+    return Choice(menu.site.name, None, WORTH_IT if len(menu.ranks) else menu.why_dense)
+
+
+# ── plans in files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_plan(file: Path, survey: Survey, side: str) -> Plan:
@@ -129,8 +234,8 @@ def read_plan(file: Path, survey: Survey, side: str) -> Plan:
             raise PlanError(f"--ranks {file}: {name} is not a site here; sites: {', '.join(sites)}")
         _check_rank(sites[name], rank, file)
     named = {choice.site: choice for choice in plan.choices}
-    chosen = tuple(named.get(name, Choice(name, None, f"not in {file.name}")) for name in sites)
-    return replace(plan, choices=chosen + tuple(Choice(s.name, None, s.reason) for s in survey.skipped))
+    chosen = [named.get(name, Choice(name, None, f"not in {file.name}")) for name in sites]
+    return _plan(survey, chosen)
 
 
 def _check_rank(view: View, rank: int, file: Path) -> None:

@@ -139,15 +139,18 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(headers), "  ".join("─" * w for w in widths), *map(line, rows)])
 
 
-def plan_table(survey: Survey, plan: Plan, shares: Mapping[str, float] | None = None) -> str:
-    """What happens to each layer: shape, rank, cost before → after, share of the dense forward time."""
+def plan_table(survey: Survey, plan: Plan, shares: Mapping[str, float] | None = None, unit: str = "") -> str:
+    """What happens to each layer: shape, rank, cost before → after, share of the dense forward time.
+
+    Where losses are known they stand in a column of their own; `unit` says of what.
+    """
     sites = {site.name: site for site in survey.sites}
     rows = []
     for choice in plan.choices:
         site = sites.get(choice.site)
         time_share = f"{shares[choice.site]:.1f} %" if shares and choice.site in shares else ""
         if site is None:
-            rows.append([choice.site, "", "dense", "", "", "", choice.reason])
+            rows.append([choice.site, "", "dense", "", "", "", "", choice.reason])
             continue
         macs, weights = site.macs, site.dense_weights
         after = (macs, weights)
@@ -155,13 +158,17 @@ def plan_table(survey: Survey, plan: Plan, shares: Mapping[str, float] | None = 
             after = (site.factored_macs(choice.rank), site.factored_weights(choice.rank))
         rank = "dense" if choice.rank is None else f"{choice.rank}/{site.outputs}"
         costs = [f"{_si(macs)} → {_si(after[0])}", f"{_si(weights)} → {_si(after[1])}"]
-        rows.append([site.name, site.shape, rank, *costs, time_share, choice.reason])
-    return table(["site", "shape", "rank", "MACs", "weights", "time", "why dense"], rows)
+        loss = "" if choice.loss is None else f"{choice.loss:.3g}"
+        rows.append([site.name, site.shape, rank, *costs, time_share, loss, choice.reason])
+    headers = ["site", "shape", "rank", "MACs", "weights", "time", f"predicted {unit}".strip(), "why dense"]
+    if plan.loss is None:
+        headers, rows = headers[:6] + headers[7:], [row[:6] + row[7:] for row in rows]
+    return table(headers, rows)
 
 
 def _si(number: float) -> str:
     for unit in ("", "k", "M", "G", "T"):
-        if number < 1000:
+        if number < 999.5:  # from here on three digits would round to a thousand
             return f"{number:.3g}{unit}" if unit else f"{number:.0f}"
         number /= 1000
     return f"{number:.0f}P"

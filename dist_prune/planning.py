@@ -1,0 +1,112 @@
+"""The plan of a run: what `--ranks` asks for, on this network and this device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dist_prune import latency
+from dist_prune.budget import budget_of, cheaper_ranks
+from dist_prune.config import Rule, Run, parse_rule
+from dist_prune.latency import LatencyTable
+from dist_prune.ranks import Plan, cost, make_plan, require_reachable, undecided
+from dist_prune.report import plan_table
+from dist_prune.sites import Survey, View
+from dist_prune.spectra import Spectra
+from dist_prune.world import World
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A rule and all it needs but the spectra; `latency` only where it is the budget, of batches of `batch`."""
+
+    rule: Rule
+    survey: Survey
+    round_to: int
+    side: str
+    batch: int
+    latency: LatencyTable | None = None
+
+    def check(self) -> None:
+        """Refuse, before long work, what can be seen to be impossible without spectra.
+
+        Raises:
+            PlanError: a budget out of reach, or a file that does not fit.
+        """
+        if self.rule.kind == "budget":
+            require_reachable(self.rule, self.survey, self.round_to, self.side, self.latency)
+        elif not self.rule.needs_spectra:
+            self.plan(None)
+
+    def plan(self, spectra: Spectra | None) -> Plan:
+        """Apply the rule; see `ranks.make_plan`."""
+        return make_plan(self.rule, self.survey, self.round_to, self.side, spectra, self.latency)
+
+    def foreseen(self) -> tuple[Plan, str]:
+        """The plan before anything was measured, and, where the rule needs more than that, what can be said."""
+        if not self.rule.needs_spectra:
+            return self.plan(None), ""
+        note = f"--ranks {self.rule.text}: ranks follow from statistics of the data; every site is shown dense"
+        if self.rule.of == "latency":
+            note += "; what can be reached follows from times that a run measures on its device"
+        elif self.rule.kind == "budget":
+            least = budget_of(self.rule, self.survey, self.round_to, self.side).least
+            note += f"; the least that can be reached is {least} of the dense network's {self.rule.of}"
+            self.check()
+        return undecided(self.survey), note
+
+    def told(self, plan: Plan, shares: Mapping[str, float], unit: str = "") -> str:
+        """The plan's table with its totals.
+
+        Args:
+            plan: to show.
+            shares: of the dense forward time, per cent, by site.
+            unit: of predicted losses, where the plan has them.
+        """
+        before, after = self.survey, cost(self.survey, plan)
+        lines = [
+            plan_table(before, plan, shares, unit),
+            f"MACs {before.macs / 1e6:.1f} M → {after.macs / 1e6:.1f} M ({after.macs / before.macs:.3f}), "
+            f"parameters {before.params / 1e6:.2f} M → {after.params / 1e6:.2f} M "
+            f"({after.params / before.params:.3f})",
+        ]
+        if self.latency is not None:
+            whole, predicted = self.latency.whole, self.latency.predicted(plan.ranks)
+            lines.append(
+                f"predicted latency of a batch of {self.batch}: {latency.told(whole)} → {latency.told(predicted)} "
+                f"({predicted / whole:.3f})"
+            )
+        if plan.loss is not None:
+            lines.append(f"predicted {unit}, summed over sites: {plan.loss:.4g}")
+        return "\n".join(lines)
+
+
+def planner(config: Run, found: Survey, world: World, latency: LatencyTable | None = None) -> Planner:
+    """For the run's flags; tensor cores want multiples of 8."""
+    compression = config.compression
+    round_to = compression.round_to or (8 if world.device.type == "cuda" else 1)
+    rule, side = parse_rule(compression.ranks), compression.basis.side
+    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency)
+
+
+def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:
+    """As `planner`, with times where they are the budget: taken on rank 0, for a batch of `--eval-batch-size`.
+
+    Args:
+        config: the run.
+        dense: the network, on the world's device.
+        found: its sites.
+        world: the ranks, all of which get rank 0's times.
+        image: (1, 3, H, W), any of the right shape.
+
+    Raises:
+        CheckpointError: the cache cannot be written.
+    """
+    plain = planner(config, found, world)
+    if plain.rule.of != "latency":
+        return plain
+    ranks = {site: cheaper_ranks(View(site, plain.side), plain.round_to) for site in found.sites}
+    images = image.expand(plain.batch, -1, -1, -1).contiguous()
+    return planner(config, found, world, world.from_first(lambda: latency.measure(dense, ranks, images)))

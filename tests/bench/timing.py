@@ -1,0 +1,126 @@
+"""Fair comparisons on a machine that others use too: interleaved runs, ratios, and where they were taken."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: the median over rounds of ours ÷ the plain way's, and its range; good up to `target`."""
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    target: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Seconds of two functions, by round; each round ran both."""
+
+    ours: tuple[float, ...]
+    plain: tuple[float, ...]
+
+    def row(self, name: str, target: float, detail: str) -> Row:
+        ratios = [a / b for a, b in zip(self.ours, self.plain, strict=True)]
+        ours, plain = statistics.median(self.ours), statistics.median(self.plain)
+        medians = f"{ours:.4g} s against {plain:.4g} s, {len(ratios)} rounds"
+        return Row(
+            name, statistics.median(ratios), min(ratios), max(ratios), target, f"{detail}; medians {medians}"
+        )
+
+
+def interleaved(
+    ours: Callable[[], object], plain: Callable[[], object], rounds: int, device: torch.device
+) -> Pair:
+    """Time both in turns, A B, B A, …, after one call of each to warm up: drifts of the machine cancel."""
+    seconds(ours, device), seconds(plain, device)
+    taken: dict[Callable[[], object], list[float]] = {ours: [], plain: []}
+    for index in range(rounds):
+        for function in (ours, plain) if index % 2 == 0 else (plain, ours):
+            taken[function].append(seconds(function, device))
+    return Pair(tuple(taken[ours]), tuple(taken[plain]))
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    synchronise(device)
+    began = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for: processor, cores, threads in use, GPU, versions."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": torch.multiprocessing.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for people, one line each."""
+    width = max(len(row.name) for row in rows)
+    head = f"{'':{width}}   ratio      range       target"
+    return "\n".join([head, *(_line(row, width) for row in rows)])
+
+
+def _line(row: Row, width: int) -> str:
+    verdict = "≤" if row.ratio <= row.target else ">"
+    return (
+        f"{row.name:{width}}  {row.ratio:6.3f}  {row.low:.3f}–{row.high:.3f}  "
+        f"{verdict} {row.target:.2f}  {row.detail}"
+    )
+
+
+def report(rows: Sequence[Row], command: str) -> dict[str, Any]:
+    """The rows for programs, with the command, the day (UTC) and the machine."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def command_line(module: str) -> str:
+    """How this program was called."""
+    return " ".join(["uv run python -m", module, *sys.argv[1:]])
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a result for people and programs to read, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,74 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_prune import moments
+from dist_prune.moments import Accumulator
+from tests.bench.timing import Pair, interleaved, machine
+
+NAMES = [
+    "statistics pass ÷ forward: time",
+    "… both channels last",
+    "statistics pass ÷ forward: memory",
+    "fine-tuning ÷ bare DDP, 1 rank",
+    "fine-tuning ÷ bare DDP, 2 ranks",
+]
+
+
+def test_the_speed_comparison_runs_and_says_what_it_measured(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "speed.json"
+    words = [sys.executable, "-m", "tests.bench.speed", "--quick", "--output", str(output)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=200)
+    found = json.loads(output.read_text())
+    assert list(found) == ["command", "date", "machine", "rows"]
+    assert found["command"].startswith("uv run python -m tests.bench.speed --quick")
+    assert found["machine"]["torch"] == torch.__version__
+    assert found["machine"]["cpu"]
+    assert [row["name"] for row in found["rows"]] == NAMES
+    for row in found["rows"]:
+        assert 0 < row["low"] <= row["ratio"] <= row["high"]
+        assert row["target"] >= 1
+        assert "resnet18" in row["detail"]
+        assert row["name"] in done.stdout
+
+
+def test_turns_alternate_and_the_first_call_does_not_count() -> None:
+    calls: list[str] = []
+    taken = interleaved(lambda: calls.append("a"), lambda: calls.append("b"), 3, torch.device("cpu"))
+    assert "".join(calls) == "ab" + "abbaab"
+    assert len(taken.ours) == len(taken.plain) == 3
+
+
+def test_a_row_is_the_median_of_ratios_not_the_ratio_of_medians() -> None:
+    row = Pair(ours=(2.0, 3.0, 40.0), plain=(1.0, 2.0, 4.0)).row("x", 1.1, "y")
+    assert (row.ratio, row.low, row.high) == (2.0, 1.5, 10.0)
+
+
+def test_the_machine_is_described_in_plain_types() -> None:
+    assert json.loads(json.dumps(machine())) == machine()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_makes_the_statistics_fast_leaves_them_right(
+    groups: int, layout: torch.memory_format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several chunks, the last one smaller; several panels, the last one narrower; every layout."""
+    monkeypatch.setattr(moments, "CPU_TILES", (8 * 60 * 49 * 4, 7))
+    y = torch.randn(19, 60, 7, 7, generator=torch.Generator().manual_seed(0)) + 3
+    y = y.to(dtype).contiguous(memory_format=layout)
+    accumulator = Accumulator(groups, 60 // groups, torch.device("cpu"))
+    for part in (y[:2], y[2:]):
+        accumulator.add(part.flatten(2).transpose(0, 1))
+    found = accumulator.moments()
+    rows = y.double().transpose(0, 1).reshape(groups, 60 // groups, -1)
+    expected = torch.stack([torch.cov(group, correction=0) for group in rows])
+    torch.testing.assert_close(found.covariance, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.mean, rows.mean(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.outer, found.outer.mT)
+    assert int(found.count) == 19 * 49
