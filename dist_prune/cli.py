@@ -8,11 +8,11 @@ import time
 from collections.abc import Sequence
 
 from dist_prune.checkpoint import CheckpointError
-from dist_prune.config import parse
 from dist_prune.evaluate import EvaluationError
 from dist_prune.finetune import TrainingError
 from dist_prune.pipeline import run
 from dist_prune.place import find_place
+from dist_prune.recipes import parse
 from dist_prune.world import RankError
 
 FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must be able to speak before

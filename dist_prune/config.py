@@ -1,14 +1,9 @@
-"""What a run is: frozen, validated dataclasses, the named recipes, and reading them from a command line.
-
-The flags are the fields; `--help` shows the text beside them.
-"""
+"""What a run is: frozen, validated dataclasses. The flags are the fields; `--help` shows the text beside them."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -235,6 +230,34 @@ class CompressionConfig:
 
 
 @dataclass(frozen=True)
+class CorrectionConfig:
+    """Solving each site anew against the dense network, in closed form, without labels."""
+
+    correct: Literal["none", "refit", "regression"] = "none"
+    """none; refit: only the second layer of each pair; regression: both."""
+    calibrate_images: int = 1024
+    """Training images to solve from, labels unused; every eighth is held out to judge."""
+    metric_damping: tuple[float, ...] = (0.1, 1.0)
+    """regression: added to the Fisher metric, as shares of its largest eigenvalue (inf: no metric); each is
+    tried, and the best on the images held out is taken."""
+    ridge: float = 1e-3
+    """Pull to the dense weights, as a share of the inputs' mean variance."""
+    positions: int = 0
+    """Output positions per image to solve from, a seeded choice; 0: all."""
+    resolve_dense: bool = True
+    """Solve the layers that stay dense, too."""
+    calibration_gb: float = 8.0
+    """Activations kept per rank, GiB; what does not fit is computed again for every site."""
+
+    def __post_init__(self) -> None:
+        _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
+        _require(self.ridge > 0, f"--ridge {self.ridge}: expected above 0, or singular equations have no answer")
+        _require(self.positions >= 0, f"--positions {self.positions}: expected 0 or more")
+        sound = self.metric_damping and min(self.metric_damping) > 0
+        _require(bool(sound), f"--metric-damping {self.metric_damping}: expected one or more numbers above 0")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """SGD with momentum, linear warm-up and cosine decay to zero."""
 
@@ -273,6 +296,7 @@ class Run:
     network: Annotated[NetworkConfig, tyro.conf.arg(name="")] = field(default_factory=NetworkConfig)
     images: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
     compression: Annotated[CompressionConfig, tyro.conf.arg(name="")] = field(default_factory=CompressionConfig)
+    correction: Annotated[CorrectionConfig, tyro.conf.arg(name="")] = field(default_factory=CorrectionConfig)
     tuning: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=TrainingConfig)
     pretrain: TrainingConfig = field(default_factory=TrainingConfig)
     recipe: Annotated[str, tyro.conf.Suppress] = ""
@@ -305,55 +329,6 @@ def require_complete(run: Run) -> None:
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")
     known = run.network.weights != "none" or run.pretrain.epochs
     _require(bool(known), "--weights none leaves nothing to compress: give weights, or --pretrain.epochs N")
-
-
-_SMALL = DataConfig(image=ImageSpec(resize=0, crop=32), threads=2, eval_batch_size=256)
-
-RECIPES: dict[str, Run] = {
-    "digits": Run(
-        NetworkConfig("resnet18", "none", 10),
-        replace(_SMALL, data="digits", augment=Augment(flip=False, pad=2)),
-        CompressionConfig(sites="@conv"),
-        TrainingConfig(epochs=2, batch_size=32, lr=0.02),
-        pretrain=TrainingConfig(epochs=6, batch_size=32, lr=0.1),
-    ),
-    "cifar10": Run(
-        NetworkConfig("resnet20", "none", 10),
-        _SMALL,
-        CompressionConfig(sites="@stride1"),
-        TrainingConfig(epochs=2, batch_size=64, lr=0.02),
-    ),
-    "resnet18-imagenet": Run(
-        NetworkConfig("resnet18", "IMAGENET1K_V1", 1000),
-        DataConfig(threads=8, eval_batch_size=256),
-        CompressionConfig(sites="@stride1"),
-        TrainingConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True),
-    ),
-}
-RECIPES["resnet50-imagenet"] = replace(
-    RECIPES["resnet18-imagenet"], network=NetworkConfig("resnet50", "IMAGENET1K_V2", 1000)
-)
-
-
-def parse(arguments: Sequence[str], quiet: bool = False) -> Run:
-    """A run from command-line words: an optional recipe name first, then flags over it.
-
-    Args:
-        arguments: without the program's name.
-        quiet: print neither help nor errors (all ranks but the first).
-
-    Raises:
-        ConfigError: an unknown recipe (close ones offered), or a setting that cannot be.
-    """
-    words = list(arguments)
-    name = words.pop(0) if words and not words[0].startswith("-") else "digits"
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"recipes: {', '.join(RECIPES)}"
-        raise ConfigError(f"unknown recipe {name!r}; {hint}")
-    described = f"Compress a network. Recipe {name}; others: {', '.join(r for r in RECIPES if r != name)}."
-    default = replace(RECIPES[name], recipe=name)
-    return tyro.cli(Run, args=words, default=default, description=described, console_outputs=not quiet)
 
 
 def to_dict(settings: Any) -> Any:  # noqa: ANN401  any field of a configuration

@@ -1,49 +1,31 @@
-"""The story of a run: load → collect → rank → project → fine-tune → evaluate → save."""
+"""The story of a run: load → collect → rank → project → correct → fine-tune → evaluate → save."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_prune import checkpoint, models, sensitivity, statistics
+from dist_prune import checkpoint, correction, models, sensitivity, statistics
 from dist_prune.bases import solve
-from dist_prune.config import DATA_FREE, ConfigError, Run, TrainingConfig, require_complete, to_dict
-from dist_prune.data import Everything, Stream, evaluation_stream, normalise, training_stream
+from dist_prune.config import DATA_FREE, Run, require_complete, to_dict
+from dist_prune.data import Everything, evaluation_stream, normalise
 from dist_prune.evaluate import Metrics, Predictions, predict, score, time_sites
 from dist_prune.export import Description, save_compressed
-from dist_prune.finetune import Trainer, scaled_lr
-from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
-from dist_prune.planning import Planner, planner, timed_planner
+from dist_prune.job import STAGES, Job, calibration, prepare, probe, show_plan, statistics_split, validation
 from dist_prune.projection import project, rebuild
 from dist_prune.ranks import Plan, cost
-from dist_prune.report import Report, environment, table
-from dist_prune.sites import Survey, survey
+from dist_prune.report import Report, table
 from dist_prune.spectra import Spectra, spectra_of, unit_of
 from dist_prune.statistics import Statistics
-from dist_prune.world import World, digest, fingerprint, joined
+from dist_prune.training import resume_point, train
+from dist_prune.world import digest, fingerprint, joined
 
 SITE_IMAGES = 512  # on which sites are measured alone
-STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
-
-
-@dataclass
-class Job:
-    """A run under way: what was decided before the work, and the figures found so far."""
-
-    config: Run
-    world: World
-    report: Report
-    folder: Path
-    dataset: Dataset
-    dense: nn.Module
-    survey: Survey
-    planner: Planner
-    metrics: dict[str, Metrics] = field(default_factory=dict)
 
 
 def run(config: Run) -> Path | None:
@@ -81,89 +63,13 @@ def compress_and_tune(job: Job) -> None:
         plan, compressed = compress(job)
         job.metrics["projected"] = measure(job, compressed, reference, "projected")
         measure_alone(job, plan, compressed)
+        correct(job, compressed, reference)
     else:
         plan = Plan.from_json(resumed["plan"])
         compressed = rebuild(job.dense, plan)
         compressed.load_state_dict(resumed["model"])
     tune(job, plan, compressed, reference, resumed)
     finish(job, plan, compressed)
-
-
-# ── before the work: everything that can be wrong ──────────────────────────────────────────────────────────
-
-
-def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
-    """Check the data, the network and the plan, then open the run's directory. Changes nothing on disk before."""
-    dataset = world.from_first(lambda: open_images(config))
-    require_classes(config, dataset)
-    check_files(dataset.train, world)
-    check_files(dataset.val, world)
-    dense, found = load_network(config, world)
-    ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
-    ranks.check()
-    job = Job(config, world, report, folder, dataset, dense, found, ranks)
-    validation(job), calibration(job, 0)  # both refuse to share fewer images than ranks
-    world.from_first(lambda: checkpoint.claim(folder, config, environment()))
-    if world.is_first:
-        report.open(folder)
-    report.say(f"run directory {folder}, {world.size} rank(s) on {world.device.type}")
-    return job
-
-
-def open_images(config: Run) -> Dataset:
-    """The data set that `--data` names."""
-    if config.images.data == "digits":
-        return open_dataset(write_digits(checkpoint.cache_folder() / "digits"))
-    return open_dataset(Path(config.images.data), config.images.class_list)
-
-
-def require_classes(config: Run, dataset: Dataset) -> None:
-    """The network's outputs and the data's classes must be one and the same list.
-
-    Raises:
-        ConfigError: they are not as many.
-    """
-    found, expected = len(dataset.train.classes), config.network.classes
-    if found != expected:
-        raise ConfigError(
-            f"--data {config.images.data} has {found} classes, the network {expected} outputs: give --classes "
-            f"{found} with weights for them, or --class-list FILE naming all {expected} folders in label order"
-        )
-
-
-def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
-    """The dense network on this rank's device, and the sites that `--sites` chooses in it."""
-    torch.manual_seed(config.seed)
-    network = config.network
-    dense = models.load(network.arch, network.classes, network.weights).to(world.device)
-    world.broadcast_(*dense.state_dict().values())
-    image = probe(config, world, 1)
-    try:
-        found = survey(dense, image).select(config.compression.sites)
-    except RuntimeError as error:
-        size = " × ".join(map(str, image.shape[1:]))
-        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see --crop ({error})") from error
-    if found.classes != network.classes:
-        raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
-    return dense, found
-
-
-def probe(config: Run, world: World, images: int) -> torch.Tensor:
-    """Noise in the shape of images."""
-    crop = config.images.image.crop
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.randn(images, 3, crop, crop, generator=generator).to(world.device)
-
-
-def show_plan(config: Run, world: World, report: Report) -> None:
-    """The dry run: the plan's table from the network alone; weights are not even read."""
-    unread = replace(config, network=replace(config.network, weights="none"))
-    dense, found = load_network(unread, world)
-    known = planner(config, found, world)
-    plan, note = known.foreseen()
-    report.say(known.told(plan, time_sites(dense, found.sites, probe(config, world, 4))))
-    if note:
-        report.say(note)
 
 
 # ── the work ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,12 +131,6 @@ def told(job: Job, stage: str, metrics: Metrics) -> None:
     job.report.say(
         f"   {stage}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}{divergence}"
     )
-
-
-def validation(job: Job) -> Stream:
-    """Every validation image once over all ranks."""
-    images = job.config.images
-    return evaluation_stream(job.dataset.val, images.image, job.world, images.eval_batch_size, images.threads)
 
 
 def compress(job: Job) -> tuple[Plan, nn.Module]:
@@ -299,19 +199,17 @@ def gather(job: Job) -> Statistics:
     return found
 
 
-def calibration(job: Job, count: int) -> Stream:
-    """The statistics' images, at most `count` of them (0: all), as validation sees images."""
-    images, split = job.config.images, statistics_split(job, count)
-    return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
-
-
-def statistics_split(job: Job, count: int) -> Split:
-    """A seeded subset of the training images, never of the validation images."""
-    split = job.dataset.train
-    for limit in (job.config.compression.basis.statistics_images, count):
-        if limit and limit < len(split):
-            split = split.subset(limit, job.config.seed)
-    return split
+def correct(job: Job, compressed: nn.Module, reference: Predictions) -> None:
+    """Solve the sites anew against the dense network, in place, and measure what came of it."""
+    settings = job.config.correction
+    if settings.correct == "none" or job.config.compression.basis.method == "random-init":
+        return
+    with job.report.phase("correction"):
+        images = correction.decode(calibration(job, settings.calibrate_images), job.config.images.image)
+        seed = job.config.seed
+        result = correction.correct(job.dense, compressed, job.everything, images, settings, seed, job.world)
+    job.report.say(correction.told(result))
+    job.metrics["corrected"] = measure(job, compressed, reference, "corrected")
 
 
 def tune(
@@ -325,97 +223,12 @@ def tune(
     job.metrics["tuned"] = measure(job, compressed, reference, "tuned")
 
 
-def train(
-    job: Job,
-    model: nn.Module,
-    settings: TrainingConfig,
-    group: str,
-    keep: Plan | None = None,
-    resumed: dict[str, Any] | None = None,
-) -> None:
-    """Train `model` in place; with a plan to `keep`, leave a checkpoint after every epoch."""
-    images, split = job.config.images, job.dataset.train
-    stream = training_stream(
-        split, images.image, job.world, settings.batch_size, images.threads, job.config.seed, images.augment
-    )
-    trainer = Trainer(model, settings, len(stream), job.world)
-    done = restore(trainer, stream, resumed)
-    size = settings.batch_size * job.world.size
-    job.report.say(
-        f"   {settings.epochs} epochs of {len(stream)} steps, global batch {size}, peak learning rate "
-        f"{scaled_lr(settings, job.world.size):.4g} ({settings.lr} per 256 images)"
-    )
-    for epoch in range(done, settings.epochs):
-        for progress in trainer.epoch(stream):
-            job.report.scalars(group, progress.step, {**asdict(progress), "step": None, "steps": None})
-        job.report.say(
-            f"   epoch {epoch + 1}/{settings.epochs}: loss {progress.loss:.4f}, "
-            f"{progress.images_per_second:.0f} images/s"
-        )
-        if keep is not None:
-            save_progress(job, keep, trainer, stream, epoch + 1)
-
-
-# ── leaving off and coming back ────────────────────────────────────────────────────────────────────────────
+# ── the end ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def finished(folder: Path) -> bool:
     """result.json is written last."""
     return (folder / "result.json").is_file()
-
-
-def save_progress(job: Job, plan: Plan, trainer: Trainer, stream: Stream, epoch: int) -> None:
-    """A checkpoint from which `--resume` continues at the next epoch."""
-    streams = job.world.gather(stream.state())
-    state = {
-        "epoch": epoch,
-        "world_size": job.world.size,
-        "plan": plan.to_json(),
-        "model": trainer.model.state_dict(),
-        "trainer": trainer.state(),
-        "streams": streams,
-        "metrics": {stage: asdict(m) for stage, m in job.metrics.items()},
-        "seconds": job.report.seconds,
-    }
-    job.world.from_first(lambda: str(checkpoint.save(job.folder / "checkpoints", epoch, state)))
-
-
-def resume_point(job: Job) -> dict[str, Any] | None:
-    """The newest intact checkpoint of the run to resume, if there is one.
-
-    Raises:
-        ConfigError: it was left by another number of ranks.
-    """
-    if not job.config.resume:
-        return None
-    state, problems = checkpoint.newest(job.folder / "checkpoints")
-    for problem in problems:
-        job.report.say(f"warning: {problem}; using the checkpoint before")
-    if state is None:
-        job.report.say("no checkpoint yet: starting from the beginning")
-        return None
-    if state["world_size"] != job.world.size:
-        raise ConfigError(
-            f"--resume: the run was left by {state['world_size']} ranks, these are {job.world.size}; "
-            f"start it with {state['world_size']}"
-        )
-    job.metrics.update({stage: Metrics(**m) for stage, m in state["metrics"].items()})
-    job.report.seconds.update(state["seconds"])
-    job.report.rewind("train", state["trainer"]["step"])
-    job.report.say(f"resuming after epoch {state['epoch']}")
-    return state
-
-
-def restore(trainer: Trainer, stream: Stream, resumed: dict[str, Any] | None) -> int:
-    """Put trainer and stream where the checkpoint left them; the epochs already done."""
-    if resumed is None:
-        return 0
-    trainer.restore(resumed["trainer"])
-    stream.restore(resumed["streams"][stream.world.rank])
-    return int(resumed["epoch"])
-
-
-# ── the end ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def finish(job: Job, plan: Plan, compressed: nn.Module) -> None:

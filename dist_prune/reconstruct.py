@@ -201,6 +201,7 @@ class Correction:
     world: World
     positions: int = 0
     seed: int = 0
+    memory: int = 1 << 60
 
     def run(self, sites: Sequence[Site]) -> Iterator[Outcome]:
         """Solve the sites that the program stops at, in its order, each in place; yields after each."""
@@ -237,8 +238,15 @@ class Correction:
             x, target = self._advance(site, pair)
             if not pair.held:
                 self._add(accumulator, site, x, target)
+                self._spare(pair)
         joint = sum_moments({site.name: accumulator.moments()}, self.world)[site.name]
         return normal_equations(joint, site.inputs)
+
+    def _spare(self, pair: Pair) -> None:
+        """Beyond the memory allowed, forget what the pair has computed: it will start from the images again."""
+        if sum(each.dense.bytes + each.compressed.bytes for each in self.pairs) > self.memory:
+            pair.dense.restart()
+            pair.compressed.restart()
 
     def _advance(self, site: Site, pair: Pair) -> tuple[Tensor, Tensor]:
         """What the site is given in the compressed network, and what it should give."""

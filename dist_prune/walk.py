@@ -8,7 +8,7 @@ ordinary forward would hold at that place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +169,7 @@ class Pass:
     images: Tensor
     position: int = 0
     values: Values = field(default_factory=dict)
+    prepare: Callable[[Tensor], Tensor] = torch.Tensor.contiguous  # from the images kept to what the network takes
 
     @torch.no_grad()
     def advance(self, position: int) -> None:
@@ -186,7 +187,7 @@ class Pass:
     def _run(self, node: fx.Node) -> Any:  # noqa: ANN401  whatever the operation returns
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         if node.op == "placeholder":
-            return self.images
+            return self.prepare(self.images)
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.root)
         if node.op == "call_module":
@@ -209,7 +210,7 @@ class Pass:
     @torch.no_grad()
     def outcome(self, root: nn.Module, output: Tensor) -> Tensor:
         """The network's output if the site it stands at gave `output` and all that follows were `root`'s."""
-        fork = Pass(self.program, root, self.images, self.position + 1, dict(self.values))
+        fork = Pass(self.program, root, self.images, self.position + 1, dict(self.values), self.prepare)
         fork.values[self.program.steps[self.position]] = output
         for unused in self.program.dropped[self.position]:
             fork.values.pop(unused, None)

@@ -8,7 +8,8 @@ import torch
 
 from dist_prune import checkpoint
 from dist_prune.checkpoint import CheckpointError
-from dist_prune.config import RECIPES, Run
+from dist_prune.config import Run
+from dist_prune.recipes import RECIPES
 
 RUN = RECIPES["digits"]
 

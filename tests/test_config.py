@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_prune.config import RECIPES, ConfigError, parse, require_complete, to_dict
+from dist_prune.config import ConfigError, require_complete, to_dict
+from dist_prune.recipes import RECIPES, parse
 
 
 def test_no_words_mean_the_digits() -> None:

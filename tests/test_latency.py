@@ -12,9 +12,9 @@ from torch import nn
 
 from dist_prune import latency
 from dist_prune.budget import cheaper_ranks
-from dist_prune.config import parse
 from dist_prune.latency import LatencyTable, Timing, candidates, input_shapes, measure, time_calls
 from dist_prune.planning import timed_planner
+from dist_prune.recipes import parse
 from dist_prune.sites import Site, View, survey
 from dist_prune.world import World
 from tests.ranks import run_ranks

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +19,13 @@ from torch import nn
 
 from dist_prune import models, statistics
 from dist_prune.bases import solve
-from dist_prune.config import RECIPES, MethodConfig, Rule
+from dist_prune.config import MethodConfig, Rule
 from dist_prune.data import Stream, evaluation_stream
 from dist_prune.evaluate import Metrics, Predictions, predict, score
 from dist_prune.images import Dataset, Split, open_dataset
 from dist_prune.projection import project, rebuild
 from dist_prune.ranks import cost, make_plan
+from dist_prune.recipes import RECIPES
 from dist_prune.report import table
 from dist_prune.sites import Survey, survey
 from dist_prune.statistics import Statistics
@@ -60,7 +61,7 @@ METHODS: dict[str, MethodConfig] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one ratio; `seconds` for its statistics and bases, shared by both ratios; top-1 drop in points."""
+    """One method at one ratio; `seconds` for statistics and bases, which both share; `drop` in points."""
 
     method: str
     ratio: float
@@ -123,17 +124,16 @@ def measure(bench: Bench, name: str, method: MethodConfig) -> Iterator[Row]:
         torch.manual_seed(bench.seed)
         untrained = rebuild(models.build("resnet20", 10), plan).to(world.device)
         model = project(bench.dense, sites, bases, plan, method.side) if trained else untrained
-        metrics = score(predict(model, stream(bench.dataset.val, world)), len(bench.dataset.val), world, bench.reference)
+        found_here = predict(model, stream(bench.dataset.val, world))
+        metrics = score(found_here, len(bench.dataset.val), world, bench.reference)
         share = cost(bench.survey, plan).macs / bench.survey.macs
         yield Row(name, ratio, share, metrics.top1, bench.baseline.top1 - metrics.top1, metrics.kl or 0.0, seconds)
 
 
 def show(rows: Sequence[Row], baseline: Metrics) -> str:
     """The table, in the order measured."""
-    cells = [
-        [r.method, f"{r.ratio:g}", f"{r.macs:.3f}", f"{r.top1:.2f}", f"{r.drop:.2f}", f"{r.kl:.3f}", f"{r.seconds:.1f}"]
-        for r in rows
-    ]
+    shown = (("ratio", "g"), ("macs", ".3f"), ("top1", ".2f"), ("drop", ".2f"), ("kl", ".3f"), ("seconds", ".1f"))
+    cells = [[row.method, *(format(getattr(row, name), how) for name, how in shown)] for row in rows]
     headers = ["method", "ratio", "MACs", "top-1 %", "drop pp", "KL", "seconds"]
     return f"dense: top-1 {baseline.top1:.2f} %\n" + table(headers, cells)
 

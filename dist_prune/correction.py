@@ -1,0 +1,206 @@
+"""Correction of a whole network: calibration images decoded once, several metrics tried, the best kept or none."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.config import CorrectionConfig, ImageSpec
+from dist_prune.curvature import STEPS, Objective, collect_curvature
+from dist_prune.data import Batch, Stream, normalise
+from dist_prune.models import logits_of
+from dist_prune.probes import kl
+from dist_prune.reconstruct import Correction, Outcome, Pair, Solver
+from dist_prune.report import table
+from dist_prune.sites import Factored, Survey, View, evaluating
+from dist_prune.walk import Pass, Program, trace
+from dist_prune.world import World
+
+HELD = 8  # every eighth image judges
+DRAWS = 4  # labels drawn per image for the metric
+
+
+class CorrectionError(ValueError):
+    """A network that cannot be corrected against itself."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """This rank's images as they were decoded: uint8 (n, 3, H, W), their positions (n,) in the list of images."""
+
+    pixels: Tensor
+    indices: Tensor
+    spec: ImageSpec
+    batch_size: int
+
+    def batches(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and positions of the images that judge, or of those to solve from, which depends on no rank."""
+        chosen = (self.indices % HELD == 0) == held
+        for some in torch.split(torch.nonzero(chosen)[:, 0], self.batch_size):
+            yield self.pixels[some], self.indices[some]
+
+    def normalised(self) -> Iterator[Batch]:
+        """The images to solve from, as the network takes them, without labels."""
+        for pixels, indices in self.batches(held=False):
+            yield Batch(normalise(pixels, self.spec), torch.full_like(indices, -1), indices)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One correction of all sites: `kl` to the dense network on the held-out images, nats per image."""
+
+    damping: float
+    kl: float
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The held-out KL `before`, every trial, and the one kept, None if all made it worse."""
+
+    before: float
+    trials: tuple[Trial, ...]
+    kept: Trial | None
+
+
+def decode(stream: Stream, spec: ImageSpec) -> Calibration:
+    """Read this rank's images once and keep their bytes."""
+    batches = list(stream.raw())
+    pixels, indices = (torch.cat(parts) for parts in zip(*((b.images, b.indices) for b in batches), strict=True))
+    return Calibration(pixels, indices, spec, stream.batch_size)
+
+
+def correct(
+    dense: nn.Module,
+    compressed: nn.Module,
+    survey: Survey,
+    images: Calibration,
+    settings: CorrectionConfig,
+    seed: int,
+    world: World,
+) -> Result:
+    """Solve all sites of the compressed network anew, in place, once for each damping; keep the best if it helps.
+
+    Args:
+        dense: the network to come near to.
+        compressed: its compressed copy.
+        survey: of the dense network, all its sites.
+        images: this rank's calibration images.
+        settings: how.
+        seed: of drawn labels and positions.
+        world: the ranks, which all end with the same network.
+
+    Raises:
+        CorrectionError: the network answers the same images differently each time.
+        TraceError: torch.fx cannot follow it.
+    """
+    sites = [s for s in survey.sites if settings.resolve_dense or _is_factored(compressed, s.name)]
+    program = trace(dense, [site.name for site in sites])
+    with evaluating(dense), evaluating(compressed):
+        judges = [(pixels, _logits(dense, pixels, images.spec)) for pixels, _ in images.batches(held=True)]
+        _require_deterministic(dense, judges, images.spec, world)
+        before = _divergence(compressed, judges, images.spec, world)
+    metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
+    dampings = settings.metric_damping if settings.correct == "regression" else (math.inf,)
+    tried: list[tuple[Trial, nn.Module]] = []
+    for damping in dampings:
+        candidate = copy.deepcopy(compressed)
+        with evaluating(dense), evaluating(candidate):
+            pairs = list(_pairs(program, dense, candidate, images, judges))
+            solver = Solver(settings.correct, settings.ridge, (damping,))
+            memory = int(settings.calibration_gb * 2**30)
+            walk = Correction(
+                program, dense, candidate, pairs, metrics, solver, world, settings.positions, seed, memory
+            )
+            outcomes = tuple(walk.run(sites))
+            tried.append((Trial(damping, _divergence(candidate, judges, images.spec, world), outcomes), candidate))
+    best, network = min(tried, key=lambda one: one[0].kl)
+    if best.kl < before:
+        compressed.load_state_dict(network.state_dict())
+    return Result(before, tuple(trial for trial, _ in tried), best if best.kl < before else None)
+
+
+def _is_factored(compressed: nn.Module, name: str) -> bool:
+    return isinstance(compressed.get_submodule(name), Factored)
+
+
+def _metrics(
+    dense: nn.Module,
+    views: Sequence[View],
+    images: Calibration,
+    settings: CorrectionConfig,
+    seed: int,
+    world: World,
+) -> dict[str, Tensor]:
+    """Fisher metrics of all sites' outputs, if any damping needs them."""
+    if settings.correct != "regression" or all(map(math.isinf, settings.metric_damping)):
+        sizes = {view.site.name: (view.site.groups, view.width) for view in views}
+        return {
+            name: torch.eye(width, dtype=torch.float64, device=world.device).expand(groups, width, width)
+            for name, (groups, width) in sizes.items()
+        }
+    objective = Objective("kl", DRAWS, seed)
+    return collect_curvature(dense, views, images.normalised(), world, STEPS["fisher"], objective)
+
+
+def _pairs(
+    program: Program,
+    dense: nn.Module,
+    compressed: nn.Module,
+    images: Calibration,
+    judges: Iterable[tuple[Tensor, Tensor]],
+) -> Iterator[Pair]:
+    def begin(root: nn.Module, pixels: Tensor) -> Pass:
+        return Pass(program, root, pixels, prepare=partial(normalise, spec=images.spec))
+
+    for pixels, _ in images.batches(held=False):
+        yield Pair(begin(dense, pixels), begin(compressed, pixels))
+    for pixels, logits in judges:
+        yield Pair(begin(dense, pixels), begin(compressed, pixels), logits)
+
+
+def _logits(model: nn.Module, pixels: Tensor, spec: ImageSpec) -> Tensor:
+    return logits_of(model(normalise(pixels, spec)))
+
+
+def _divergence(model: nn.Module, judges: Sequence[tuple[Tensor, Tensor]], spec: ImageSpec, world: World) -> float:
+    """KL to the dense network over the held-out images of all ranks, nats per image."""
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for pixels, logits in judges:
+        sums[0] += kl(logits, _logits(model, pixels, spec)).double().sum()
+        sums[1] += len(pixels)
+    world.sum_(sums)
+    total, count = sums.tolist()
+    return float(total / max(1.0, count))
+
+
+def _require_deterministic(
+    dense: nn.Module, judges: Sequence[tuple[Tensor, Tensor]], spec: ImageSpec, world: World
+) -> None:
+    again = all(torch.allclose(_logits(dense, p, spec), z, rtol=1e-3, atol=1e-3) for p, z in judges[:1])
+    if world.any(not again):
+        raise CorrectionError(
+            "the dense network gives the same images other outputs the second time, in evaluation mode; "
+            "correct it deterministically, or use --correct none"
+        )
+
+
+def told(result: Result) -> str:
+    """What each site became, and whether the whole was kept."""
+    rows = []
+    best = result.kept or min(result.trials, key=lambda trial: trial.kl)
+    for outcome in best.outcomes:
+        tried = ", ".join(f"{name} {value:.4f}" for name, value in outcome.tried.items())
+        rows.append([outcome.site, outcome.chosen, f"{outcome.rows:,}", tried])
+    trials = ", ".join(f"{trial.kl:.4f} with damping {trial.damping:g}" for trial in result.trials)
+    verdict = f"kept damping {best.damping:g}" if result.kept else "rejected: the projected network stays"
+    return (
+        f"{table(['site', 'chosen', 'rows', 'held-out KL, the rest dense'], rows)}\n"
+        f"held-out KL {result.before:.4f} before, {trials}; {verdict}"
+    )

@@ -1,0 +1,68 @@
+"""The named recipes, and a run read from a command line: a recipe's name, then flags over it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import tyro
+
+from dist_prune.config import (
+    Augment,
+    CompressionConfig,
+    ConfigError,
+    DataConfig,
+    ImageSpec,
+    NetworkConfig,
+    Run,
+    TrainingConfig,
+)
+
+_SMALL = DataConfig(image=ImageSpec(resize=0, crop=32), threads=2, eval_batch_size=256)
+
+RECIPES: dict[str, Run] = {
+    "digits": Run(
+        NetworkConfig("resnet18", "none", 10),
+        replace(_SMALL, data="digits", augment=Augment(flip=False, pad=2)),
+        CompressionConfig(sites="@conv"),
+        tuning=TrainingConfig(epochs=2, batch_size=32, lr=0.02),
+        pretrain=TrainingConfig(epochs=6, batch_size=32, lr=0.1),
+    ),
+    "cifar10": Run(
+        NetworkConfig("resnet20", "none", 10),
+        _SMALL,
+        CompressionConfig(sites="@stride1"),
+        tuning=TrainingConfig(epochs=2, batch_size=64, lr=0.02),
+    ),
+    "resnet18-imagenet": Run(
+        NetworkConfig("resnet18", "IMAGENET1K_V1", 1000),
+        DataConfig(threads=8, eval_batch_size=256),
+        CompressionConfig(sites="@stride1"),
+        tuning=TrainingConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True),
+    ),
+}
+RECIPES["resnet50-imagenet"] = replace(
+    RECIPES["resnet18-imagenet"], network=NetworkConfig("resnet50", "IMAGENET1K_V2", 1000)
+)
+
+
+def parse(arguments: Sequence[str], quiet: bool = False) -> Run:
+    """A run from command-line words: an optional recipe name first, then flags over it.
+
+    Args:
+        arguments: without the program's name.
+        quiet: print neither help nor errors (all ranks but the first).
+
+    Raises:
+        ConfigError: an unknown recipe (close ones offered), or a setting that cannot be.
+    """
+    words = list(arguments)
+    name = words.pop(0) if words and not words[0].startswith("-") else "digits"
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"recipes: {', '.join(RECIPES)}"
+        raise ConfigError(f"unknown recipe {name!r}; {hint}")
+    described = f"Compress a network. Recipe {name}; others: {', '.join(r for r in RECIPES if r != name)}."
+    default = replace(RECIPES[name], recipe=name)
+    return tyro.cli(Run, args=words, default=default, description=described, console_outputs=not quiet)
