@@ -246,12 +246,23 @@ class CorrectionConfig:
     """Output positions per image to solve from, a seeded choice; 0: all."""
     resolve_dense: bool = True
     """Solve the layers that stay dense, too."""
+    mirrored: bool = False
+    """Solve from the mirror images of the calibration images, too."""
+    distill_steps: int = 0
+    """Then, label-free training steps towards the dense network's outputs."""
+    distill_images: int = 8192
+    """Training images for these steps, labels unused."""
+    distill_lr: float = 0.02
+    """Their peak learning rate for a global batch of 256."""
     calibration_gb: float = 8.0
     """Activations kept per rank, GiB; what does not fit is computed again for every site."""
 
     def __post_init__(self) -> None:
         _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
         _require(self.ridge > 0, f"--ridge {self.ridge}: expected above 0, or singular equations have no answer")
+        _require(self.distill_steps >= 0, f"--distill-steps {self.distill_steps}: expected 0 or more")
+        _require(self.distill_images > 0, f"--distill-images {self.distill_images}: expected at least 1")
+        _require(self.distill_lr > 0, f"--distill-lr {self.distill_lr}: expected above 0")
         _require(self.positions >= 0, f"--positions {self.positions}: expected 0 or more")
         sound = self.metric_damping and min(self.metric_damping) > 0
         _require(bool(sound), f"--metric-damping {self.metric_damping}: expected one or more numbers above 0")
@@ -275,6 +286,8 @@ class TrainingConfig:
     """Share of all steps in which the learning rate rises."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target."""
+    bn: Literal["local", "frozen"] = "local"
+    """Batch norm: local statistics of each rank's batch, averaged after each epoch; or frozen as they were."""
     bf16: bool = False
     """Forward in bfloat16 autocast."""
     channels_last: bool = False

@@ -38,12 +38,15 @@ class Calibration:
     indices: Tensor
     spec: ImageSpec
     batch_size: int
+    mirrored: bool
 
     def batches(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels and positions of the images that judge, or of those to solve from, which depends on no rank."""
         chosen = (self.indices % HELD == 0) == held
         for some in torch.split(torch.nonzero(chosen)[:, 0], self.batch_size):
             yield self.pixels[some], self.indices[some]
+            if self.mirrored and not held:
+                yield self.pixels[some].flip(3), self.indices[some]
 
     def normalised(self) -> Iterator[Batch]:
         """The images to solve from, as the network takes them, without labels."""
@@ -69,11 +72,11 @@ class Result:
     kept: Trial | None
 
 
-def decode(stream: Stream, spec: ImageSpec) -> Calibration:
+def decode(stream: Stream, mirrored: bool) -> Calibration:
     """Read this rank's images once and keep their bytes."""
     batches = list(stream.raw())
     pixels, indices = (torch.cat(parts) for parts in zip(*((b.images, b.indices) for b in batches), strict=True))
-    return Calibration(pixels, indices, spec, stream.batch_size)
+    return Calibration(pixels, indices, stream.spec, stream.batch_size, mirrored)
 
 
 def correct(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from dist_prune.config import TrainingConfig
 from dist_prune.data import Batch
 from dist_prune.models import logits_of
 from dist_prune.world import World
+
+Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a scalar
 
 
 class TrainingError(RuntimeError):
@@ -36,14 +38,18 @@ class Progress:
 class Trainer:
     """A model being trained on all ranks, and everything needed to continue later."""
 
-    def __init__(self, model: nn.Module, settings: TrainingConfig, steps_per_epoch: int, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, settings: TrainingConfig, steps: int, world: World, loss: Loss | None = None
+    ) -> None:
+        """Prepare to train `model`, in place, for `steps` steps; by cross-entropy if no `loss` is given."""
         self.settings = settings
         self.world = world
         self.model = model
         if settings.channels_last:
             _lay_out_channels_last(model)
         self.replica = world.replicate(self.model)
-        self.steps = settings.epochs * steps_per_epoch
+        self.steps = steps
+        self.loss = loss or (lambda logits, batch: cross_entropy(logits, batch, settings.label_smoothing))
         self.step = 0
         self.optimizer = torch.optim.SGD(
             decayed(self.model, settings.weight_decay),
@@ -65,6 +71,8 @@ class Trainer:
             TrainingError: the loss is no longer a number.
         """
         nn.Module.train(self.replica)
+        if self.settings.bn == "frozen":
+            _freeze_norms(self.model)
         window = _Window(self.world)
         for batch in batches:
             window.add(self._update(batch), len(batch.labels))
@@ -83,7 +91,7 @@ class Trainer:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.bf16):
             logits = logits_of(self.replica(images))
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.settings.label_smoothing)
+        loss = self.loss(logits.float(), batch)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self.optimizer.step()
@@ -110,6 +118,18 @@ class Trainer:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Mean cross-entropy to the labels, mixed with the uniform distribution."""
+    return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+
+
+def _freeze_norms(model: nn.Module) -> None:
+    """Batch norm keeps its running statistics; its scale and shift are trained."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 class _Window:

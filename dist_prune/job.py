@@ -127,8 +127,10 @@ def calibration(job: Job, count: int) -> Stream:
 
 def statistics_split(job: Job, count: int) -> Split:
     """A seeded subset of the training images, never of the validation images."""
-    split = job.dataset.train
-    for limit in (job.config.compression.basis.statistics_images, count):
-        if limit and limit < len(split):
-            split = split.subset(limit, job.config.seed)
-    return split
+    split = limited(job.dataset.train, job.config.compression.basis.statistics_images, job.config.seed)
+    return limited(split, count, job.config.seed)
+
+
+def limited(split: Split, count: int, seed: int) -> Split:
+    """A seeded choice of `count` images; all of them if there are no more, or `count` is 0."""
+    return split.subset(count, seed) if 0 < count < len(split) else split

@@ -22,7 +22,7 @@ from dist_prune.ranks import Plan, cost
 from dist_prune.report import Report, table
 from dist_prune.spectra import Spectra, spectra_of, unit_of
 from dist_prune.statistics import Statistics
-from dist_prune.training import resume_point, train
+from dist_prune.training import distill, resume_point, train
 from dist_prune.world import digest, fingerprint, joined
 
 SITE_IMAGES = 512  # on which sites are measured alone
@@ -64,6 +64,7 @@ def compress_and_tune(job: Job) -> None:
         job.metrics["projected"] = measure(job, compressed, reference, "projected")
         measure_alone(job, plan, compressed)
         correct(job, compressed, reference)
+        distill_further(job, compressed, reference)
     else:
         plan = Plan.from_json(resumed["plan"])
         compressed = rebuild(job.dense, plan)
@@ -205,11 +206,20 @@ def correct(job: Job, compressed: nn.Module, reference: Predictions) -> None:
     if settings.correct == "none" or job.config.compression.basis.method == "random-init":
         return
     with job.report.phase("correction"):
-        images = correction.decode(calibration(job, settings.calibrate_images), job.config.images.image)
+        images = correction.decode(calibration(job, settings.calibrate_images), settings.mirrored)
         seed = job.config.seed
         result = correction.correct(job.dense, compressed, job.everything, images, settings, seed, job.world)
     job.report.say(correction.told(result))
     job.metrics["corrected"] = measure(job, compressed, reference, "corrected")
+
+
+def distill_further(job: Job, compressed: nn.Module, reference: Predictions) -> None:
+    """With --distill-steps, label-free training, told as a stage of its own."""
+    if not job.config.correction.distill_steps:
+        return
+    with job.report.phase("distillation"):
+        distill(job, compressed)
+    job.metrics["distilled"] = measure(job, compressed, reference, "distilled")
 
 
 def tune(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.bases import Basis
@@ -76,6 +77,38 @@ def project(
             factors = factors_of(weight, bias, bases[site.name], plan.ranks[site.name])
             replacements.append((site.name, factor(module, site, factors)))
     return with_replaced(model, replacements)
+
+
+def balance(model: nn.Module) -> None:
+    """Re-split every factored pair's product by its singular values, in place: B·A = (U√S)(√S·Vᵀ).
+
+    Closed-form factors differ in scale by orders of magnitude, which no learning rate fits. The pair computes what
+    it did.
+    """
+    for pair in model.modules():
+        if isinstance(pair, Factored):
+            groups = getattr(pair.reduce, "groups", 1)
+            inner, outer = (_grouped(layer, groups) for layer in (pair.reduce, pair.expand))
+            left, triangle = torch.linalg.qr(outer)
+            right, other = torch.linalg.qr(inner.mT)
+            u, s, v = torch.linalg.svd(triangle @ other.mT, full_matrices=False)
+            root = s.sqrt()[:, None]
+            unused = inner.shape[1] - s.shape[1]  # of a rank beyond what the product can have
+            _set(pair.reduce, F.pad((root.mT * v) @ right.mT, (0, 0, 0, unused)))
+            _set(pair.expand, F.pad(left @ (u * root), (0, unused)))
+
+
+def _grouped(layer: nn.Module, groups: int) -> Tensor:
+    """The layer's weight as (g, outputs/g, inputs), float64."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _set(layer: nn.Module, matrix: Tensor) -> None:
+    assert isinstance(layer.weight, Tensor)
+    with torch.no_grad():
+        layer.weight.copy_(matrix.reshape(layer.weight.shape))
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:

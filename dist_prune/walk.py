@@ -7,6 +7,8 @@ ordinary forward would hold at that place.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from dist_prune.sites import evaluating
 
 Values = dict[fx.Node, Any]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
-_PASSING = (nn.Identity, nn.Dropout)
+# Names of modules and functions that are the identity in evaluation mode.
+_PASSING = ("Identity", "Dropout", "Dropout2d", "StochasticDepth", "DropPath", "dropout", "stochastic_depth")
+_IN_PLACE = (operator.setitem, *(f for n, f in vars(operator).items() if n[0] == "i" and hasattr(operator, n[1:])))
 
 
 class TraceError(ValueError):
@@ -44,6 +51,8 @@ class Program:
     stops: Mapping[str, int]  # site name → its place in steps, of sites called exactly once
     shortcuts: Mapping[str, Shortcut]
     dropped: tuple[tuple[fx.Node, ...], ...]  # what is no longer needed after each step
+    constants: Mapping[str, Any]  # that the network makes as it runs
+    changed_until: int  # no step from here on changes a value in place
 
 
 def trace(model: nn.Module, names: Iterable[str]) -> Program:
@@ -56,13 +65,15 @@ def trace(model: nn.Module, names: Iterable[str]) -> Program:
     Raises:
         TraceError: its control flow depends on its values.
     """
-    mode = model.training
+    known = set(vars(model))
     try:
-        graph = fx.Tracer().trace(model.eval())
+        with evaluating(model):
+            graph = fx.Tracer().trace(model, _defaults(model))
     except Exception as error:
         raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
     finally:
-        model.train(mode)
+        # Tensors the network makes as it runs: the tracer leaves them on the network.
+        constants = {name: vars(model).pop(name) for name in set(vars(model)) - known}
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -73,7 +84,15 @@ def trace(model: nn.Module, names: Iterable[str]) -> Program:
     steps = _ordered(graph, first)
     place = {node: index for index, node in enumerate(steps)}
     stops = dict(sorted(((name, place[node]) for name, node in once.items()), key=operator.itemgetter(1)))
-    return Program(steps, stops, shortcuts, _last_uses(steps, first))
+    changed_until = max((place[node] + 1 for node in steps if _is_in_place(model, node)), default=0)
+    return Program(steps, stops, shortcuts, _last_uses(steps, first), constants, changed_until)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """What the arguments besides the images are when only images are given."""
+    others = list(inspect.signature(model.forward).parameters.values())[1:]
+    plain = (bool, int, float, str, type(None))
+    return {p.name: p.default for p in others if isinstance(p.default, plain)}
 
 
 def _shortcuts(model: nn.Module, sites: Mapping[str, fx.Node]) -> dict[str, Shortcut]:
@@ -81,12 +100,16 @@ def _shortcuts(model: nn.Module, sites: Mapping[str, fx.Node]) -> dict[str, Shor
     found: dict[str, Shortcut] = {}
     first: dict[fx.Node, fx.Node] = {}
     taken: set[fx.Node] = set()
+    place = {node: index for index, node in enumerate(next(iter(sites.values())).graph.nodes)} if sites else {}
     for name, site in sorted(sites.items(), key=lambda item: -len(_ancestors(item[1], {}))):
         end = _addition_after(model, site)
         if end is None or end[0] in taken:
             continue
         addition, shortcut = end
-        if site not in _ancestors(shortcut.other, first):
+        before = _ancestors(shortcut.other, first)
+        span = range(place[site], max(map(place.__getitem__, before)) + 1)
+        moved_past = [node for node in site.graph.nodes if place[node] in span]
+        if site not in before and not any(_is_in_place(model, node) for node in moved_past):
             found[name], first[site] = shortcut, shortcut.other
             taken.add(addition)
     return found
@@ -101,9 +124,9 @@ def _addition_after(model: nn.Module, site: fx.Node) -> tuple[fx.Node, Shortcut]
             (other,) = (n for n in user.all_input_nodes if n is not node)
             return user, Shortcut(other, affine)
         module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, nn.BatchNorm2d) and not affine:
+        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None and not affine:
             affine = str(user.target)
-        elif not isinstance(module, _PASSING) and not _is_stochastic_depth(module):
+        elif (type(module).__name__ if module else getattr(user.target, "__name__", "")) not in _PASSING:
             return None
         node = user
     return None
@@ -111,12 +134,19 @@ def _addition_after(model: nn.Module, site: fx.Node) -> tuple[fx.Node, Shortcut]
 
 def _is_addition(node: fx.Node) -> bool:
     by_function = node.op == "call_function" and node.target in _ADDITIONS
-    return by_function or (node.op == "call_method" and node.target in ("add", "add_"))
+    by_method = node.op == "call_method" and node.target in ("add", "add_")
+    return (by_function or by_method) and "alpha" not in node.kwargs
 
 
-def _is_stochastic_depth(module: nn.Module | None) -> bool:
-    """As torchvision and timm have it; the identity in evaluation mode."""
-    return type(module).__name__ in ("StochasticDepth", "DropPath")
+def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the operation changes what it is given, as far as can be seen; rather too often than too rarely."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    flagged = any(value is True for value in (*node.args, node.kwargs.get("inplace"), "out" in node.kwargs))
+    return flagged or name.endswith("_") or node.target in _IN_PLACE
 
 
 def _ancestors(node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
@@ -169,7 +199,7 @@ class Pass:
     images: Tensor
     position: int = 0
     values: Values = field(default_factory=dict)
-    prepare: Callable[[Tensor], Tensor] = torch.Tensor.contiguous  # from the images kept to what the network takes
+    prepare: Callable[[Tensor], Tensor] = torch.Tensor.clone  # from the images kept to what the network takes
 
     @torch.no_grad()
     def advance(self, position: int) -> None:
@@ -187,8 +217,11 @@ class Pass:
     def _run(self, node: fx.Node) -> Any:  # noqa: ANN401  whatever the operation returns
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         if node.op == "placeholder":
-            return self.prepare(self.images)
+            first = node is self.program.steps[0]
+            return self.prepare(self.images) if first else next(iter(node.args), None)
         if node.op == "get_attr":
+            if node.target in self.program.constants:
+                return self.program.constants[str(node.target)]
             return operator.attrgetter(str(node.target))(self.root)
         if node.op == "call_module":
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
@@ -212,6 +245,8 @@ class Pass:
         """The network's output if the site it stands at gave `output` and all that follows were `root`'s."""
         fork = Pass(self.program, root, self.images, self.position + 1, dict(self.values), self.prepare)
         fork.values[self.program.steps[self.position]] = output
+        if fork.position < self.program.changed_until:
+            fork.values = dict(zip(fork.values, copy.deepcopy(list(fork.values.values())), strict=True))
         for unused in self.program.dropped[self.position]:
             fork.values.pop(unused, None)
         fork.advance(len(self.program.steps))
@@ -221,8 +256,9 @@ class Pass:
     @property
     def bytes(self) -> int:
         """Memory that the pass holds while it waits."""
-        tensors = {v.untyped_storage().data_ptr(): v for v in self.values.values() if isinstance(v, Tensor)}
-        return sum(v.untyped_storage().nbytes() for v in tensors.values())
+        tensors = [v for v in tree_leaves(list(self.values.values())) if isinstance(v, Tensor)]
+        storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tensors}
+        return sum(storages.values())
 
     def restart(self) -> None:
         """Forget everything: the next `advance` computes from the images."""

@@ -75,13 +75,13 @@ def test_one_step_is_sgd_by_hand(world: World) -> None:
 
 def test_a_restored_trainer_continues_to_the_same_bits(world: World) -> None:
     settings = TrainingConfig(epochs=2, batch_size=8, lr=0.3)
-    whole = Trainer(network(), settings, 5, world)
+    whole = Trainer(network(), settings, 10, world)
     for _ in range(2):
         list(whole.epoch(batches(5, 8)))
-    first = Trainer(network(), settings, 5, world)
+    first = Trainer(network(), settings, 10, world)
     list(first.epoch(batches(5, 8)))
     model, state = {k: v.clone() for k, v in first.model.state_dict().items()}, first.state()
-    second = Trainer(network(seed=9), settings, 5, world)
+    second = Trainer(network(seed=9), settings, 10, world)
     second.model.load_state_dict(model)
     second.restore(state)
     list(second.epoch(batches(5, 8)))

@@ -7,7 +7,7 @@ from torch import nn
 from dist_prune.bases import Basis, principal, solve
 from dist_prune.config import MethodConfig
 from dist_prune.moments import Moments, collect_moments
-from dist_prune.projection import factor, project, project_output, rebuild
+from dist_prune.projection import balance, factor, project, project_output, rebuild
 from dist_prune.ranks import Choice, Plan
 from dist_prune.sites import Site, Survey, View, bias_of, describe, input_rows, output_rows, survey, weight_of
 from dist_prune.statistics import Statistics
@@ -86,6 +86,25 @@ def test_half_the_rank_reaches_the_analytic_optimum(kind: str, world: World) -> 
     rank = compressed[0].reduce.weight.shape[0] // site.groups
     lost = (compressed(x) - model(x)).square().sum()
     torch.testing.assert_close(lost, singular[:, rank:].square().sum(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_balancing_changes_the_scale_of_the_factors_and_nothing_else(
+    kind: str, share: float, world: World
+) -> None:
+    _model, compressed, x = projected(kind, share, world)
+    pair = compressed[0]
+    with torch.no_grad():
+        pair.reduce.weight.mul_(1e3)
+        pair.expand.weight.div_(1e3)
+    before = compressed(x).detach()
+    balance(compressed)
+    torch.testing.assert_close(compressed(x), before, rtol=1e-8, atol=1e-8)
+    groups = getattr(pair.reduce, "groups", 1)
+    inner = pair.reduce.weight.reshape(groups, -1, pair.reduce.weight[0].numel())
+    outer = pair.expand.weight.reshape(groups, -1, pair.expand.weight.shape[1])
+    torch.testing.assert_close(inner @ inner.mT, outer.mT @ outer, rtol=1e-7, atol=1e-9)
 
 
 def test_a_smaller_rank_loses_more(world: World) -> None:
