@@ -177,7 +177,8 @@ def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _lay_out_channels_last(model: nn.Module) -> None:
-    """NHWC for every kernel, in place."""
+    """NHWC for every kernel, in place; by copy, as `contiguous` leaves 1×1 kernels in strides that DDP warns of."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            laid_out = torch.empty_like(parameter.data, memory_format=torch.channels_last)
+            parameter.data = laid_out.copy_(parameter.data)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.bases import metric_basis
@@ -62,13 +63,16 @@ def least_squares(normal: Normal, weight: Tensor, ridge: float) -> tuple[Tensor,
         normal: of the site.
         weight: (g, c, d), which P is kept near to.
         ridge: λ as a share of the mean eigenvalue of C_xx; the floor under which eigenvalues are not trusted.
+            Where x̂ does not vary beyond rounding, P is the weight.
 
     Returns:
         (g, c, d) and (g, c, c).
     """
     size = normal.xx.shape[-1]
     trace = normal.xx.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    shift = ridge * trace.clamp(min=torch.finfo(trace.dtype).tiny) / size
+    rounding = 1e-12 * normal.mean_x.square().sum(-1)[:, None, None]
+    shift = torch.maximum(ridge * trace, rounding) / size
+    shift = torch.where(shift > 0, shift, 1)
     shifted = normal.xx + shift * torch.eye(size, dtype=normal.xx.dtype, device=normal.xx.device)
     right = normal.tx + shift * weight
     solved = torch.linalg.solve(shifted, right.mT).mT
@@ -77,10 +81,11 @@ def least_squares(normal: Normal, weight: Tensor, ridge: float) -> tuple[Tensor,
 
 
 def reduced_rank(normal: Normal, weight: Tensor, rank: int, ridge: float, metric: Tensor) -> Factors:
-    """The rank-`rank` map that predicts t best in the metric (g, c, c)."""
+    """The rank-`rank` map that predicts t best in the metric (g, c, c); ranks beyond the outputs' are zero."""
     solved, predicted = least_squares(normal, weight, ridge)
     encode, decode = metric_basis(predicted, normal.mean_t, metric).kept(rank)
-    inner = encode @ solved
+    beyond = rank // len(weight) - encode.shape[1]
+    inner, decode = F.pad(encode @ solved, (0, 0, 0, beyond)), F.pad(decode, (0, beyond))
     return Factors(decode, inner, _bias(normal, decode @ inner))
 
 
@@ -137,12 +142,13 @@ class Solver:
 
 
 def damped(metric: Tensor, damping: float) -> Tensor:
-    """The metric plus a share of its largest eigenvalue; the identity for an infinite share."""
+    """The metric, its largest eigenvalue scaled to 1, plus `damping`; the identity for an infinite one."""
     identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
     if math.isinf(damping):
         return identity
-    largest: Tensor = torch.linalg.eigvalsh(metric)[:, -1:, None].clamp(min=0)
-    return metric + damping * largest * identity
+    largest: Tensor = torch.linalg.eigvalsh(metric)[:, -1:, None]
+    # Scaled, or a metric of 1e-60 would give layers of 1e-30 and 1e30, which float32 multiplies to nothing.
+    return torch.where(largest > 0, metric / torch.where(largest > 0, largest, 1) + damping * identity, identity)
 
 
 def _resolved(dense: nn.Module, site: Site, normal: Normal, ridge: float) -> nn.Module:
@@ -202,11 +208,16 @@ class Correction:
     positions: int = 0
     seed: int = 0
     memory: int = 1 << 60
+    widest: int = (
+        1 << 14
+    )  # sites whose rows (x̂, t) are wider stay as they are: their matrices would fill the memory
 
     def run(self, sites: Sequence[Site]) -> Iterator[Outcome]:
         """Solve the sites that the program stops at, in its order, each in place; yields after each."""
         by_name = {site.name: site for site in sites}
         for name in self.program.stops:
+            if by_name[name].inputs + by_name[name].width > self.widest:
+                continue
             with full_float32(), torch.no_grad():
                 yield self._site(by_name[name])
 
@@ -256,7 +267,9 @@ class Correction:
         lost = self._lost_by_the_shortcut(site, pair) if site.name in self.program.shortcuts else None
         pair.dense.advance(place + 1)
         target = pair.dense.values[self.program.steps[place]]
-        return pair.compressed.input_of(site.name), target if lost is None else target + lost
+        repaired = target if lost is None else target + lost
+        fits = repaired.shape == target.shape  # not where the addition repeats the output over positions
+        return pair.compressed.input_of(site.name), repaired if fits else target
 
     def _lost_by_the_shortcut(self, site: Site, pair: Pair) -> Tensor:
         """(s − ŝ)/γ; nothing in channels whose slope γ is far below the others'."""
@@ -298,4 +311,4 @@ class Correction:
                     sums[index] += kl(pair.logits, logits).double().sum()
                 sums[-1] += len(pair.logits)
         self.world.sum_(sums)
-        return (sums[:-1] / sums[-1]).tolist()
+        return (sums[:-1] / sums[-1]).nan_to_num(nan=math.inf).tolist()

@@ -50,6 +50,10 @@ class Setting:
     def place(self) -> torch.device:
         return torch.device(self.device)
 
+    def clock(self, ranks: int = 1) -> str:
+        """Which seconds are true, see `interleaved`."""
+        return "cpu" if self.device == "cpu" and ranks == 1 else "wall"
+
     def describe(self, size: int) -> str:
         layout = ", channels last" if self.channels_last else ""
         return f"resnet18 at {size}², {self.batches} × {self.images} images, {self.device}{layout}"
@@ -75,7 +79,7 @@ def _statistics_time(setting: Setting, name: str) -> Row:
         model, images = _network(setting), _images(setting, setting.forward_size)
         batches = [images] * setting.batches
         ours, plain = _collector(model, batches, world), partial(_forward, model, batches)
-        taken = interleaved(ours, plain, setting.rounds, setting.place)
+        taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
     return taken.row(name, 1.15, setting.describe(setting.forward_size))
 
 
@@ -131,7 +135,7 @@ def train_both(world: World, setting: Setting) -> Pair:
     trainer = Trainer(copy.deepcopy(model), settings, setting.batches, world)
     bare = Bare(model, settings, trainer.steps)
     ours, plain = partial(_consume, trainer, batches), partial(bare.epoch, batches)
-    return interleaved(ours, plain, setting.rounds, world.device)
+    return interleaved(ours, plain, setting.rounds, world.device, setting.clock(world.size))
 
 
 def _consume(trainer: Trainer, batches: Sequence[Batch]) -> None:

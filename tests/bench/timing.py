@@ -30,39 +30,45 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds of two functions, by round; each round ran both."""
+    """Seconds of two functions, by round; each round ran both. `clock` says what kind of seconds."""
 
     ours: tuple[float, ...]
     plain: tuple[float, ...]
+    clock: str = "wall"
 
     def row(self, name: str, target: float, detail: str) -> Row:
         ratios = [a / b for a, b in zip(self.ours, self.plain, strict=True)]
         ours, plain = statistics.median(self.ours), statistics.median(self.plain)
-        medians = f"{ours:.4g} s against {plain:.4g} s, {len(ratios)} rounds"
+        medians = f"{ours:.4g} against {plain:.4g} {self.clock} s, {len(ratios)} rounds"
         return Row(
             name, statistics.median(ratios), min(ratios), max(ratios), target, f"{detail}; medians {medians}"
         )
 
 
 def interleaved(
-    ours: Callable[[], object], plain: Callable[[], object], rounds: int, device: torch.device
+    ours: Callable[[], object], plain: Callable[[], object], rounds: int, device: torch.device, clock: str = "wall"
 ) -> Pair:
-    """Time both in turns, A B, B A, …, after one call of each to warm up: drifts of the machine cancel."""
-    seconds(ours, device), seconds(plain, device)
+    """Time both in turns, A B, B A, …, after one call of each to warm up: drifts of the machine cancel.
+
+    The `cpu` clock counts what this process computes, so that others on the machine matter less. Where the
+    process waits, for a GPU or for other ranks, only `wall` is true.
+    """
+    seconds(ours, device, clock), seconds(plain, device, clock)
     taken: dict[Callable[[], object], list[float]] = {ours: [], plain: []}
     for index in range(rounds):
         for function in (ours, plain) if index % 2 == 0 else (plain, ours):
-            taken[function].append(seconds(function, device))
-    return Pair(tuple(taken[ours]), tuple(taken[plain]))
+            taken[function].append(seconds(function, device, clock))
+    return Pair(tuple(taken[ours]), tuple(taken[plain]), clock)
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, the device's work included."""
+def seconds(function: Callable[[], object], device: torch.device, clock: str) -> float:
+    """Seconds of one call by the clock, the device's work included."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
     synchronise(device)
-    began = time.perf_counter()
+    began = now()
     function()
     synchronise(device)
-    return time.perf_counter() - began
+    return now() - began
 
 
 def synchronise(device: torch.device) -> None:
