@@ -177,7 +177,7 @@ def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _lay_out_channels_last(model: nn.Module) -> None:
-    """NHWC for every kernel, in place; by copy, as `contiguous` leaves 1×1 kernels in strides that DDP warns of."""
+    """NHWC for every kernel, in place; by copy: `contiguous` leaves 1×1 kernels in strides that DDP warns of."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             laid_out = torch.empty_like(parameter.data, memory_format=torch.channels_last)
