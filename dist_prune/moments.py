@@ -53,12 +53,15 @@ class Moments:
         covariance = self.outer / self.count - offset[..., :, None] * offset[..., None, :]
         return (covariance + covariance.mT) / 2
 
-    def about(self, shift: Tensor) -> Moments:
-        """The same sums about another shift (g, k): Σ(y−m′)(y−m′)ᵀ with m′ = m − d expands exactly."""
-        step = self.shift - shift
-        cross = self.total[..., :, None] * step[..., None, :]
-        outer = self.outer + cross + cross.mT + self.count * step[..., :, None] * step[..., None, :]
-        return Moments(self.count, shift, self.total + self.count * step, outer)
+    def moved_(self, shift: Tensor) -> Moments:
+        """The same sums about another shift (g, k); `outer` is changed in place, as it may be large.
+
+        Σ(y−m′)(y−m′)ᵀ with m′ = m − d expands exactly, in rank-one terms.
+        """
+        step, total = (self.shift - shift)[..., None], self.total[..., None]
+        outer = self.outer.baddbmm_(total, step.mT).baddbmm_(step, total.mT)
+        outer = outer.baddbmm_(step * self.count, step.mT)
+        return Moments(self.count, shift, self.total + self.count * step[..., 0], outer)
 
 
 class Accumulator:
@@ -181,14 +184,14 @@ def full_float32() -> Iterator[None]:
 
 
 def sum_moments(local: Mapping[str, Moments], world: World) -> dict[str, Moments]:
-    """Add every rank's moments; rank 0's shift becomes everybody's.
+    """Add every rank's moments, in place; rank 0's shift becomes everybody's.
 
     Raises:
         StatisticsError: see `collect_moments`.
     """
     shifts = [m.shift.clone() for m in local.values()]
     world.broadcast_(*shifts)
-    moved = [m.about(shift) for m, shift in zip(local.values(), shifts, strict=True)]
+    moved = [m.moved_(shift) for m, shift in zip(local.values(), shifts, strict=True)]
     world.sum_(*(t for m in moved for t in (m.count, m.total)))
     world.sum_symmetric_(*(m.outer for m in moved))
     summed = dict(zip(local, moved, strict=True))

@@ -27,7 +27,7 @@ from dist_prune.place import Place, find_place
 
 T = TypeVar("T")
 
-BUCKET_BYTES = 256 * 2**20
+BUCKET_BYTES = 64 * 2**20
 POLL_S = 0.5  # how often a rank shows that it lives and looks for errors of the others
 SILENCE_S = 2.0  # once a connection broke, a rank without a sign of life for this long is called dead
 LOST_S = 30.0  # as long as all seems well; Python code may well keep a rank's threads from running for seconds

@@ -1,0 +1,187 @@
+"""What curvature costs: one pass for all sites against forward + backward, and against one site at a time.
+
+    uv run python -m tests.bench.curvature [--device cuda] [--rounds N] [--quick]
+
+Synthetic images, random weights. The one-site-at-a-time way (`hessian-local --sampled`: forward and double
+backward for each site and batch) is measured on three sites and extrapolated to all, as its time is one term a
+site. Its error and the closed form's are measured against a reference over many images with exact expectations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_prune.curvature import STEPS, Objective, collect_curvature
+from dist_prune.data import Batch
+from dist_prune.models import build
+from dist_prune.moments import collect_moments
+from dist_prune.probes import LOSSES, Probing, collect_sampled
+from dist_prune.sites import Survey, View, survey
+from dist_prune.world import World, joined
+from tests.bench.speed import CPU, CUDA, QUICK, Setting, _images, _network
+from tests.bench.timing import Row, command_line, interleaved, report, seconds, table, write_json
+from tests.ranks import run_alone
+
+RESULT = Path(__file__).parent / "results" / "curvature.json"
+SITES = ("layer1.0.conv2", "layer2.1.conv1", "layer3.1.conv2")  # of ResNet-18, one of each width but the last
+TARGETS = {"fisher": 1.2, "gradient": 1.2, "hessian-local": 1.4}
+
+
+def against_backward(setting: Setting, kind: str) -> Row:
+    """One curvature pass over all sites against forward + backward of the same batches."""
+    with joined(setting.device) as world:
+        model, data = _network(setting).eval(), _batch(setting, setting.forward_size)
+        views, batches = _views(model, data), [data] * max(1, setting.batches // 2)
+        means = _means(model, views, data, world)
+        objective = Objective("task" if kind == "gradient" else "kl")
+        ours = partial(collect_curvature, model, views, batches, world, STEPS[kind], objective, means)
+        plain = partial(_forward_backward, model, batches)
+        taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
+    return taken.row(f"{kind} ÷ forward + backward", TARGETS[kind], setting.describe(setting.forward_size))
+
+
+def against_one_site_at_a_time(setting: Setting) -> Row:
+    """All sites in closed form against all sites one by one, at the same images."""
+    with joined(setting.device) as world:
+        model, data = _network(setting).eval(), _batch(setting, setting.forward_size)
+        views = _views(model, data)
+        means = _means(model, views, data, world)
+        few = [view for view in views if view.site.name in SITES]
+        closed = partial(
+            collect_curvature, model, views, [data], world, STEPS["hessian-local"], Objective("kl"), means
+        )
+        sampled = partial(collect_sampled, model, few, [data], world, Probing(LOSSES["kl"]), means)
+        pair = interleaved(closed, sampled, max(2, setting.rounds // 3), setting.place, setting.clock())
+    row = pair.row("hessian-local ÷ one site at a time", 1 / 20, setting.describe(setting.forward_size))
+    scale = len(few) / len(views)
+    detail = f"{row.detail}; {len(few)} sites measured, extrapolated to {len(views)}"
+    return replace(row, ratio=row.ratio * scale, low=row.low * scale, high=row.high * scale, detail=detail)
+
+
+def at_equal_error(setting: Setting) -> Row:
+    """The same at equal error of M: both errors fall as 1/√n, so time goes with the square of their ratio."""
+    with joined(setting.device) as world:
+        model = build("resnet20", 10).eval().to(setting.place)
+        count = 16 if setting.batches < CPU.batches else 256
+        pool = _small(setting, 8 * count, 0)
+        views = _views(model, pool)
+        means = _means(model, views, pool, world)
+        chosen = [
+            view for view in views if view.site.name in ("layer1.1.conv2", "layer2.1.conv2", "layer3.1.conv2")
+        ]
+        step = STEPS["hessian-local"]
+        exact = collect_curvature(model, chosen, [pool], world, step, Objective("kl", draws=0), means)
+        part = Batch(pool.images[:count], pool.labels[:count], pool.indices[:count])
+        closed = collect_curvature(model, chosen, [part], world, step, Objective("kl"), means)
+        sampled = collect_sampled(model, chosen, [part], world, Probing(LOSSES["kl"]), means)
+        closed_s = seconds(
+            lambda: collect_curvature(model, views, [part], world, step, Objective("kl"), means),
+            setting.place,
+            "cpu",
+        )
+        sampled_s = seconds(
+            lambda: collect_sampled(model, chosen, [part], world, Probing(LOSSES["kl"]), means),
+            setting.place,
+            "cpu",
+        )
+    images = [(_error(closed[n], exact[n]) / _error(sampled[n], exact[n])) ** 2 for n in exact]
+    times = closed_s / (sampled_s * len(views) / len(chosen))
+    ratios = sorted(times * share for share in images)
+    detail = f"resnet20 at 32², {count} of {8 * count} images; sites {', '.join(exact)}"
+    return Row("… at equal error of M", ratios[len(ratios) // 2], ratios[0], ratios[-1], 1 / 100, detail)
+
+
+def patches_memory(setting: Setting) -> Row:
+    """Peak memory that the input side's moments add to the forward pass, GiB; at most 1."""
+    ours, plain = (run_alone(partial(_peak, setting, collect)) for collect in (True, False))
+    extra = (ours - plain) / 2**30
+    detail = f"{setting.describe(setting.forward_size)}; GiB above the forward pass, Gram matrices included"
+    return Row("input side: extra memory", extra, extra, extra, 1.0, detail)
+
+
+def _peak(setting: Setting, collect: bool) -> int:
+    from tests.bench.speed import _bytes_so_far, _forward
+
+    torch.set_num_threads(1)
+    with joined(setting.device) as world:
+        model, images = _network(setting), _images(setting, setting.forward_size)
+        views = [View(site, "input") for site in _survey(model, images).sites]
+        before = _bytes_so_far(world.device)
+        if collect:
+            collect_moments(model, views, [images], world)
+        else:
+            _forward(model, [images])
+        return _bytes_so_far(world.device) - before
+
+
+def _forward_backward(model: nn.Module, batches: list[Batch]) -> None:
+    for data in batches:
+        torch.autograd.backward(F.cross_entropy(model(data.images), data.labels))
+        model.zero_grad()
+
+
+def _batch(setting: Setting, size: int) -> Batch:
+    images = _images(setting, size)
+    index = torch.arange(len(images), device=images.device)
+    return Batch(images, index, index)
+
+
+def _small(setting: Setting, count: int, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 32, 32, generator=generator).to(setting.place)
+    index = torch.arange(count, device=setting.place)
+    return Batch(images, index % 10, index)
+
+
+def _survey(model: nn.Module, images: Tensor) -> Survey:
+    return survey(model, images[:1]).select("@conv")
+
+
+def _views(model: nn.Module, data: Batch) -> list[View]:
+    return [View(site) for site in _survey(model, data.images).sites]
+
+
+def _means(model: nn.Module, views: list[View], data: Batch, world: World) -> Mapping[str, Tensor]:
+    return {name: m.mean for name, m in collect_moments(model, views, [data.images], world).items()}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+MEASUREMENTS: tuple[Callable[[Setting], Row], ...] = (
+    *(partial(against_backward, kind=kind) for kind in TARGETS),
+    against_one_site_at_a_time,
+    at_equal_error,
+    patches_memory,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, help="of both sides of every comparison")
+    parser.add_argument("--quick", action="store_true", help="does it run at all? Writes only to --output")
+    parser.add_argument("--output", type=Path, help=f"default: results/{RESULT.name}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    setting = CUDA if options.device == "cuda" else replace(CPU, images=8, batches=4, rounds=5)
+    setting = replace(QUICK, device=options.device) if options.quick else setting
+    setting = replace(setting, rounds=options.rounds or setting.rounds)
+    rows = [measure(setting) for measure in MEASUREMENTS]
+    print(table(rows))
+    output = options.output or (None if options.quick else RESULT)
+    if output:
+        write_json(output, report(rows, command_line("tests.bench.curvature")))
+
+
+if __name__ == "__main__":
+    main()
