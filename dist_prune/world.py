@@ -28,6 +28,7 @@ from dist_prune.place import Place, find_place
 T = TypeVar("T")
 
 BUCKET_BYTES = 64 * 2**20
+PANEL = 128  # rows of a symmetric matrix that travel together, from their first diagonal element on
 POLL_S = 0.5  # how often a rank shows that it lives and looks for errors of the others
 SILENCE_S = 2.0  # once a connection broke, a rank without a sign of life for this long is called dead
 LOST_S = 30.0  # as long as all seems well; Python code may well keep a rank's threads from running for seconds
@@ -256,7 +257,7 @@ class World:
 
     @torch.no_grad()
     def sum_symmetric_(self, *matrices: Tensor) -> None:
-        """As `sum_` for symmetric matrices (…, n, n): only the upper triangles are read, and travel.
+        """As `sum_` for symmetric matrices (…, n, n): what is left of panels along the diagonal does not travel.
 
         Raises:
             ValueError: a tensor is not a stack of square matrices.
@@ -266,12 +267,13 @@ class World:
                 raise ValueError(
                     f"got shape {tuple(matrix.shape)}, expected (…, n, n): use sum_ for other tensors"
                 )
-        for bucket in _buckets(matrices):
-            triangles = [matrix[..., _upper(matrix)] for matrix in bucket]
-            self.sum_(*triangles)
-            for matrix, triangle in zip(bucket, triangles, strict=True):
-                matrix.mT[..., _upper(matrix)] = triangle
-                matrix[..., _upper(matrix)] = triangle
+        panels = [(matrix, start) for matrix in matrices for start in range(0, matrix.shape[-1], PANEL)]
+        self.sum_(*(matrix[..., start : start + PANEL, start:] for matrix, start in panels))
+        for matrix, start in panels:
+            end = start + PANEL
+            matrix[..., end:, start:end] = matrix[..., start:end, end:].mT
+            corner = matrix[..., start:end, start:end]
+            corner.copy_(corner.triu() + corner.triu(1).mT)
 
     @torch.no_grad()
     def broadcast_(self, *tensors: Tensor, source: int = 0) -> None:
@@ -358,10 +360,6 @@ def _unpack(flat: Tensor, bucket: Sequence[Tensor]) -> None:
         return
     for tensor, values in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
         tensor.copy_(values.view(tensor.shape))
-
-
-def _upper(matrix: Tensor) -> Tensor:
-    return torch.ones(matrix.shape[-2:], dtype=torch.bool, device=matrix.device).triu()
 
 
 def _portable(error: Exception) -> Exception:
