@@ -81,7 +81,10 @@ def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
     """The dense network on this rank's device, and all its sites."""
     torch.manual_seed(config.seed)
     network = config.network
-    dense = models.load(network.arch, network.classes, network.weights).to(world.device)
+    dense = models.build(network.arch, network.classes).eval()
+    # One rank reads, or downloads, the weights; the others get them from it.
+    world.from_first(lambda: models.fill(dense, network.arch, network.classes, network.weights))
+    dense = dense.to(world.device)
     world.broadcast_(*dense.state_dict().values())
     image = probe(config, world, 1)
     try:

@@ -142,9 +142,14 @@ def load(arch: str, classes: int, weights: str) -> nn.Module:
         ModelError: no such file or enum, a damaged file, or a checkpoint of another architecture.
     """
     model = build(arch, classes)
+    fill(model, arch, classes, weights)
+    return model.eval()
+
+
+def fill(model: nn.Module, arch: str, classes: int, weights: str) -> None:
+    """Put the weights that `weights` names into the network that `build` made; see `load`."""
     if weights != "none":
         load_weights(model, read_weights(arch, classes, weights), f"--weights {weights} into --arch {arch}")
-    return model.eval()
 
 
 def read_weights(arch: str, classes: int, weights: str) -> dict[str, Tensor]:
@@ -156,6 +161,10 @@ def read_weights(arch: str, classes: int, weights: str) -> dict[str, Tensor]:
         raise ModelError(f"--weights {weights}: there is no such file")
     if arch in torchvision.models.list_models(module=torchvision.models):
         return _download(arch, classes, weights)
+    if weights == "pretrained" and arch not in CIFAR_DEPTHS and importlib.util.find_spec("timm") is not None:
+        import timm  # noqa: PLC0415  an optional extra
+
+        return dict(timm.create_model(arch, pretrained=True, num_classes=classes).state_dict())
     raise ModelError(f"--weights {weights}: neither a file nor known for {arch}; give a file or 'none'")
 
 

@@ -1,0 +1,275 @@
+"""What CONTRIBUTING.md and README.md say, held against the code."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dist_prune.recipes import parse
+
+ROOT = Path(__file__).parents[1]
+CODE = sorted([*ROOT.glob("dist_prune/*.py"), *ROOT.glob("launch/*.py")])
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+NOT_OURS = {"--standalone", "--nproc-per-node", "--logdir"}  # flags of torchrun and tensorboard
+SAID_BY_THEIR_NAMES = {"damaged", "file_fault", "decode_fault"}  # of images.py; may only become fewer
+STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
+KEYS = {*STAGES, "macs", "params", "seconds", "world_size", "seed", "method", "ranks", "parameter_hash"}
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def shown(path: Path, node: ast.AST | None = None) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+# ── modules ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reading_order() -> list[str]:
+    """The numbered list in CONTRIBUTING.md."""
+    return re.findall(r"^\d+\. `(\w+)\.py`", text("CONTRIBUTING.md"), re.MULTILINE)
+
+
+def imported(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Full names of all modules and objects imported, wherever in the file."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{shown(path, node)}: write imports in full, not relative"
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def test_the_reading_order_names_every_module_once() -> None:
+    order, modules = reading_order(), sorted(path.stem for path in ROOT.glob("dist_prune/*.py"))
+    assert sorted(order) == modules, (
+        f"CONTRIBUTING.md lacks {sorted(set(modules) - set(order))} and has too much "
+        f"{sorted(set(order) - set(modules))}: put each module below all that it imports"
+    )
+
+
+def test_modules_import_only_what_comes_before_them() -> None:
+    order = reading_order()
+    wrong = []
+    for place, module in enumerate(order):
+        path = ROOT / "dist_prune" / f"{module}.py"
+        for name, node in imported(path):
+            own = name.split(".")[1] if name.startswith("dist_prune.") else module
+            if own in order[place:] and own != module:
+                wrong.append(f"{shown(path, node)}: {module} imports {own}, which comes after it")
+    assert not wrong, "\n".join(wrong)
+
+
+def touches(path: Path, *packages: str) -> list[str]:
+    """Where a file imports one of the packages, reaches into one, or imports it by a string."""
+
+    def is_inside(name: str) -> bool:
+        return any(name == package or name.startswith(package + ".") for package in packages)
+
+    found = [shown(path, node) for name, node in imported(path) if is_inside(name)]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute) and is_inside(ast.unparse(node)):
+            found.append(shown(path, node))
+        if isinstance(node, ast.Call) and any(_is_string(arg) and is_inside(arg.value) for arg in node.args):
+            found.append(shown(path, node))
+    return found
+
+
+def _is_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+@pytest.mark.parametrize(
+    ("owner", "packages"),
+    [("world.py", ("torch.distributed", "torch.nn.parallel")), ("data.py", ("nvidia",))],
+    ids=["torch.distributed", "DALI"],
+)
+def test_one_module_each_owns_the_collectives_and_dali(owner: str, packages: tuple[str, ...]) -> None:
+    assert touches(ROOT / "dist_prune" / owner, *packages), "this test no longer sees what it looks for"
+    found = [place for path in CODE if path.name != owner for place in touches(path, *packages)]
+    assert not found, f"{packages[0]} belongs into {owner}: {', '.join(found)}"
+
+
+# ── sizes and docstrings ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_have_at_most_400_lines() -> None:
+    sizes = {path: len(path.read_text().splitlines()) for path in CODE}
+    assert not [f"{shown(path)} has {size} lines" for path, size in sizes.items() if size > 400]
+
+
+def test_functions_are_short() -> None:
+    sizes = {
+        f"{shown(path, node)} {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in CODE
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    longest = sorted(sizes.items(), key=lambda item: -item[1])
+    assert not [f"{name}: {size} lines" for name, size in longest if size > 55]
+    assert statistics.median(sizes.values()) <= 12, longest[:20]
+
+
+def test_what_is_public_has_a_docstring() -> None:
+    missing = [
+        f"{shown(path, node)} {node.name}"
+        for path in CODE
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and node.name not in SAID_BY_THEIR_NAMES
+        and not ast.get_docstring(node)
+    ]
+    missing += [shown(path) for path in CODE if not ast.get_docstring(tree(path))]
+    assert not missing, "\n".join(missing)
+
+
+# ── documents ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    """The command lines of all bash blocks, continued lines joined."""
+    lines = "".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+def runs(name: str) -> list[str]:
+    return [command for command in commands(text(name)) if "launch/local.py" in command]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_relative_links_resolve(name: str) -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", text(name))
+    relative = [target.partition("#")[0] for target in targets if "://" not in target]
+    assert not [target for target in relative if target and not (ROOT / target).exists()]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_and_modules_that_are_named_exist(name: str) -> None:
+    named = re.findall(r"`((?:\.ci|tests|launch|dist_prune|slurm)/[\w/.]+)", text(name))
+    named += [
+        m.replace(".", "/") + ".py" for m in re.findall(r"python -m ((?:tests|dist_prune)[\w.]*)", text(name))
+    ]
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) | NOT_OURS
+    named = {flag.rstrip(".") for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text("README.md"))}
+    assert "--ranks" in known and len(named) > 15, "this test no longer sees what it looks for"
+    assert not named - known
+
+
+def test_every_run_in_the_readme_can_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(runs("README.md")) > 5
+    for command in runs("README.md"):
+        words = shlex.split(command.partition("launch/local.py")[2])
+        for plan in (Path(word) for word in words if word.endswith(".json")):
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            plan.touch()  # --ranks FILE must be there
+        parse(words)
+
+
+def test_the_readme_begins_with_the_two_commands() -> None:
+    first = "pip install uv && uv run torchrun --standalone --nproc-per-node 2 launch/local.py"
+    assert commands(text("README.md"))[:2] == [first, "uv run pytest"]
+
+
+# ── what a public repository must not hold ─────────────────────────────────────────────────────────────────
+
+
+def tracked() -> list[Path]:
+    """Files that git has, or would add."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_registry_addresses_and_no_paths_of_one_machine() -> None:
+    hosts = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("pypi", "nvidia", "com"))]
+    hosts += [".".join(parts) for parts in (("download", "pytorch", "org"), ("anaconda", "org"))]
+    folders = "|".join(("work", "root", "tmp", "home"))
+    unwanted = re.compile("|".join([*map(re.escape, hosts), rf"(?<![\w.)}}*\]])/(?:{folders})\b"]))
+    found = []
+    for path in tracked():
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            if hit := unwanted.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {hit[0]}")
+    assert not found, "\n".join(found)
+
+
+# ── the first command, as a stranger would run it ──────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_first_command_works_in_a_fresh_clone(tmp_path: Path) -> None:
+    """What is committed, with uv installed by the command itself, its own environment and no cached weights."""
+    clone, outside = tmp_path / "clone", tmp_path / "outside"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(outside)], check=True)
+    hidden = (
+        "VIRTUAL_ENV",
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "UV_PROJECT_ENVIRONMENT",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    )
+    environ = {name: value for name, value in os.environ.items() if name not in hidden}
+    environ |= {"PATH": f"{outside / 'bin'}:{environ['PATH']}", "DIST_PRUNE_CACHE": str(tmp_path / "cache")}
+    session = SimpleNamespace(cwd=clone, env=environ)
+    readme = (clone / "README.md").read_text()
+
+    said = succeed(session, "bash", "-c", commands(readme)[0])
+    (folder,) = clone.glob("runs/digits-*")
+    check_result(folder)
+    assert f"written to {folder.relative_to(clone)}" in said
+
+    (example,) = blocks(readme, "python")
+    assert '"runs/first"' in example
+    succeed(session, "uv", "run", "python", "-c", example.replace('"runs/first"', repr(str(folder))))
+
+
+def succeed(session: SimpleNamespace, *words: str) -> str:
+    done = subprocess.run(words, cwd=session.cwd, env=session.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def check_result(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result) == KEYS
+    assert (result["world_size"], result["seed"], result["method"]) == (2, 0, "pca")
+    for stage in ("dense", "projected", "tuned"):
+        assert result[stage]["images"] == 355
+        assert result[stage]["top1"] > 90
+    assert result["macs"]["compressed"] < 0.6 * result["macs"]["dense"]
+    assert result["params"]["compressed"] < 0.6 * result["params"]["dense"]
