@@ -95,9 +95,9 @@ class ImageSpec:
     crop: int = 224
     """Input height and width, pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of RGB/255."""
+    """Channel means to subtract, of RGB/255."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Of RGB/255."""
+    """Channel deviations to divide by, of RGB/255."""
 
     def __post_init__(self) -> None:
         _require(self.crop > 0, f"--crop {self.crop}: expected pixels, at least 1")
@@ -160,21 +160,22 @@ class MethodConfig:
     """Where the directions to keep come from, and what is measured for that."""
 
     method: Method = "pca"
-    """Covariance (pca), task gradients, curvature of the output's change (hessian-*, fisher), or a baseline."""
+    """pca: covariance; gradient: of the task loss; fisher, hessian-local: curvature from one backward;
+    hessian-global: curvature from trials; weight-svd, random: without data; random-init: untrained."""
     side: Side = "output"
     """Directions of a layer's outputs, or of its input patches."""
     loss: Literal["mse", "kl", "kl-reverse"] = "kl"
-    """Of the change of the network's output; fisher, hessian-*."""
+    """fisher, hessian-*: how a change of the network's output is measured."""
     greedy: bool = False
     """gradient: keep what is predicted to raise the loss when removed, not what matters most either way."""
     rank_loss: bool = False
-    """hessian-global: losses by their rank among all."""
+    """hessian-global: use each loss's place in the order of all losses instead of its value."""
     sampled: bool = False
     """hessian-local: by sampling and double backward, site by site; slow, for comparison."""
     draws: int = 1
     """fisher, hessian-local: random gradients an image; 0: all classes, exactly."""
     probes: int = 1024
-    """hessian-global, --sampled: images, one random direction each."""
+    """hessian-global, --sampled: how many images are tried, each along one random direction."""
     damping: float = 0.01
     """fisher: added to the metric, as a share of its largest eigenvalue."""
     statistics_images: int = 0
@@ -213,7 +214,8 @@ class CompressionConfig:
     """uniform:RATIO of each site's channels, energy:RATIO of its spectrum, budget:macs|params|latency=RATIO of
     the dense network's, or a plan FILE."""
     sites: str = "*"
-    """Globs over layer names and kinds @conv @linear @stride1 @spatial, comma-separated; ! excludes."""
+    """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
+    @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
     round_to: int = 0
     """Ranks are multiples of this; 0: 8 on CUDA, 1 on CPU."""
     measure_sites: bool = False
@@ -253,7 +255,7 @@ class CorrectionConfig:
     distill_images: int = 8192
     """Training images for these steps, labels unused."""
     distill_lr: float = 0.02
-    """Their peak learning rate for a global batch of 256."""
+    """Peak learning rate of the --distill-steps, for a global batch of 256."""
     calibration_gb: float = 8.0
     """Activations kept per rank, GiB; what does not fit is computed again for every site."""
 
@@ -273,7 +275,7 @@ class TrainingConfig:
     """SGD with momentum, linear warm-up and cosine decay to zero."""
 
     epochs: int = 0
-    """Passes over the training images."""
+    """Passes over the training images, with labels: fine-tuning (--pretrain.epochs: the dense network)."""
     batch_size: int = 64
     """Images per rank and step; the global batch is this times the ranks."""
     lr: float = 0.01
@@ -316,7 +318,7 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     seed: int = 0
-    """Of every random choice."""
+    """Seed of every random choice: subsets, draws, crops, initial weights."""
     run_dir: Path | None = None
     """Where everything is written; default runs/RECIPE-DATE-TIME."""
     resume: bool = False
@@ -326,7 +328,7 @@ class Run:
     dry_run: bool = False
     """Print the plan's table and stop; needs no data and no GPU."""
     timeout: float = 1800.0
-    """Seconds after which a rank that does not answer ends the run."""
+    """Seconds a collective may wait for a rank before the run ends; allow for rank 0's solves."""
 
 
 def require_complete(run: Run) -> None:

@@ -14,6 +14,7 @@ from dist_prune.config import (
     ConfigError,
     DataConfig,
     ImageSpec,
+    MethodConfig,
     NetworkConfig,
     Run,
     TrainingConfig,
@@ -32,7 +33,7 @@ RECIPES: dict[str, Run] = {
     "cifar10": Run(
         NetworkConfig("resnet20", "none", 10),
         _SMALL,
-        CompressionConfig(sites="@stride1"),
+        CompressionConfig(MethodConfig(statistics_images=10_000), sites="@stride1"),
         tuning=TrainingConfig(epochs=2, batch_size=64, lr=0.02),
     ),
     "resnet18-imagenet": Run(
