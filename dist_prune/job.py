@@ -16,6 +16,7 @@ from dist_prune.images import Dataset, Split, check_files, open_dataset, write_d
 from dist_prune.planning import Planner, planner, timed_planner
 from dist_prune.report import Report, environment
 from dist_prune.sites import Survey, survey
+from dist_prune.walk import trace
 from dist_prune.world import World
 
 STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
@@ -47,6 +48,8 @@ def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     found = everything.select(config.compression.sites)
     ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
     ranks.check()
+    if config.correction.correct != "none":
+        trace(dense, ())  # a network that cannot be followed is known now, not after the statistics
     job = Job(config, world, report, folder, dataset, dense, everything, found, ranks)
     validation(job), calibration(job, 0)  # both refuse to share fewer images than ranks
     world.from_first(lambda: checkpoint.claim(folder, config, environment()))
