@@ -37,6 +37,16 @@ def test_the_speed_comparison_runs_and_says_what_it_measured(tmp_path: Path) -> 
         assert row["name"] in done.stdout
 
 
+def test_the_curvature_comparison_runs(tmp_path: Path) -> None:
+    output = tmp_path / "curvature.json"
+    words = [sys.executable, "-m", "tests.bench.curvature", "--quick", "--output", str(output)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    names = [row["name"] for row in json.loads(output.read_text())["rows"]]
+    assert names[:3] == [f"{kind} ÷ forward + backward" for kind in ("fisher", "gradient", "hessian-local")]
+    assert len(names) == 6
+
+
 def test_turns_alternate_and_the_first_call_does_not_count() -> None:
     calls: list[str] = []
     taken = interleaved(lambda: calls.append("a"), lambda: calls.append("b"), 3, torch.device("cpu"))

@@ -9,7 +9,6 @@ site. Its error and the closed form's are measured against a reference over many
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,8 +25,8 @@ from dist_prune.moments import collect_moments
 from dist_prune.probes import LOSSES, Probing, collect_sampled
 from dist_prune.sites import Survey, View, survey
 from dist_prune.world import World, joined
-from tests.bench.speed import CPU, CUDA, QUICK, Setting, _images, _network
-from tests.bench.timing import Row, command_line, interleaved, report, seconds, table, write_json
+from tests.bench.speed import CPU, Setting, bytes_so_far, forward, images_of, network, run
+from tests.bench.timing import Row, interleaved, seconds
 from tests.ranks import run_alone
 
 RESULT = Path(__file__).parent / "results" / "curvature.json"
@@ -38,7 +37,7 @@ TARGETS = {"fisher": 1.2, "gradient": 1.2, "hessian-local": 1.4}
 def against_backward(setting: Setting, kind: str) -> Row:
     """One curvature pass over all sites against forward + backward of the same batches."""
     with joined(setting.device) as world:
-        model, data = _network(setting).eval(), _batch(setting, setting.forward_size)
+        model, data = network(setting).eval(), _batch(setting, setting.forward_size)
         views, batches = _views(model, data), [data] * max(1, setting.batches // 2)
         means = _means(model, views, data, world)
         objective = Objective("task" if kind == "gradient" else "kl")
@@ -51,7 +50,7 @@ def against_backward(setting: Setting, kind: str) -> Row:
 def against_one_site_at_a_time(setting: Setting) -> Row:
     """All sites in closed form against all sites one by one, at the same images."""
     with joined(setting.device) as world:
-        model, data = _network(setting).eval(), _batch(setting, setting.forward_size)
+        model, data = network(setting).eval(), _batch(setting, setting.forward_size)
         views = _views(model, data)
         means = _means(model, views, data, world)
         few = [view for view in views if view.site.name in SITES]
@@ -108,18 +107,16 @@ def patches_memory(setting: Setting) -> Row:
 
 
 def _peak(setting: Setting, collect: bool) -> int:
-    from tests.bench.speed import _bytes_so_far, _forward
-
     torch.set_num_threads(1)
     with joined(setting.device) as world:
-        model, images = _network(setting), _images(setting, setting.forward_size)
+        model, images = network(setting), images_of(setting, setting.forward_size)
         views = [View(site, "input") for site in _survey(model, images).sites]
-        before = _bytes_so_far(world.device)
+        before = bytes_so_far(world.device)
         if collect:
             collect_moments(model, views, [images], world)
         else:
-            _forward(model, [images])
-        return _bytes_so_far(world.device) - before
+            forward(model, [images])
+        return bytes_so_far(world.device) - before
 
 
 def _forward_backward(model: nn.Module, batches: list[Batch]) -> None:
@@ -129,7 +126,7 @@ def _forward_backward(model: nn.Module, batches: list[Batch]) -> None:
 
 
 def _batch(setting: Setting, size: int) -> Batch:
-    images = _images(setting, size)
+    images = images_of(setting, size)
     index = torch.arange(len(images), device=images.device)
     return Batch(images, index, index)
 
@@ -165,23 +162,5 @@ MEASUREMENTS: tuple[Callable[[Setting], Row], ...] = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, help="of both sides of every comparison")
-    parser.add_argument("--quick", action="store_true", help="does it run at all? Writes only to --output")
-    parser.add_argument("--output", type=Path, help=f"default: results/{RESULT.name}")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    setting = CUDA if options.device == "cuda" else replace(CPU, images=8, batches=4, rounds=5)
-    setting = replace(QUICK, device=options.device) if options.quick else setting
-    setting = replace(setting, rounds=options.rounds or setting.rounds)
-    rows = [measure(setting) for measure in MEASUREMENTS]
-    print(table(rows))
-    output = options.output or (None if options.quick else RESULT)
-    if output:
-        write_json(output, report(rows, command_line("tests.bench.curvature")))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, "tests.bench.curvature", MEASUREMENTS, RESULT, replace(CPU, images=8, batches=4, rounds=5))

@@ -76,9 +76,9 @@ def statistics_time_channels_last(setting: Setting) -> Row:
 
 def _statistics_time(setting: Setting, name: str) -> Row:
     with joined(setting.device) as world:
-        model, images = _network(setting), _images(setting, setting.forward_size)
+        model, images = network(setting), images_of(setting, setting.forward_size)
         batches = [images] * setting.batches
-        ours, plain = _collector(model, batches, world), partial(_forward, model, batches)
+        ours, plain = _collector(model, batches, world), partial(forward, model, batches)
         taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
     return taken.row(name, 1.15, setting.describe(setting.forward_size))
 
@@ -94,16 +94,16 @@ def statistics_memory(setting: Setting) -> Row:
 def _peak_bytes(setting: Setting, collect: bool) -> int:
     torch.set_num_threads(1)
     with joined(setting.device) as world:
-        model, images = _network(setting), _images(setting, setting.forward_size)
+        model, images = network(setting), images_of(setting, setting.forward_size)
         batches = [images] * setting.batches
-        function = _collector(model, batches, world) if collect else partial(_forward, model, batches)
-        _forward(model, [images[:1]])  # libraries load their code
-        before = _bytes_so_far(world.device)
+        function = _collector(model, batches, world) if collect else partial(forward, model, batches)
+        forward(model, [images[:1]])  # libraries load their code
+        before = bytes_so_far(world.device)
         function()
-        return _bytes_so_far(world.device) - before
+        return bytes_so_far(world.device) - before
 
 
-def _bytes_so_far(device: torch.device) -> int:
+def bytes_so_far(device: torch.device) -> int:
     """Most memory this process ever used."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -127,11 +127,11 @@ def step_two_ranks(setting: Setting) -> Row:
 
 def train_both(world: World, setting: Setting) -> Pair:
     """Seconds of an epoch of `batches` steps, ours and bare."""
-    images = _images(setting, setting.train_size)
+    images = images_of(setting, setting.train_size)
     labels = torch.arange(len(images), device=images.device)
     batches = [Batch(images, labels, labels)] * setting.batches
     settings = TrainingConfig(epochs=setting.rounds + 1, batch_size=setting.images, lr=0.01, warmup=0)
-    model = _network(setting)
+    model = network(setting)
     trainer = Trainer(copy.deepcopy(model), settings, setting.batches, world)
     bare = Bare(model, settings, trainer.steps)
     ours, plain = partial(_consume, trainer, batches), partial(bare.epoch, batches)
@@ -165,18 +165,18 @@ class Bare:
             self.scheduler.step()
 
 
-def _network(setting: Setting) -> nn.Module:
+def network(setting: Setting) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.resnet18().to(setting.place)
     return model.to(memory_format=torch.channels_last) if setting.channels_last else model  # type: ignore[call-overload]
 
 
-def _images(setting: Setting, size: int) -> Tensor:
+def images_of(setting: Setting, size: int) -> Tensor:
     images = torch.randn(setting.images, 3, size, size, device=setting.place)
     return images.contiguous(memory_format=torch.channels_last) if setting.channels_last else images
 
 
-def _forward(model: nn.Module, batches: Sequence[Tensor]) -> None:
+def forward(model: nn.Module, batches: Sequence[Tensor]) -> None:
     with evaluating(model):
         for images in batches:
             model(images)
@@ -196,23 +196,26 @@ MEASUREMENTS: tuple[Callable[[Setting], Row], ...] = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(
+    doc: str | None, module: str, measurements: Sequence[Callable[[Setting], Row]], result: Path, cpu: Setting
+) -> None:
+    """A benchmark's command line: measure, print the table, write it to `result`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, help="of both sides of every comparison")
     parser.add_argument("--quick", action="store_true", help="does it run at all? Writes only to --output")
-    parser.add_argument("--output", type=Path, help=f"default: results/{RESULT.name}")
+    parser.add_argument("--output", type=Path, help=f"default: results/{result.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    full = CUDA if options.device == "cuda" else CPU
+    full = CUDA if options.device == "cuda" else cpu
     setting = replace(QUICK, device=options.device) if options.quick else full
     setting = replace(setting, rounds=options.rounds or setting.rounds)
-    rows = [measure(setting) for measure in MEASUREMENTS]
+    rows = [measure(setting) for measure in measurements]
     print(table(rows))
-    output = options.output or (None if options.quick else RESULT)
+    output = options.output or (None if options.quick else result)
     if output:
-        write_json(output, report(rows, command_line("tests.bench.speed")))
+        write_json(output, report(rows, command_line(module)))
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "tests.bench.speed", MEASUREMENTS, RESULT, CPU)
