@@ -69,7 +69,7 @@ def at_equal_error(setting: Setting) -> Row:
     """The same at equal error of M: both errors fall as 1/√n, so time goes with the square of their ratio."""
     with joined(setting.device) as world:
         model = build("resnet20", 10).eval().to(setting.place)
-        count = 16 if setting.batches < CPU.batches else 256
+        count = 32 * setting.images
         pool = _small(setting, 8 * count, 0)
         views = _views(model, pool)
         means = _means(model, views, pool, world)
