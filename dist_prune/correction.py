@@ -42,8 +42,9 @@ class Calibration:
 
     def batches(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels and positions of the images that judge, or of those to solve from, which depends on no rank."""
-        chosen = (self.indices % HELD == 0) == held
-        for some in torch.split(torch.nonzero(chosen)[:, 0], self.batch_size):
+        chosen = torch.nonzero((self.indices % HELD == 0) == held)[:, 0]
+        for start in range(0, len(chosen), self.batch_size):  # none where this rank has no such image
+            some = chosen[start : start + self.batch_size]
             yield self.pixels[some], self.indices[some]
             if self.mirrored and not held:
                 yield self.pixels[some].flip(3), self.indices[some]
