@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_prune.data import Batch
 from dist_prune.models import logits_of
+from dist_prune.probes import kl
 from dist_prune.sites import Site, evaluating
 from dist_prune.world import World
 
@@ -76,11 +77,11 @@ def score(found: Predictions, images: int, world: World, dense: Predictions | No
     if len(found.labels):
         sums = torch.stack([*_correct(found), _loss(found), _divergence(found, dense), _count(found)])
     world.sum_(sums)
-    top1, top5, loss, kl, count = sums.tolist()
+    top1, top5, loss, diverged, count = sums.tolist()
     if count != images:
         raise EvaluationError(f"the ranks together saw {count:.0f} images, expected each of {images} once")
     share = 100 / images
-    divergence = None if dense is None else kl / images
+    divergence = None if dense is None else diverged / images
     return Metrics(top1 * share, top5 * share, loss / images, images, divergence)
 
 
@@ -98,8 +99,7 @@ def _divergence(found: Predictions, dense: Predictions | None) -> Tensor:
         return found.logits.new_zeros((), dtype=torch.float64)
     if not torch.equal(dense.indices, found.indices):
         raise EvaluationError("the dense network's predictions are of other images; evaluate both on one stream")
-    ours, theirs = found.logits.double().log_softmax(1), dense.logits.double().log_softmax(1)
-    return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return kl(dense.logits.double(), found.logits.double()).sum()
 
 
 def _count(found: Predictions) -> Tensor:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import nn
 
 from dist_prune.checkpoint import write_text
 from dist_prune.data import Batch
 from dist_prune.evaluate import Predictions, predict
+from dist_prune.probes import kl
 from dist_prune.ranks import Plan
 from dist_prune.report import table
 from dist_prune.world import World
@@ -67,8 +67,7 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
 
 def divergence(reference: Predictions, found: Predictions) -> float:
     """Mean KL(reference ‖ found), nats per image."""
-    ours, theirs = found.logits.double().log_softmax(1), reference.logits.double().log_softmax(1)
-    return float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
+    return float(kl(reference.logits.double(), found.logits.double()).mean())
 
 
 def told(losses: Sequence[SiteLoss], unit: str) -> str:
