@@ -250,24 +250,40 @@ class CorrectionConfig:
     """Solve the layers that stay dense, too."""
     mirrored: bool = False
     """Solve from the mirror images of the calibration images, too."""
-    distill_steps: int = 0
-    """Then, label-free training steps towards the dense network's outputs."""
-    distill_images: int = 8192
-    """Training images for these steps, labels unused."""
-    distill_lr: float = 0.02
-    """Peak learning rate of the --distill-steps, for a global batch of 256."""
     calibration_gb: float = 8.0
     """Activations kept per rank, GiB; what does not fit is computed again for every site."""
 
     def __post_init__(self) -> None:
         _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
         _require(self.ridge > 0, f"--ridge {self.ridge}: expected above 0, or singular equations have no answer")
-        _require(self.distill_steps >= 0, f"--distill-steps {self.distill_steps}: expected 0 or more")
-        _require(self.distill_images > 0, f"--distill-images {self.distill_images}: expected at least 1")
-        _require(self.distill_lr > 0, f"--distill-lr {self.distill_lr}: expected above 0")
         _require(self.positions >= 0, f"--positions {self.positions}: expected 0 or more")
         sound = self.metric_damping and min(self.metric_damping) > 0
         _require(bool(sound), f"--metric-damping {self.metric_damping}: expected one or more numbers above 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Label-free training towards the dense network, batch norm frozen, after the correction."""
+
+    distill_steps: int = 0
+    """How many steps; 0: none."""
+    distill_images: int = 8192
+    """Training images for these steps, labels unused; 0: all."""
+    distill_batch_size: int = 64
+    """Images per rank and step."""
+    distill_lr: float = 0.02
+    """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
+    distill_features: float = 0.0
+    """Weight of the relative squared error of the blocks' outputs, beside the divergence of the softmax."""
+
+    def __post_init__(self) -> None:
+        _require(self.distill_steps >= 0, f"--distill-steps {self.distill_steps}: expected 0 or more")
+        _require(self.distill_images >= 0, f"--distill-images {self.distill_images}: expected 0 or more")
+        _require(
+            self.distill_batch_size > 0, f"--distill-batch-size {self.distill_batch_size}: expected at least 1"
+        )
+        _require(self.distill_lr > 0, f"--distill-lr {self.distill_lr}: expected above 0")
+        _require(self.distill_features >= 0, f"--distill-features {self.distill_features}: expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -312,6 +328,7 @@ class Run:
     images: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
     compression: Annotated[CompressionConfig, tyro.conf.arg(name="")] = field(default_factory=CompressionConfig)
     correction: Annotated[CorrectionConfig, tyro.conf.arg(name="")] = field(default_factory=CorrectionConfig)
+    distillation: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
     tuning: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=TrainingConfig)
     pretrain: TrainingConfig = field(default_factory=TrainingConfig)
     recipe: Annotated[str, tyro.conf.Suppress] = ""

@@ -14,6 +14,7 @@ from dist_prune import checkpoint, correction, models, sensitivity, statistics
 from dist_prune.bases import solve
 from dist_prune.config import DATA_FREE, Run, require_complete, to_dict
 from dist_prune.data import Everything, evaluation_stream, normalise
+from dist_prune.distillation import distill
 from dist_prune.evaluate import Metrics, Predictions, predict, score, time_sites
 from dist_prune.export import Description, save_compressed
 from dist_prune.job import STAGES, Job, calibration, prepare, probe, show_plan, statistics_split, validation
@@ -22,7 +23,7 @@ from dist_prune.ranks import Plan, cost
 from dist_prune.report import Report, table
 from dist_prune.spectra import Spectra, spectra_of, unit_of
 from dist_prune.statistics import Statistics
-from dist_prune.training import distill, resume_point, train
+from dist_prune.training import resume_point, train
 from dist_prune.world import digest, fingerprint, joined
 
 SITE_IMAGES = 512  # on which sites are measured alone
@@ -215,7 +216,7 @@ def correct(job: Job, compressed: nn.Module, reference: Predictions) -> None:
 
 def distill_further(job: Job, compressed: nn.Module, reference: Predictions) -> None:
     """With --distill-steps, label-free training, told as a stage of its own."""
-    if not job.config.correction.distill_steps:
+    if not job.config.distillation.distill_steps:
         return
     with job.report.phase("distillation"):
         distill(job, compressed)

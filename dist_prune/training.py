@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from itertools import chain, islice, repeat
+from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dist_prune import checkpoint
 from dist_prune.config import ConfigError, TrainingConfig
-from dist_prune.data import Batch, Stream, training_stream
+from dist_prune.data import Stream, training_stream
 from dist_prune.evaluate import Metrics
-from dist_prune.finetune import Loss, Trainer, scaled_lr
-from dist_prune.job import Job, limited
-from dist_prune.models import logits_of
-from dist_prune.probes import kl
-from dist_prune.projection import balance
+from dist_prune.finetune import Trainer, scaled_lr
+from dist_prune.job import Job
 from dist_prune.ranks import Plan
-from dist_prune.sites import evaluating
-
-
-def distill(job: Job, model: nn.Module) -> None:
-    """Label-free training towards the dense network's softmax, in place, batch norm frozen, factors balanced."""
-    settings, images = job.config.correction, job.config.images
-    how = replace(job.config.tuning, lr=settings.distill_lr, weight_decay=0.0, bn="frozen")
-    split = limited(job.dataset.train, settings.distill_images, job.config.seed)
-    seed = job.config.seed + 1
-    stream = training_stream(split, images.image, job.world, how.batch_size, images.threads, seed, images.augment)
-    balance(model)
-    trainer = Trainer(model, how, settings.distill_steps, job.world, towards(job.dense))
-    batches = islice(chain.from_iterable(repeat(stream)), settings.distill_steps)
-    for progress in trainer.epoch(batches):
-        job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
-    job.report.say(f"   {settings.distill_steps} steps on {len(split)} images: KL {progress.loss:.4f}")
-
-
-def towards(dense: nn.Module) -> Loss:
-    """KL(dense ‖ trained), mean over images (Hinton et al. 2015 at temperature 1)."""
-
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
-        with evaluating(dense):
-            target = logits_of(dense(batch.images)).float()
-        return kl(target, logits).mean()
-
-    return loss
 
 
 def train(
