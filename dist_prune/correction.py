@@ -18,8 +18,8 @@ from dist_prune.models import logits_of
 from dist_prune.probes import kl
 from dist_prune.reconstruct import Correction, Outcome, Pair, Solver
 from dist_prune.report import table
+from dist_prune.rerun import Listing, Route, follow, listing
 from dist_prune.sites import Factored, Survey, View, evaluating
-from dist_prune.walk import Pass, Program, trace
 from dist_prune.world import World
 
 HELD = 8  # every eighth image judges
@@ -71,6 +71,7 @@ class Result:
     before: float
     trials: tuple[Trial, ...]
     kept: Trial | None
+    notes: tuple[str, ...] = ()
 
 
 def decode(stream: Stream, mirrored: bool) -> Calibration:
@@ -101,14 +102,12 @@ def correct(
         world: the ranks, which all end with the same network.
 
     Raises:
-        CorrectionError: the network answers the same images differently each time.
-        TraceError: torch.fx cannot follow it.
+        StatisticsError: no image of any rank reaches a site.
     """
     sites = [s for s in survey.sites if settings.resolve_dense or _is_factored(compressed, s.name)]
-    program = trace(dense, [site.name for site in sites])
+    route = _agreed_route(dense, [site.name for site in sites], images, world)
     with evaluating(dense), evaluating(compressed):
         judges = [(pixels, _logits(dense, pixels, images.spec)) for pixels, _ in images.batches(held=True)]
-        _require_deterministic(dense, judges, images.spec, world)
         before = _divergence(compressed, judges, images.spec, world)
     metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
     dampings = settings.metric_damping if settings.correct == "regression" else (math.inf,)
@@ -116,18 +115,26 @@ def correct(
     for damping in dampings:
         candidate = copy.deepcopy(compressed)
         with evaluating(dense), evaluating(candidate):
-            pairs = list(_pairs(program, dense, candidate, images, judges))
+            pairs = list(_pairs(route, dense, candidate, images, judges))
             solver = Solver(settings.correct, settings.ridge, (damping,))
             memory = int(settings.calibration_gb * 2**30)
             walk = Correction(
-                program, dense, candidate, pairs, metrics, solver, world, settings.positions, seed, memory
+                route, dense, candidate, pairs, metrics, solver, world, settings.positions, seed, memory
             )
             outcomes = tuple(walk.run(sites))
             tried.append((Trial(damping, _divergence(candidate, judges, images.spec, world), outcomes), candidate))
     best, network = min(tried, key=lambda one: one[0].kl)
     if best.kl < before:
         compressed.load_state_dict(network.state_dict())
-    return Result(before, tuple(trial for trial, _ in tried), best if best.kl < before else None)
+    trials = tuple(trial for trial, _ in tried)
+    return Result(before, trials, best if best.kl < before else None, _notes(route))
+
+
+def _notes(route: Route) -> tuple[str, ...]:
+    """What was done otherwise than usual, and why."""
+    if isinstance(route, Listing):
+        return (f"plain targets, and each layer's inputs computed from the images again: {route.reason}",)
+    return ()
 
 
 def _is_factored(compressed: nn.Module, name: str) -> bool:
@@ -153,20 +160,29 @@ def _metrics(
     return collect_curvature(dense, views, images.normalised(), world, STEPS["fisher"], objective)
 
 
+def _agreed_route(dense: nn.Module, names: Sequence[str], images: Calibration, world: World) -> Route:
+    """How to walk through the network: found with rank 0's first image, the same way on all ranks."""
+    first = images.pixels[:1].clone()
+    world.broadcast_(first)
+    probe = normalise(first, images.spec)
+    route = follow(dense, names, probe)
+    if world.any(isinstance(route, Listing)) and not isinstance(route, Listing):
+        return listing(dense, names, probe, "torch.fx failed on another rank")
+    return route
+
+
 def _pairs(
-    program: Program,
+    route: Route,
     dense: nn.Module,
     compressed: nn.Module,
     images: Calibration,
     judges: Iterable[tuple[Tensor, Tensor]],
 ) -> Iterator[Pair]:
-    def begin(root: nn.Module, pixels: Tensor) -> Pass:
-        return Pass(program, root, pixels, prepare=partial(normalise, spec=images.spec))
-
+    prepare = partial(normalise, spec=images.spec)
     for pixels, _ in images.batches(held=False):
-        yield Pair(begin(dense, pixels), begin(compressed, pixels))
+        yield Pair(route.begin(dense, pixels, prepare), route.begin(compressed, pixels, prepare))
     for pixels, logits in judges:
-        yield Pair(begin(dense, pixels), begin(compressed, pixels), logits)
+        yield Pair(route.begin(dense, pixels, prepare), route.begin(compressed, pixels, prepare), logits)
 
 
 def _logits(model: nn.Module, pixels: Tensor, spec: ImageSpec) -> Tensor:
@@ -184,14 +200,18 @@ def _divergence(model: nn.Module, judges: Sequence[tuple[Tensor, Tensor]], spec:
     return float(total / max(1.0, count))
 
 
-def _require_deterministic(
-    dense: nn.Module, judges: Sequence[tuple[Tensor, Tensor]], spec: ImageSpec, world: World
-) -> None:
-    again = all(torch.allclose(_logits(dense, p, spec), z, rtol=1e-3, atol=1e-3) for p, z in judges[:1])
-    if world.any(not again):
+def require_deterministic(dense: nn.Module, images: Tensor, world: World) -> None:
+    """Refuse to come near to a target that moves.
+
+    Raises:
+        CorrectionError: the network answers the same images differently each time.
+    """
+    with evaluating(dense):
+        first, second = (logits_of(dense(images.clone())) for _ in range(2))
+    if world.any(not torch.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True)):
         raise CorrectionError(
             "the dense network gives the same images other outputs the second time, in evaluation mode; "
-            "correct it deterministically, or use --correct none"
+            "make it deterministic, or use --correct none"
         )
 
 
@@ -204,7 +224,8 @@ def told(result: Result) -> str:
         rows.append([outcome.site, outcome.chosen, f"{outcome.rows:,}", tried])
     trials = ", ".join(f"{trial.kl:.4f} with damping {trial.damping:g}" for trial in result.trials)
     verdict = f"kept damping {best.damping:g}" if result.kept else "rejected: the projected network stays"
+    notes = "".join(f"{note}\n" for note in result.notes)
     return (
-        f"{table(['site', 'chosen', 'rows', 'held-out KL, the rest dense'], rows)}\n"
+        f"{notes}{table(['site', 'chosen', 'rows', 'held-out KL, the rest dense'], rows)}\n"
         f"held-out KL {result.before:.4f} before, {trials}; {verdict}"
     )

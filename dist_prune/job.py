@@ -10,13 +10,13 @@ from torch import nn
 
 from dist_prune import checkpoint, models
 from dist_prune.config import ConfigError, Run
+from dist_prune.correction import require_deterministic
 from dist_prune.data import Stream, evaluation_stream
 from dist_prune.evaluate import Metrics, time_sites
 from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
 from dist_prune.planning import Planner, planner, timed_planner
 from dist_prune.report import Report, environment
 from dist_prune.sites import Survey, survey
-from dist_prune.walk import trace
 from dist_prune.world import World
 
 STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
@@ -49,7 +49,7 @@ def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
     ranks.check()
     if config.correction.correct != "none":
-        trace(dense, ())  # a network that cannot be followed is known now, not after the statistics
+        require_deterministic(dense, probe(config, world, 2), world)
     job = Job(config, world, report, folder, dataset, dense, everything, found, ranks)
     validation(job), calibration(job, 0)  # both refuse to share fewer images than ranks
     world.from_first(lambda: checkpoint.claim(folder, config, environment()))

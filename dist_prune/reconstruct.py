@@ -28,8 +28,8 @@ from dist_prune.models import logits_of
 from dist_prune.moments import Accumulator, Moments, full_float32, sum_moments
 from dist_prune.probes import kl
 from dist_prune.projection import Factors, factor
+from dist_prune.rerun import AnyPass, Route
 from dist_prune.sites import Factored, Site, View, output_rows, weight_of
-from dist_prune.walk import Pass, Program
 from dist_prune.world import World
 
 
@@ -174,8 +174,8 @@ def _uncentred(normal: Normal) -> Normal:
 class Pair:
     """The dense and the compressed network's passes over one batch; `held` out of solving, it judges instead."""
 
-    dense: Pass
-    compressed: Pass
+    dense: AnyPass
+    compressed: AnyPass
     logits: Tensor | None = None
 
     @property
@@ -198,7 +198,7 @@ class Outcome:
 class Correction:
     """Everything the walk needs; `metrics` are the Fisher metrics of the sites' outputs, (g, c, c)."""
 
-    program: Program
+    program: Route
     dense: nn.Module
     compressed: nn.Module
     pairs: Sequence[Pair]
@@ -265,8 +265,7 @@ class Correction:
         pair.dense.advance(place)
         pair.compressed.advance(place)
         lost = self._lost_by_the_shortcut(site, pair) if site.name in self.program.shortcuts else None
-        pair.dense.advance(place + 1)
-        target = pair.dense.values[self.program.steps[place]]
+        target = pair.dense.output_of(site.name)
         repaired = target if lost is None else target + lost
         fits = repaired.shape == target.shape  # not where the addition repeats the output over positions
         return pair.compressed.input_of(site.name), repaired if fits else target
@@ -285,6 +284,8 @@ class Correction:
         return lost * torch.where(usable, 1 / slope, 0)[:, None, None]
 
     def _add(self, accumulator: Accumulator, site: Site, x: Tensor, target: Tensor) -> None:
+        if not len(x) or len(x) != len(target):
+            return  # one network, or both, did not call the site for these images
         view, module = View(site, "input"), self.dense.get_submodule(site.name)
         for chunk in view.chunks(target, len(target)):
             rows = view.rows(module, x[chunk])

@@ -54,6 +54,10 @@ class Program:
     constants: Mapping[str, Any]  # that the network makes as it runs
     changed_until: int  # no step from here on changes a value in place
 
+    def begin(self, root: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Pass:
+        """A pass over a batch, still before the first operation."""
+        return Pass(self, root, images, prepare)
+
 
 def trace(model: nn.Module, names: Iterable[str]) -> Program:
     """Follow the network in evaluation mode.
@@ -197,9 +201,9 @@ class Pass:
     program: Program
     root: nn.Module
     images: Tensor
+    prepare: Callable[[Tensor], Tensor] = torch.Tensor.clone  # from the images kept to what the network takes
     position: int = 0
     values: Values = field(default_factory=dict)
-    prepare: Callable[[Tensor], Tensor] = torch.Tensor.clone  # from the images kept to what the network takes
 
     @torch.no_grad()
     def advance(self, position: int) -> None:
@@ -235,23 +239,33 @@ class Pass:
         value: Tensor = self.values[node.all_input_nodes[0]]
         return value
 
+    def output_of(self, name: str) -> Tensor:
+        """What the site gives; the pass, which must stand at it, goes one step further."""
+        place = self.program.stops[name]
+        self.advance(place + 1)
+        value: Tensor = self.values[self.program.steps[place]]
+        return value
+
     def shortcut_of(self, name: str) -> Tensor:
         """What the site's output will be added to; the pass must stand at the site."""
         value: Tensor = self.values[self.program.shortcuts[name].other]
         return value
 
     @torch.no_grad()
-    def outcome(self, root: nn.Module, output: Tensor) -> Tensor:
-        """The network's output if the site it stands at gave `output` and all that follows were `root`'s."""
-        fork = Pass(self.program, root, self.images, self.position + 1, dict(self.values), self.prepare)
+    def outcome(self, root: nn.Module, output: Tensor) -> Any:  # noqa: ANN401  what the network returns
+        """What the network returns if the site it stands at gave `output` and all that follows were `root`'s."""
+        fork = Pass(self.program, root, self.images, self.prepare, self.position + 1, dict(self.values))
         fork.values[self.program.steps[self.position]] = output
         if fork.position < self.program.changed_until:
             fork.values = dict(zip(fork.values, copy.deepcopy(list(fork.values.values())), strict=True))
         for unused in self.program.dropped[self.position]:
             fork.values.pop(unused, None)
-        fork.advance(len(self.program.steps))
-        result: Tensor = fork.values[self.program.steps[-1]]
-        return result
+        return fork.finished()
+
+    def finished(self) -> Any:  # noqa: ANN401  what the network returns
+        """What the network returns, after all the steps that are left."""
+        self.advance(len(self.program.steps))
+        return self.values[self.program.steps[-1]]
 
     @property
     def bytes(self) -> int:
