@@ -21,6 +21,7 @@ from torch import nn
 from dist_prune.config import Run, to_dict
 
 CONFIG = "config.json"
+SNAPSHOT = "code"  # in a run's directory, the code that a cluster job runs
 IRRELEVANT = {"resume", "overwrite", "run_dir", "dry_run", "device", "timeout", "threads"}
 
 
@@ -179,7 +180,7 @@ def require_free(folder: Path, config: Run) -> None:
     Raises:
         CheckpointError: the folder holds something and the flags do not say what to do, or say it wrongly.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not _belongings(folder)):
         return
     is_run = (folder / CONFIG).is_file()
     if not is_run:
@@ -196,6 +197,11 @@ def require_free(folder: Path, config: Run) -> None:
         raise CheckpointError(f"--resume: {folder} was started with other settings: {'; '.join(changed)}")
 
 
+def _belongings(folder: Path) -> list[Path]:
+    """What a run left; the code that its job was started with does not count, it was there before."""
+    return [path for path in folder.iterdir() if path.name != SNAPSHOT]
+
+
 def changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
     """Settings that differ and that change what a run computes, as `name: before → now`."""
     told: list[str] = []
@@ -209,9 +215,10 @@ def changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> lis
 
 
 def claim(folder: Path, config: Run, environment: dict[str, Any]) -> None:
-    """Make the folder this run's: an overwritten run goes, config.json is written."""
+    """Make the folder this run's: an overwritten run goes, but for its code; config.json is written."""
     if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
+        for path in _belongings(folder):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if config.resume and (folder / CONFIG).is_file():
         return
     content = {"run": to_dict(config), "environment": environment}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -41,5 +42,6 @@ def _failed(error: Exception, code: int, speaks: bool = True) -> int:
     if speaks:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the others then: all keep the error's exit code
         time.sleep(FIRST_WORD_S)
     return code

@@ -196,8 +196,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with `+` if files differ from it; None outside a repository."""
+    """The commit of this source tree, with `+` if files differ from it; None outside a repository.
+
+    A snapshot is no repository, and may lie within another: the commit was noted beside it.
+    """
     here = Path(__file__).parent
+    noted = here.with_name("COMMIT")
+    if noted.is_file():
+        return noted.read_text().strip()
 
     def git(*words: str) -> str | None:
         try:

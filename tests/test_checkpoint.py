@@ -110,3 +110,14 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"other settings: seed: 0 → 5; tuning\.lr: 0\.02 → 0\.5"):
         checkpoint.require_free(tmp_path, other)
     checkpoint.require_free(tmp_path, replace(config, resume=True, device="cpu", timeout=5.0))
+
+
+def test_code_that_was_there_before_the_run_is_neither_refused_nor_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "COMMIT").write_text("abc")
+    run = Run(run_dir=tmp_path, overwrite=True)
+    checkpoint.require_free(tmp_path, replace(run, overwrite=False))
+    checkpoint.claim(tmp_path, run, {})
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint.claim(tmp_path, run, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code", "config.json"]

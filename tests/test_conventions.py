@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted([*ROOT.glob("dist_prune/*.py"), *ROOT.glob("launch/*.py")])
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 NOT_OURS = {"--standalone", "--nproc-per-node", "--logdir"}  # flags of torchrun and tensorboard
+SBATCH = {"--nodes", "--gpus-per-node", "--ntasks-per-node"}
+CONTAINERS = {"--nv"}
 SAID_BY_THEIR_NAMES = {"damaged", "file_fault", "decode_fault"}  # of images.py; may only become fewer
 STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
 KEYS = {*STAGES, "macs", "params", "seconds", "world_size", "seed", "method", "ranks", "parameter_hash"}
@@ -177,7 +179,7 @@ def test_files_and_modules_that_are_named_exist(name: str) -> None:
 def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
-    known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) | NOT_OURS
+    known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) | NOT_OURS | SBATCH | CONTAINERS
     named = {flag.rstrip(".") for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text("README.md"))}
     assert "--ranks" in known and len(named) > 15, "this test no longer sees what it looks for"
     assert not named - known
@@ -192,6 +194,16 @@ def test_every_run_in_the_readme_can_be_parsed(tmp_path: Path, monkeypatch: pyte
             plan.parent.mkdir(parents=True, exist_ok=True)
             plan.touch()  # --ranks FILE must be there
         parse(words)
+
+
+def test_every_job_in_the_readme_can_be_parsed() -> None:
+    jobs = [command for command in commands(text("README.md")) if command.startswith("sbatch")]
+    assert jobs
+    for command in jobs:
+        script = next(word for word in shlex.split(command) if word.endswith(".sh"))
+        assert (ROOT / script).is_file()
+        if " -- " in command:
+            parse(["resnet18-imagenet", "--data", "DIR", *shlex.split(command.partition(" -- ")[2])])
 
 
 def test_the_readme_begins_with_the_two_commands() -> None:
