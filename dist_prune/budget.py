@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_prune.config import Rule
+from dist_prune.flags import Rule
 from dist_prune.knapsack import Floats, Ints, Options
 from dist_prune.latency import LatencyTable, told
 from dist_prune.sites import Site, Survey, View

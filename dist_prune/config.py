@@ -9,66 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be; the message names the flag."""
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A parsed `--ranks`: `uniform`, `energy` or `budget` (`of` macs, params or latency), or a plan `file`."""
-
-    kind: str
-    amount: float = 0.0
-    file: Path = Path()
-    of: str = ""
-
-    @property
-    def needs_spectra(self) -> bool:
-        """Whether ranks depend on what directions are worth."""
-        return self.kind in ("energy", "budget")
-
-    @property
-    def text(self) -> str:
-        """As it is given on the command line."""
-        amount = f"{self.of}={self.amount:g}" if self.of else f"{self.amount:g}"
-        return str(self.file) if self.kind == "file" else f"{self.kind}:{amount}"
-
-
-BUDGETS = ("macs", "params", "latency")
-
-
-def parse_rule(text: str) -> Rule:
-    """Read `--ranks`.
-
-    Raises:
-        ConfigError: neither a rule nor a file; a ratio outside (0, 1].
-    """
-    kind, _, amount = text.partition(":")
-    if kind in ("uniform", "energy"):
-        return Rule(kind, _ratio(amount, f"--ranks {text}"))
-    if kind == "budget":
-        of, _, amount = amount.partition("=")
-        known = ", ".join(f"budget:{name}=0.5" for name in BUDGETS)
-        _require(of in BUDGETS, f"--ranks {text}: a budget of {of!r} is not known; expected {known}")
-        return Rule(kind, _ratio(amount, f"--ranks {text}"), of=of)
-    rules = "uniform:RATIO, energy:RATIO, or budget:macs=RATIO, such as uniform:0.5"
-    _require(Path(text).is_file(), f"--ranks {text}: expected {rules}, or a plan file")
-    return Rule("file", file=Path(text))
-
-
-def _ratio(text: str, where: str) -> float:
-    try:
-        ratio = float(text)
-    except ValueError:
-        raise ConfigError(f"{where}: {text!r} is not a number; expected a ratio such as 0.5") from None
-    _require(0 < ratio <= 1, f"{where}: a ratio must be above 0 and at most 1, got {text}")
-    return ratio
+from dist_prune.flags import Distillation, parse_distillation, parse_rule
+from dist_prune.flags import require as _require
 
 
 @dataclass(frozen=True)
@@ -293,7 +235,9 @@ class TrainingConfig:
     epochs: int = 0
     """Passes over the training images, with labels: fine-tuning (--pretrain.epochs: the dense network)."""
     batch_size: int = 64
-    """Images per rank and step; the global batch is this times the ranks."""
+    """Images per rank and forward pass; the global batch is this times --accumulate times the ranks."""
+    accumulate: int = 1
+    """Forward and backward passes whose gradients make one step."""
     lr: float = 0.01
     """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
     momentum: float = 0.9
@@ -304,12 +248,21 @@ class TrainingConfig:
     """Share of all steps in which the learning rate rises."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target."""
-    bn: Literal["local", "frozen"] = "local"
-    """Batch norm: local statistics of each rank's batch, averaged after each epoch; or frozen as they were."""
+    bn: Literal["frozen", "local", "sync"] = "local"
+    """Batch norm: statistics of each rank's batch, running ones averaged over ranks; of all ranks' batches (sync,
+    CUDA only), for few images a rank; or frozen as they were. Local by default: it adapts to the compressed layers
+    and costs no communication in a forward pass."""
+    clip: float = 0.0
+    """Largest norm of a step's gradient, all parameters together; 0: not limited."""
+    ema: float = 0.0
+    """Share of the old in a running average of the weights, such as 0.999; the average is then what is evaluated
+    and saved. 0: no average, the last weights are."""
     bf16: bool = False
     """Forward in bfloat16 autocast."""
     channels_last: bool = False
     """NHWC memory layout, faster on tensor cores."""
+    compile: bool = False
+    """Train through torch.compile."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"--epochs {self.epochs}: expected 0 or more")
@@ -318,6 +271,27 @@ class TrainingConfig:
         _require(0 <= self.momentum < 1, f"--momentum {self.momentum}: expected 0 to below 1")
         _require(0 <= self.warmup < 1, f"--warmup {self.warmup}: expected a share of the steps, 0 to below 1")
         _require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: expected 0 to 1")
+        _require(self.accumulate > 0, f"--accumulate {self.accumulate}: expected at least 1")
+        _require(self.clip >= 0, f"--clip {self.clip}: expected a norm, or 0 for no limit")
+        _require(0 <= self.ema < 1, f"--ema {self.ema}: expected 0 to below 1")
+
+
+@dataclass(frozen=True)
+class TuningConfig(TrainingConfig):
+    """Training of a network that stands in for another, which can teach it."""
+
+    distill: str = "none"
+    """ALPHA,T: the loss is ALPHA·T²·KL(dense ‖ compressed) of the softmax at temperature T, plus 1−ALPHA times the
+    cross-entropy to the labels; or none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_distillation(self.distill)
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """`--distill`, parsed."""
+        return parse_distillation(self.distill)
 
 
 @dataclass(frozen=True)
@@ -329,7 +303,7 @@ class Run:
     compression: Annotated[CompressionConfig, tyro.conf.arg(name="")] = field(default_factory=CompressionConfig)
     correction: Annotated[CorrectionConfig, tyro.conf.arg(name="")] = field(default_factory=CorrectionConfig)
     distillation: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
-    tuning: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=TrainingConfig)
+    tuning: Annotated[TuningConfig, tyro.conf.arg(name="")] = field(default_factory=TuningConfig)
     pretrain: TrainingConfig = field(default_factory=TrainingConfig)
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import cycle, islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -165,11 +165,12 @@ class Stream:
         training = self.augment is not None
         # despite its name the option shuffles the first epoch too; ranks agree on the order by its seed
         shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": self.seed} if training else {}
+        places = self._places() if training else range(len(self.split))
         encoded, indices = dali.fn.readers.file(
             name="reader",
             file_root=str(self.split.root),
-            files=list(self.split.files),
-            labels=list(range(len(self.split))),
+            files=[self.split.files[place] for place in places],
+            labels=list(places),
             shard_id=self.world.rank,
             num_shards=self.world.size,
             stick_to_shard=not training,
@@ -178,6 +179,15 @@ class Stream:
             **shuffle,
         )
         return encoded, indices
+
+    def _places(self) -> list[int]:
+        """All images, and a seeded choice of them again: as many as fill every batch of every rank.
+
+        Left to itself DALI fills the last batch with copies of one image, which batch norm and the step would see.
+        """
+        count, wanted = len(self.split), len(self) * self.batch_size * self.world.size
+        order = np.random.default_rng(self.seed).permutation(count).tolist()
+        return [*range(count), *islice(cycle(order), wanted - count)]
 
     def _next(self) -> Batch:
         try:
@@ -210,9 +220,10 @@ def training_stream(
     seed: int,
     augment: Augment,
 ) -> Stream:
-    """Stream shuffled, augmented batches, all of `batch_size`: the last of an epoch repeats its last image.
+    """Stream shuffled, augmented batches, all of `batch_size`.
 
-    Equal seeds give equal batches; the order is new in every epoch, the random crops differ between ranks.
+    An epoch has every image once, and a seeded choice of them twice, as many as fill the batches. Equal seeds
+    give equal batches; the order is new in every epoch, the random crops differ between ranks.
     """
     return Stream(split, spec, world, batch_size, threads, seed, augment)
 

@@ -30,6 +30,9 @@ def distill(job: Job, model: nn.Module) -> None:
         lr=settings.distill_lr,
         weight_decay=0.0,
         bn="frozen",
+        accumulate=1,
+        ema=0.0,
+        compile=False,  # hooks read the blocks' outputs
     )
     split = limited(job.dataset.train, settings.distill_images, seed)
     # Another seed than fine-tuning's: it is to see other crops.

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_prune.config import TrainingConfig
 from dist_prune.data import Batch
+from dist_prune.flags import ConfigError, Distillation
 from dist_prune.models import logits_of
-from dist_prune.world import World
+from dist_prune.probes import kl
+from dist_prune.sites import evaluating
+from dist_prune.world import World, fingerprint
 
 Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a scalar
 
@@ -26,7 +36,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Since the last progress: `loss` the mean over this rank's images, `images_per_second` over all ranks."""
+    """Since the last progress: `loss` the mean of the steps', `images_per_second`; both over all ranks."""
 
     step: int
     steps: int
@@ -47,7 +57,11 @@ class Trainer:
         self.model = model
         if settings.channels_last:
             _lay_out_channels_last(model)
-        self.replica = world.replicate(self.model)
+        # Batch norm's running statistics are averaged here, not overwritten by rank 0's as DDP would.
+        trained = _synchronised(model) if settings.bn == "sync" else model
+        self.replica = world.replicate(trained, broadcast_buffers=False)
+        self.forward = torch.compile(self.replica) if settings.compile else self.replica
+        self.average = _running_average(model, settings.ema) if settings.ema else None
         self.steps = steps
         self.loss = loss or (lambda logits, batch: cross_entropy(logits, batch, settings.label_smoothing))
         self.step = 0
@@ -63,54 +77,80 @@ class Trainer:
         )
 
     def epoch(self, batches: Iterable[Batch], every: int = 20) -> Iterator[Progress]:
-        """Train on the batches; yields every `every` steps and at the end.
+        """Train on the batches, `--accumulate` of them a step, fewer in the last; at the end prove the lockstep.
 
-        The loss stays on the device between two reports, so the host never waits for it in a step.
+        Yields after every `every` steps and at the end. Whatever `state` and the model hold then is the same on
+        all ranks, and no batch of the next step has been drawn. The losses stay on the device in between, so the
+        host never waits for one in a step.
 
         Raises:
-            TrainingError: the loss is no longer a number.
+            TrainingError: the loss is no longer a number on some rank.
+            RankError: the ranks no longer hold the same parameters and buffers.
         """
         nn.Module.train(self.replica)
         if self.settings.bn == "frozen":
-            _freeze_norms(self.model)
-        window = _Window(self.world)
-        for batch in batches:
-            window.add(self._update(batch), len(batch.labels))
+            _freeze_norms(self.replica)
+        window, source = _Window(self), iter(batches)
+        while group := list(islice(source, self.settings.accumulate)):
+            window.add(self._update(group), sum(len(batch.labels) for batch in group))
             self.step += 1
             if self.step % every == 0:
-                yield window.close(self)
-                window = _Window(self.world)
-        if window.steps:
-            yield window.close(self)
-        self._average_buffers()
+                yield window.close()
+                window = _Window(self)
+        if window.losses:
+            yield window.close()
+        self.world.require_same(f"parameters and buffers after step {self.step}", fingerprint(self.model))
 
-    def _update(self, batch: Batch) -> Tensor:
-        """One step; the loss, on the device."""
-        images = batch.images
-        if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            logits = logits_of(self.replica(images))
-        loss = self.loss(logits.float(), batch)
+    def _update(self, group: Sequence[Batch]) -> Tensor:
+        """One step; the mean loss of its images, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        images = sum(len(batch.labels) for batch in group)
+        losses = [self._backward(batch, len(batch.labels) / images) for batch in group[:-1]]
+        losses.append(self._backward(group[-1], len(group[-1].labels) / images, last=True))
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return torch.stack(losses).sum()
+
+    def _backward(self, batch: Batch, share: float, last: bool = False) -> Tensor:
+        """Add the gradient of `share` of the batch's loss; the `last` of a step sums it over ranks."""
+        if self.settings.channels_last:
+            batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+        with nullcontext() if last else self.replica.no_sync():
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.settings.bf16):
+                logits = logits_of(self.forward(batch.images))
+            loss = share * self.loss(logits.float(), batch)
+            torch.autograd.backward(loss)
         return loss.detach()
 
-    def _average_buffers(self) -> None:
-        """Batch norm sees only its own rank's images; the mean over ranks is the better estimate, and common."""
-        running = [b for b in self.model.buffers() if b.is_floating_point()]
+    def settle(self) -> None:
+        """Give all ranks the mean of their batch norm's running statistics: each saw only its own images.
+
+        Training does not depend on these, and they are linear in the batches': it does not matter how often.
+        """
+        if self.settings.bn != "local":
+            return
+        networks = [self.model] if self.average is None else [self.model, self.average]
+        running = [b for network in networks for b in _running_statistics(network)]
         self.world.sum_(*running)
         for buffer in running:
             buffer.div_(self.world.size)
 
+    def finish(self) -> None:
+        """Leave in the model the weights to evaluate and save: under `--ema` the averaged ones."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+
     def state(self) -> dict[str, Any]:
-        """Plain types and tensors, enough to continue at the next epoch."""
+        """Plain types and tensors, enough to continue from where `epoch` yielded; the model's own not included."""
         return {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -118,6 +158,27 @@ class Trainer:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def require_possible(settings: TrainingConfig, device: torch.device) -> None:
+    """Find out before long work whether this machine can train so.
+
+    Raises:
+        ConfigError: it cannot; names the flag.
+    """
+    if settings.bn == "sync" and device.type != "cuda":
+        raise ConfigError(
+            f"--bn sync: torch.nn.SyncBatchNorm runs on CUDA only, this is {device.type}; use local or frozen"
+        )
+    variable, usual = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    names = (os.environ[variable],) if variable in os.environ else usual
+    if settings.compile and not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"--compile: torch.compile needs a compiler, and {' or '.join(names)} is not there: install one, name "
+            f"it in {variable}, or leave the flag out"
+        )
 
 
 def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
@@ -125,41 +186,117 @@ def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
 
 
+def taught(dense: nn.Module, how: Distillation, settings: TrainingConfig) -> Loss:
+    """α·T²·KL(dense ‖ trained) at temperature T + (1−α)·cross-entropy (Hinton et al. 2015).
+
+    The factor T² keeps the gradient of the first part in proportion, whatever T. The dense network runs in the
+    same precision as the trained one.
+    """
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        kind = batch.images.device.type
+        with evaluating(dense), torch.autocast(kind, torch.bfloat16, enabled=settings.bf16):
+            target = logits_of(dense(batch.images)).float()
+        soft = how.temperature**2 * kl(target / how.temperature, logits / how.temperature).mean()
+        return how.alpha * soft + (1 - how.alpha) * cross_entropy(logits, batch, settings.label_smoothing)
+
+    return loss
+
+
 def _freeze_norms(model: nn.Module) -> None:
     """Batch norm keeps its running statistics; its scale and shift are trained."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             module.eval()
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+
+
+def _synchronised(model: nn.Module) -> nn.Module:
+    """The same parameters and buffers in a network whose batch norm looks at all ranks' images."""
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, memo={id(t): t for t in tensors})
+    return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(twin))  # type: ignore[no-untyped-call]
+
+
+def _running_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Of all parameters and of batch norm's running statistics, which belong to them."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 class _Window:
     """Loss and time since the last report."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.loss = torch.zeros((), device=world.device)
-        self.images = self.steps = 0
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.losses: list[Tensor] = []
+        self.images = 0
         self.began = time.perf_counter()
 
     def add(self, loss: Tensor, images: int) -> None:
-        self.loss += loss
+        self.losses.append(loss)
         self.images += images
-        self.steps += 1
 
-    def close(self, trainer: Trainer) -> Progress:
-        loss = self.loss.item() / self.steps
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} in steps {trainer.step - self.steps + 1} to {trainer.step}; "
-                f"try a lower --lr (it is {trainer.settings.lr}) or a longer --warmup"
-            )
-        rate = self.images * self.world.size / (time.perf_counter() - self.began)
-        return Progress(trainer.step, trainer.steps, loss, float(trainer.scheduler.get_last_lr()[0]), rate)
+    def close(self) -> Progress:
+        trainer = self.trainer
+        losses = torch.stack(self.losses).tolist()
+        bad = next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        seen = trainer.world.gather((losses[0 if bad is None else bad], bad, sum(losses), self.images))
+        _require_numbers(trainer, len(losses), [(loss, place) for loss, place, _, _ in seen])
+        trainer.settle()
+        mean = sum(total for _, _, total, _ in seen) / (len(losses) * len(seen))
+        rate = sum(images for _, _, _, images in seen) / (time.perf_counter() - self.began)
+        return Progress(trainer.step, trainer.steps, mean, float(trainer.scheduler.get_last_lr()[0]), rate)
+
+
+def _require_numbers(trainer: Trainer, steps: int, seen: Sequence[tuple[float, int | None]]) -> None:
+    """Raise the same error on all ranks if, on any, one of the last `steps` losses is no number.
+
+    `seen` are each rank's first loss that is none, and its place among them (or None).
+    """
+    bad = [(place, rank, loss) for rank, (loss, place) in enumerate(seen) if place is not None]
+    if bad:
+        place, rank, loss = min(bad)
+        raise TrainingError(
+            f"the loss became {loss} on rank {rank} in step {trainer.step - steps + place + 1}; "
+            f"try a lower --lr (it is {trainer.settings.lr}), a longer --warmup, or --clip"
+        )
+
+
+def global_batch(settings: TrainingConfig, ranks: int) -> int:
+    """Images of a step: a batch on each rank, times the batches that are accumulated."""
+    return settings.batch_size * settings.accumulate * ranks
 
 
 def scaled_lr(settings: TrainingConfig, ranks: int) -> float:
     """Peak learning rate, linear in the global batch (Goyal et al. 2017)."""
-    return settings.lr * settings.batch_size * ranks / 256
+    return settings.lr * global_batch(settings, ranks) / 256
+
+
+def steps_of(settings: TrainingConfig, batches: int) -> int:
+    """Steps of an epoch of so many batches a rank."""
+    return math.ceil(batches / settings.accumulate)
+
+
+def told(settings: TrainingConfig, batches: int, ranks: int, teacher: Distillation | None) -> str:
+    """What training will be, in lines for the log."""
+    product = f"{settings.batch_size} images × {settings.accumulate} × {ranks} rank(s)"
+    lines = [
+        f"{settings.epochs} epochs of {steps_of(settings, batches)} steps, global batch "
+        f"{global_batch(settings, ranks)} ({product}), peak learning rate {scaled_lr(settings, ranks):.4g} "
+        f"({settings.lr} per 256 images), batch norm {settings.bn}"
+    ]
+    if teacher is not None:
+        alpha, heat = teacher.alpha, teacher.temperature
+        labels = f"{1 - alpha:g} × cross-entropy to the labels"
+        lines.append(f"loss: {alpha:g} × {heat**2:g} × KL(dense ‖ compressed) at temperature {heat:g} + {labels}")
+    if settings.ema:
+        lines.append(f"weights evaluated and saved: running average, {settings.ema} of the old at each step")
+    return "\n".join(f"   {line}" for line in lines)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

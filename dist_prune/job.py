@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from dist_prune import checkpoint, models
-from dist_prune.config import ConfigError, Run
+from dist_prune.config import Run
 from dist_prune.correction import require_deterministic
 from dist_prune.data import Stream, evaluation_stream
 from dist_prune.evaluate import Metrics, time_sites
+from dist_prune.finetune import require_possible
+from dist_prune.flags import ConfigError
 from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
 from dist_prune.planning import Planner, planner, timed_planner
 from dist_prune.report import Report, environment
@@ -44,6 +46,8 @@ def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     require_classes(config, dataset)
     check_files(dataset.train, world)
     check_files(dataset.val, world)
+    for settings in (config.tuning, config.pretrain):
+        require_possible(settings, world.device)
     dense, everything = load_network(config, world)
     found = everything.select(config.compression.sites)
     ranks = timed_planner(config, dense, found, world, probe(config, world, 1))

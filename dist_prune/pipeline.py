@@ -18,7 +18,7 @@ from dist_prune.distillation import distill
 from dist_prune.evaluate import Metrics, Predictions, predict, score, time_sites
 from dist_prune.export import Description, save_compressed
 from dist_prune.job import STAGES, Job, calibration, prepare, probe, show_plan, statistics_split, validation
-from dist_prune.projection import project, rebuild
+from dist_prune.projection import balance, project, rebuild
 from dist_prune.ranks import Plan, cost
 from dist_prune.report import Report, table
 from dist_prune.spectra import Spectra, spectra_of, unit_of
@@ -106,6 +106,7 @@ def train_dense(job: Job) -> None:
 
 def baseline(job: Job) -> Predictions:
     """The dense network on the validation images: figures, and logits for the divergence."""
+    job.world.require_same("parameters (dense)", fingerprint(job.dense))
     with job.report.phase("baseline"):
         found = predict(job.dense, validation(job))
         metrics = score(found, len(job.dataset.val), job.world)
@@ -229,6 +230,8 @@ def tune(
     """Fine-tune the compressed network and measure it."""
     if not job.config.tuning.epochs:
         return
+    if resumed is None:
+        balance(compressed)
     with job.report.phase("finetune"):
         train(job, compressed, job.config.tuning, "train", keep=plan, resumed=resumed)
     job.metrics["tuned"] = measure(job, compressed, reference, "tuned")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dist_prune import latency
 from dist_prune.budget import budget_of, cheaper_ranks
-from dist_prune.config import Rule, Run, parse_rule
+from dist_prune.config import Run
+from dist_prune.flags import Rule, parse_rule
 from dist_prune.latency import LatencyTable
 from dist_prune.ranks import Plan, cost, make_plan, require_reachable, undecided
 from dist_prune.report import plan_table

@@ -13,7 +13,7 @@ import numpy as np
 
 from dist_prune import knapsack
 from dist_prune.budget import NAMED, Budget, Menu, budget_of, multiples, rounded
-from dist_prune.config import Rule
+from dist_prune.flags import Rule
 from dist_prune.latency import LatencyTable
 from dist_prune.sites import Site, Survey, View
 from dist_prune.spectra import Spectra
@@ -114,7 +114,7 @@ def make_plan(
     """Apply the rule.
 
     Args:
-        rule: see `config.parse_rule`.
+        rule: see `flags.parse_rule`.
         survey: the chosen sites and the skipped ones.
         round_to: ranks are multiples of this where the site is large enough.
         side: of the bases, which have no more directions than that side has dimensions.

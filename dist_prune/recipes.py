@@ -11,14 +11,15 @@ import tyro
 from dist_prune.config import (
     Augment,
     CompressionConfig,
-    ConfigError,
     DataConfig,
     ImageSpec,
     MethodConfig,
     NetworkConfig,
     Run,
     TrainingConfig,
+    TuningConfig,
 )
+from dist_prune.flags import ConfigError
 
 _SMALL = DataConfig(image=ImageSpec(resize=0, crop=32), threads=2, eval_batch_size=256)
 
@@ -27,20 +28,20 @@ RECIPES: dict[str, Run] = {
         NetworkConfig("resnet18", "none", 10),
         replace(_SMALL, data="digits", augment=Augment(flip=False, pad=2)),
         CompressionConfig(sites="@conv"),
-        tuning=TrainingConfig(epochs=2, batch_size=32, lr=0.02),
+        tuning=TuningConfig(epochs=2, batch_size=32, lr=0.02),
         pretrain=TrainingConfig(epochs=6, batch_size=32, lr=0.1),
     ),
     "cifar10": Run(
         NetworkConfig("resnet20", "none", 10),
         _SMALL,
         CompressionConfig(MethodConfig(statistics_images=10_000), sites="@stride1"),
-        tuning=TrainingConfig(epochs=2, batch_size=64, lr=0.02),
+        tuning=TuningConfig(epochs=2, batch_size=64, lr=0.02),
     ),
     "resnet18-imagenet": Run(
         NetworkConfig("resnet18", "IMAGENET1K_V1", 1000),
         DataConfig(threads=8, eval_batch_size=256),
         CompressionConfig(sites="@stride1"),
-        tuning=TrainingConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True),
+        tuning=TuningConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True, distill="0.5,2"),
     ),
 }
 RECIPES["resnet50-imagenet"] = replace(

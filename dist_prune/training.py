@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from dist_prune import checkpoint
-from dist_prune.config import ConfigError, TrainingConfig
+from dist_prune.config import TrainingConfig, TuningConfig
 from dist_prune.data import Stream, training_stream
 from dist_prune.evaluate import Metrics
-from dist_prune.finetune import Trainer, scaled_lr
+from dist_prune.finetune import Trainer, steps_of, taught, told
+from dist_prune.flags import ConfigError
 from dist_prune.job import Job
 from dist_prune.ranks import Plan
 
@@ -29,13 +30,11 @@ def train(
     stream = training_stream(
         split, images.image, job.world, settings.batch_size, images.threads, job.config.seed, images.augment
     )
-    trainer = Trainer(model, settings, settings.epochs * len(stream), job.world)
+    teacher = settings.distillation if isinstance(settings, TuningConfig) else None
+    loss = taught(job.dense, teacher, settings) if teacher else None
+    trainer = Trainer(model, settings, settings.epochs * steps_of(settings, len(stream)), job.world, loss)
     done = restore(trainer, stream, resumed)
-    size = settings.batch_size * job.world.size
-    job.report.say(
-        f"   {settings.epochs} epochs of {len(stream)} steps, global batch {size}, peak learning rate "
-        f"{scaled_lr(settings, job.world.size):.4g} ({settings.lr} per 256 images)"
-    )
+    job.report.say(told(settings, len(stream), job.world.size, teacher))
     for epoch in range(done, settings.epochs):
         for progress in trainer.epoch(stream):
             job.report.scalars(group, progress.step, {**asdict(progress), "step": None, "steps": None})
@@ -45,6 +44,7 @@ def train(
         )
         if keep is not None:
             save_progress(job, keep, trainer, stream, epoch + 1)
+    trainer.finish()
 
 
 def save_progress(job: Job, plan: Plan, trainer: Trainer, stream: Stream, epoch: int) -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_prune.config import ConfigError, require_complete, to_dict
+from dist_prune.config import require_complete, to_dict
+from dist_prune.flags import ConfigError
 from dist_prune.recipes import RECIPES, parse
 
 

@@ -8,7 +8,8 @@ import torch
 import torchvision
 
 from dist_prune.budget import budget_of
-from dist_prune.config import CompressionConfig, ConfigError, MethodConfig, Rule, parse_rule
+from dist_prune.config import CompressionConfig, MethodConfig
+from dist_prune.flags import ConfigError, Rule, parse_rule
 from dist_prune.latency import LatencyTable, Timing
 from dist_prune.models import build
 from dist_prune.projection import rebuild

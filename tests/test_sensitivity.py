@@ -10,8 +10,9 @@ from PIL import Image
 from torch import nn
 
 from dist_prune.bases import solve
-from dist_prune.config import ImageSpec, MethodConfig, Rule
+from dist_prune.config import ImageSpec, MethodConfig
 from dist_prune.data import Batch, Everything, evaluation_stream
+from dist_prune.flags import Rule
 from dist_prune.images import list_images
 from dist_prune.projection import project
 from dist_prune.ranks import Choice, Plan, make_plan

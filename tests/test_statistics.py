@@ -8,8 +8,9 @@ from torch import nn
 from dist_prune import statistics
 from dist_prune.bases import solve
 from dist_prune.checkpoint import CheckpointError
-from dist_prune.config import ConfigError, MethodConfig
+from dist_prune.config import MethodConfig
 from dist_prune.data import Batch
+from dist_prune.flags import ConfigError
 from dist_prune.moments import StatisticsError
 from dist_prune.projection import project
 from dist_prune.ranks import Choice, Plan

@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from dist_prune.bases import Basis, solve
-from dist_prune.config import MethodConfig, parse_rule
+from dist_prune.config import MethodConfig
+from dist_prune.flags import parse_rule
 from dist_prune.models import logits_of
 from dist_prune.projection import project
 from dist_prune.ranks import Choice, Plan, cost, make_plan

@@ -19,9 +19,10 @@ from torch import nn
 
 from dist_prune import models, statistics
 from dist_prune.bases import solve
-from dist_prune.config import MethodConfig, Rule
+from dist_prune.config import MethodConfig
 from dist_prune.data import Stream, evaluation_stream
 from dist_prune.evaluate import Metrics, Predictions, predict, score
+from dist_prune.flags import Rule
 from dist_prune.images import Dataset, Split, open_dataset
 from dist_prune.projection import project, rebuild
 from dist_prune.ranks import cost, make_plan

@@ -1,0 +1,94 @@
+"""Flags whose value is more than a number, read from their text; and the error of a setting that cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names the flag."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise a ConfigError with the message unless something holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A parsed `--ranks`: `uniform`, `energy` or `budget` (`of` macs, params or latency), or a plan `file`."""
+
+    kind: str
+    amount: float = 0.0
+    file: Path = Path()
+    of: str = ""
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether ranks depend on what directions are worth."""
+        return self.kind in ("energy", "budget")
+
+    @property
+    def text(self) -> str:
+        """As it is given on the command line."""
+        amount = f"{self.of}={self.amount:g}" if self.of else f"{self.amount:g}"
+        return str(self.file) if self.kind == "file" else f"{self.kind}:{amount}"
+
+
+BUDGETS = ("macs", "params", "latency")
+
+
+def parse_rule(text: str) -> Rule:
+    """Read `--ranks`.
+
+    Raises:
+        ConfigError: neither a rule nor a file; a ratio outside (0, 1].
+    """
+    kind, _, amount = text.partition(":")
+    if kind in ("uniform", "energy"):
+        return Rule(kind, _ratio(amount, f"--ranks {text}"))
+    if kind == "budget":
+        of, _, amount = amount.partition("=")
+        known = ", ".join(f"budget:{name}=0.5" for name in BUDGETS)
+        require(of in BUDGETS, f"--ranks {text}: a budget of {of!r} is not known; expected {known}")
+        return Rule(kind, _ratio(amount, f"--ranks {text}"), of=of)
+    rules = "uniform:RATIO, energy:RATIO, or budget:macs=RATIO, such as uniform:0.5"
+    require(Path(text).is_file(), f"--ranks {text}: expected {rules}, or a plan file")
+    return Rule("file", file=Path(text))
+
+
+def _ratio(text: str, where: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise ConfigError(f"{where}: {text!r} is not a number; expected a ratio such as 0.5") from None
+    require(0 < ratio <= 1, f"{where}: a ratio must be above 0 and at most 1, got {text}")
+    return ratio
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A parsed `--distill`: the weight `alpha` of the dense network's softmax at `temperature` in the loss."""
+
+    alpha: float
+    temperature: float
+
+
+def parse_distillation(text: str) -> Distillation | None:
+    """Read `--distill`: None for `none`.
+
+    Raises:
+        ConfigError: neither none nor ALPHA,T with 0 < ALPHA ≤ 1 and T > 0.
+    """
+    if text == "none":
+        return None
+    alpha, _, temperature = text.partition(",")
+    try:
+        found = Distillation(float(alpha), float(temperature))
+    except ValueError:
+        raise ConfigError(f"--distill {text}: expected ALPHA,T such as 0.5,2, or none") from None
+    sound = 0 < found.alpha <= 1 and 0 < found.temperature < float("inf")
+    require(sound, f"--distill {text}: expected 0 < ALPHA ≤ 1 and a temperature T above 0")
+    return found
