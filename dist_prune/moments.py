@@ -49,9 +49,8 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """Covariance, (g, k, k), symmetric, divided by n (the maximum-likelihood estimate)."""
-        offset = self.total / self.count
-        covariance = self.outer / self.count - offset[..., :, None] * offset[..., None, :]
-        return (covariance + covariance.mT) / 2
+        offset = (self.total / self.count)[..., None]
+        return torch.baddbmm(self.outer, offset, offset.mT, beta=1 / max(1.0, self.count.item()), alpha=-1)
 
     def moved_(self, shift: Tensor) -> Moments:
         """The same sums about another shift (g, k); `outer` is changed in place, as it may be large.
@@ -65,13 +64,18 @@ class Moments:
 
 
 class Accumulator:
-    """Adds rows to one site's moments, batch after batch, on the device, without a host synchronisation."""
+    """Adds rows to one site's moments, batch after batch, on the device, without a host synchronisation.
+
+    A float32 product waits until it has at least as many rows as columns: adding it costs as much as that many.
+    """
 
     def __init__(self, groups: int, width: int, device: torch.device) -> None:
         self.count = 0
         self.shift: Tensor | None = None
         self.total = torch.zeros(groups, width, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(groups, width, width, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(groups, width, width, dtype=torch.float64, device=device)  # its lower panels
+        self.waiting: Tensor | None = None
+        self.waiting_rows = 0
 
     @torch.no_grad()
     def add(self, rows: Tensor) -> None:
@@ -82,23 +86,39 @@ class Accumulator:
         if self.shift is None:
             self.shift = rows.mean((1, 2), dtype=dtype)
         groups, width = self.total.shape
-        product = self.outer.new_zeros(self.outer.shape, dtype=dtype)
-        chunk_bytes, least = GPU_TILES if rows.is_cuda else CPU_TILES
-        panel = max(least, width // 4)
-        images = max(1, chunk_bytes // (rows.shape[0] * rows.shape[2] * dtype.itemsize))
+        if self.waiting is None:
+            self.waiting = self.outer.new_zeros(self.outer.shape, dtype=dtype)
+        images = max(1, _tiles(rows)[0] // (rows.shape[0] * rows.shape[2] * dtype.itemsize))
         for part in torch.split(rows, images, dim=1):
             columns = _minus(part, self.shift, dtype).view(groups, width, -1)
-            _add_lower_product(product, columns, panel)
+            _add_lower_product(self.waiting, columns, self._panel)
             self.total += columns.sum(-1)
-        _mirror_lower(product, panel)
-        self.outer += product
         self.count += rows.shape[1] * rows.shape[2]
+        self.waiting_rows += rows.shape[1] * rows.shape[2]
+        if self.waiting_rows >= width:
+            self._settle()
+
+    @property
+    def _panel(self) -> int:
+        return max(_tiles(self.outer)[1], self.outer.shape[-1] // 4)
+
+    def _settle(self) -> None:
+        """Add what waits to the sums."""
+        if self.waiting is not None:
+            _add_lower(self.outer, self.waiting, self._panel)
+        self.waiting, self.waiting_rows = None, 0
 
     def moments(self) -> Moments:
         """The sums so far."""
+        self._settle()
+        _mirror_lower(self.outer, self._panel)
         shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift
         count = self.total.new_tensor(self.count)
         return Moments(count, shift.double().view(self.total.shape), self.total, self.outer)
+
+
+def _tiles(tensor: Tensor) -> tuple[int, int]:
+    return GPU_TILES if tensor.is_cuda else CPU_TILES
 
 
 def _minus(rows: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,6 +136,12 @@ def _add_lower_product(product: Tensor, columns: Tensor, panel: int) -> None:
     for start in range(0, product.shape[-1], panel):
         end = start + panel
         product[:, start:, start:end].baddbmm_(columns[:, start:], columns[:, start:end].mT)
+
+
+def _add_lower(sums: Tensor, product: Tensor, panel: int) -> None:
+    """Add the panels that `_add_lower_product` computes."""
+    for start in range(0, product.shape[-1], panel):
+        sums[:, start:, start : start + panel] += product[:, start:, start : start + panel]
 
 
 def _mirror_lower(product: Tensor, panel: int) -> None:

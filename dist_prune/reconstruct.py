@@ -73,11 +73,19 @@ def least_squares(normal: Normal, weight: Tensor, ridge: float) -> tuple[Tensor,
     rounding = 1e-12 * normal.mean_x.square().sum(-1)[:, None, None]
     shift = torch.maximum(ridge * trace, rounding) / size
     shift = torch.where(shift > 0, shift, 1)
-    shifted = normal.xx + shift * torch.eye(size, dtype=normal.xx.dtype, device=normal.xx.device)
+    shifted = normal.xx.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., 0])
     right = normal.tx + shift * weight
-    solved = torch.linalg.solve(shifted, right.mT).mT
+    solved = _solve(shifted, right.mT).mT
     predicted = right @ solved.mT
     return solved, (predicted + predicted.mT) / 2
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """By Cholesky; by elimination, which takes twice as long, where rounding has left a matrix indefinite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    found: Tensor = torch.linalg.solve(matrix, right) if failed.any() else torch.cholesky_solve(right, lower)
+    return found
 
 
 def reduced_rank(normal: Normal, weight: Tensor, rank: int, ridge: float, metric: Tensor) -> Factors:
