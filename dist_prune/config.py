@@ -18,7 +18,7 @@ class NetworkConfig:
     """Which network."""
 
     arch: str = "resnet18"
-    """torchvision name, CIFAR resnet20/32/44/56, timm name, or path/to/file.py:function."""
+    """torchvision name, CIFAR resnet20/32/44/56, mnist, timm name, or path/to/file.py:function."""
     weights: str = "none"
     """A file, a torchvision enum such as IMAGENET1K_V1, `pretrained` for timm, or none."""
     classes: int = 1000
@@ -74,7 +74,8 @@ class DataConfig:
     """Which images, and how they are read."""
 
     data: str = ""
-    """Folder with train/ and val/, one folder a class in each; or `digits`, which ship with scikit-learn."""
+    """Folder with train/ and val/, one folder a class in each; or with MNIST's idx files; or `digits`, which ship
+    with scikit-learn."""
     class_list: Path | None = None
     """Text file, one class folder a line in label order; without it, train/'s folders in alphabetical order."""
     image: Annotated[ImageSpec, tyro.conf.arg(name="")] = field(default_factory=ImageSpec)
@@ -154,7 +155,7 @@ class CompressionConfig:
     basis: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MethodConfig)
     ranks: str = "uniform:0.5"
     """uniform:RATIO of each site's channels, energy:RATIO of its spectrum, budget:macs|params|latency=RATIO of
-    the dense network's, or a plan FILE."""
+    the dense network's, sites:NAME=RANK,… for these alone, or a plan FILE."""
     sites: str = "*"
     """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""

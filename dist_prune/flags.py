@@ -18,12 +18,16 @@ def require(holds: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """A parsed `--ranks`: `uniform`, `energy` or `budget` (`of` macs, params or latency), or a plan `file`."""
+    """A parsed `--ranks`: `uniform`, `energy`, `budget` (`of` macs, params or latency), `file` or `sites`.
+
+    `file` is a plan's, `listed` are sites and their ranks.
+    """
 
     kind: str
     amount: float = 0.0
     file: Path = Path()
     of: str = ""
+    listed: tuple[tuple[str, int], ...] = ()
 
     @property
     def needs_spectra(self) -> bool:
@@ -33,6 +37,8 @@ class Rule:
     @property
     def text(self) -> str:
         """As it is given on the command line."""
+        if self.kind == "sites":
+            return "sites:" + ",".join(f"{name}={rank}" for name, rank in self.listed)
         amount = f"{self.of}={self.amount:g}" if self.of else f"{self.amount:g}"
         return str(self.file) if self.kind == "file" else f"{self.kind}:{amount}"
 
@@ -54,9 +60,20 @@ def parse_rule(text: str) -> Rule:
         known = ", ".join(f"budget:{name}=0.5" for name in BUDGETS)
         require(of in BUDGETS, f"--ranks {text}: a budget of {of!r} is not known; expected {known}")
         return Rule(kind, _ratio(amount, f"--ranks {text}"), of=of)
-    rules = "uniform:RATIO, energy:RATIO, or budget:macs=RATIO, such as uniform:0.5"
+    if kind == "sites":
+        return Rule(kind, listed=_listed(amount, f"--ranks {text}"))
+    rules = "uniform:RATIO, energy:RATIO, budget:macs=RATIO or sites:NAME=RANK, such as uniform:0.5"
     require(Path(text).is_file(), f"--ranks {text}: expected {rules}, or a plan file")
     return Rule("file", file=Path(text))
+
+
+def _listed(text: str, where: str) -> tuple[tuple[str, int], ...]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    for name, _, rank in pairs:
+        require(bool(name) and rank.isdecimal(), f"{where}: expected sites:NAME=RANK,NAME=RANK with whole numbers")
+    names = [name for name, _, _ in pairs]
+    require(len(names) == len(set(names)), f"{where}: a site is named twice")
+    return tuple((name, int(rank)) for name, _, rank in pairs)
 
 
 def _ratio(text: str, where: str) -> float:

@@ -95,7 +95,8 @@ def open_dataset(folder: Path, class_list: Path | None = None) -> Dataset:
     """
     for part in (folder, folder / "train", folder / "val"):
         if not part.is_dir():
-            raise DataError(f"{part} is not a folder: expected {folder}/{{train,val}}/<class>/*.jpg")
+            layout = f"{folder}/{{train,val}}/<class>/*.jpg"
+            raise DataError(f"{part} is not a folder: expected {layout}, or MNIST's idx files in {folder}")
     classes = None if class_list is None else _read_classes(class_list)
     train, val = (list_images(folder / part, classes) for part in ("train", "val"))
     for split in (train, val):

@@ -16,6 +16,7 @@ from dist_prune.evaluate import Metrics, time_sites
 from dist_prune.finetune import require_possible
 from dist_prune.flags import ConfigError
 from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
+from dist_prune.mnist import has_idx, unpack
 from dist_prune.planning import Planner, planner, timed_planner
 from dist_prune.report import Report, environment
 from dist_prune.sites import Survey, survey
@@ -67,7 +68,10 @@ def open_images(config: Run) -> Dataset:
     """The data set that `--data` names."""
     if config.images.data == "digits":
         return open_dataset(write_digits(checkpoint.cache_folder() / "digits"))
-    return open_dataset(Path(config.images.data), config.images.class_list)
+    folder = Path(config.images.data)
+    if has_idx(folder):
+        folder = unpack(folder, checkpoint.cache_folder())
+    return open_dataset(folder, config.images.class_list)
 
 
 def require_classes(config: Run, dataset: Dataset) -> None:

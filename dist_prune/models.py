@@ -72,6 +72,23 @@ class CifarResNet(nn.Module):
         return cast(Tensor, self.linear(y.mean((2, 3))))
 
 
+class MnistNet(nn.Module):
+    """Two convolutions and two linear layers for 28×28 images in grey."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 5, padding=2)
+        self.conv2 = nn.Conv2d(32, 64, 5, padding=2)
+        self.fc1 = nn.Linear(64 * 7 * 7, 128)
+        self.fc2 = nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :1]  # pictures come as RGB: of a grey one all three are the same
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return cast(Tensor, self.fc2(F.relu(self.fc1(x.flatten(1)))))
+
+
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56)}
 
 
@@ -79,7 +96,7 @@ def build(arch: str, classes: int) -> nn.Module:
     """An untrained network with `classes` outputs.
 
     Args:
-        arch: a CIFAR ResNet (`resnet20`, …), a torchvision name, a timm name (with the `timm` extra
+        arch: a CIFAR ResNet (`resnet20`, …), `mnist`, a torchvision name, a timm name (with the `timm` extra
             installed), or `path/to/file.py:function` with `function(num_classes=…)` returning the network.
         classes: number of outputs.
 
@@ -90,6 +107,8 @@ def build(arch: str, classes: int) -> nn.Module:
         return _from_file(arch, classes)
     if arch in CIFAR_DEPTHS:
         return CifarResNet(CIFAR_DEPTHS[arch], classes)
+    if arch == "mnist":
+        return MnistNet(classes)
     if arch in torchvision.models.list_models(module=torchvision.models):
         # The auxiliary heads of these two only serve training from scratch.
         extra = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
@@ -113,7 +132,7 @@ def _from_file(arch: str, classes: int) -> nn.Module:
 
 
 def _from_timm(arch: str, classes: int) -> nn.Module:
-    known = [*CIFAR_DEPTHS, *torchvision.models.list_models(module=torchvision.models)]
+    known = [*CIFAR_DEPTHS, "mnist", *torchvision.models.list_models(module=torchvision.models)]
     hint = "timm is not installed (the `timm` extra), so its names were not searched"
     if importlib.util.find_spec("timm") is not None:
         import timm  # noqa: PLC0415  an optional extra

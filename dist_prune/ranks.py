@@ -127,6 +127,9 @@ def make_plan(
     views = [View(site, side) for site in survey.sites]
     if rule.kind == "file":
         plan = read_plan(rule.file, survey, side)
+    elif rule.kind == "sites":
+        choices = [Choice(name, rank) for name, rank in rule.listed]
+        plan = _listed(choices, survey, side, f"--ranks {rule.text}", "not in --ranks")
     elif rule.kind == "uniform":
         plan = _plan(survey, [_uniform(view, rule.amount, round_to) for view in views])
     elif spectra is None:
@@ -228,18 +231,23 @@ def read_plan(file: Path, survey: Survey, side: str) -> Plan:
     except ValueError as error:
         raise PlanError(f"--ranks {file}: not JSON ({error})") from error
     plan = Plan.from_json(content["choices"] if isinstance(content, dict) else content)
+    return _listed(plan.choices, survey, side, f"--ranks {file}", f"not in {file.name}")
+
+
+def _listed(choices: Sequence[Choice], survey: Survey, side: str, where: str, absent: str) -> Plan:
+    """Exactly these choices; every other site stays dense for the reason `absent`."""
     sites = {site.name: View(site, side) for site in survey.sites}
-    for name, rank in plan.ranks.items():
-        if name not in sites:
-            raise PlanError(f"--ranks {file}: {name} is not a site here; sites: {', '.join(sites)}")
-        _check_rank(sites[name], rank, file)
-    named = {choice.site: choice for choice in plan.choices}
-    chosen = [named.get(name, Choice(name, None, f"not in {file.name}")) for name in sites]
-    return _plan(survey, chosen)
+    named = {choice.site: choice for choice in choices}
+    for name, choice in named.items():
+        if choice.rank is not None and name not in sites:
+            raise PlanError(f"{where}: {name} is not a site here; sites: {', '.join(sites)}")
+        if choice.rank is not None:
+            _check_rank(sites[name], choice.rank, where)
+    return _plan(survey, [named.get(name, Choice(name, None, absent)) for name in sites])
 
 
-def _check_rank(view: View, rank: int, file: Path) -> None:
+def _check_rank(view: View, rank: int, where: str) -> None:
     site = view.site
     if not 1 <= rank <= view.full_rank or rank % site.groups:
         extra = f", a multiple of {site.groups}" if site.groups > 1 else ""
-        raise PlanError(f"--ranks {file}: {site.name} has rank {rank}; expected 1 to {view.full_rank}{extra}")
+        raise PlanError(f"{where}: {site.name} has rank {rank}; expected 1 to {view.full_rank}{extra}")

@@ -31,6 +31,18 @@ RECIPES: dict[str, Run] = {
         tuning=TuningConfig(epochs=2, batch_size=32, lr=0.02),
         pretrain=TrainingConfig(epochs=6, batch_size=32, lr=0.1),
     ),
+    "mnist": Run(
+        NetworkConfig("mnist", "none", 10),
+        DataConfig(
+            image=ImageSpec(resize=0, crop=28, mean=(0.1307,) * 3, std=(0.3081,) * 3),
+            augment=Augment(flip=False, pad=2),
+            threads=2,
+            eval_batch_size=256,
+        ),
+        CompressionConfig(ranks="sites:conv1=8,conv2=32,fc1=64"),
+        tuning=TuningConfig(epochs=2, batch_size=64, lr=0.02),
+        pretrain=TrainingConfig(epochs=4, batch_size=64, lr=0.05),
+    ),
     "cifar10": Run(
         NetworkConfig("resnet20", "none", 10),
         _SMALL,

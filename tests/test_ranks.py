@@ -76,6 +76,20 @@ def test_a_plan_survives_a_round_trip_through_its_file(resnet20: Survey, tmp_pat
     assert make_plan(parse_rule(str(file)), resnet20, 1) == plan
 
 
+def test_ranks_can_be_given_site_by_site(resnet20: Survey) -> None:
+    rule = parse_rule("sites:layer3.0.conv1=5,linear=10")
+    plan = make_plan(rule, resnet20, 8)
+    assert plan.ranks == {"layer3.0.conv1": 5, "linear": 10}
+    assert Choice("conv1", None, "not in --ranks") in plan.choices
+    assert rule.text == "sites:layer3.0.conv1=5,linear=10" and not rule.needs_spectra
+    for text, message in (
+        ("conv9=3", "conv9 is not a site here"),
+        ("conv1=17", "conv1 has rank 17; expected 1 to"),
+    ):
+        with pytest.raises(PlanError, match=f"--ranks sites:{text}: {message}"):
+            make_plan(parse_rule(f"sites:{text}"), resnet20, 1)
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
@@ -109,10 +123,14 @@ def test_sites_that_a_plan_file_leaves_out_stay_dense(resnet20: Survey, tmp_path
         ("uniform:1.2", r"above 0 and at most 1, got 1.2"),
         ("uniform:nan", r"above 0 and at most 1, got nan"),
         ("uniform:half", "'half' is not a number"),
-        ("evenly:0.5", "expected uniform:RATIO, energy:RATIO, or budget:macs=RATIO"),
+        ("evenly:0.5", "expected uniform:RATIO, energy:RATIO, budget:macs=RATIO or sites:NAME=RANK"),
         ("energy:0", r"--ranks energy:0: a ratio must be above 0 and at most 1, got 0"),
         ("budget:macs=1.5", r"--ranks budget:macs=1.5: a ratio must be above 0 and at most 1, got 1.5"),
         ("budget:macs", "'' is not a number"),
+        ("sites:", "expected sites:NAME=RANK,NAME=RANK with whole numbers"),
+        ("sites:conv1=8,conv2", "expected sites:NAME=RANK,NAME=RANK with whole numbers"),
+        ("sites:conv1=-8", "expected sites:NAME=RANK,NAME=RANK with whole numbers"),
+        ("sites:conv1=8,conv1=9", "a site is named twice"),
         ("budget:flops=0.5", "a budget of 'flops' is not known; expected budget:macs=0.5, budget:params=0.5"),
         ("budget:0.5", "a budget of '0.5' is not known"),
     ],
