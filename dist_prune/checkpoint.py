@@ -22,7 +22,7 @@ from dist_prune.config import Run, to_dict
 
 CONFIG = "config.json"
 SNAPSHOT = "code"  # in a run's directory, the code that a cluster job runs
-IRRELEVANT = {"resume", "overwrite", "run_dir", "dry_run", "device", "timeout", "threads"}
+IRRELEVANT = {"resume", "until", "overwrite", "run_dir", "dry_run", "device", "timeout", "threads"}
 
 
 class CheckpointError(RuntimeError):

@@ -317,6 +317,8 @@ class Run:
     """Continue the run in --run-dir from its last checkpoint."""
     overwrite: bool = False
     """Replace an existing --run-dir."""
+    until: Literal["end", "statistics"] = "end"
+    """statistics: stop once they are on disk, for other runs to take with --statistics."""
     dry_run: bool = False
     """Print the plan's table and stop; needs no data and no GPU."""
     timeout: float = 1800.0
@@ -331,6 +333,8 @@ def require_complete(run: Run) -> None:
     """
     _require(not (run.resume and run.overwrite), "--resume and --overwrite exclude each other")
     _require(not run.resume or run.run_dir is not None, "--resume needs --run-dir")
+    collects = run.compression.basis.method not in DATA_FREE and run.compression.basis.statistics is None
+    _require(collects or run.until == "end", f"--until {run.until}: this run collects none; leave it out")
     if run.dry_run:
         return
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")

@@ -59,6 +59,9 @@ def compress_and_tune(job: Job) -> None:
     """The story."""
     resumed = resume_point(job)
     train_dense(job)
+    if job.config.until == "statistics":
+        gather(job)
+        return
     reference = baseline(job)
     if resumed is None:
         plan, compressed = compress(job)

@@ -1,4 +1,4 @@
-"""Where a process stands among its peers, read from what torchrun, srun or nobody left in the environment."""
+"""Where a process stands among its peers, from what torchrun, srun, submitit or nobody left in the environment."""
 
 import re
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ class Place:
     size: int
     local_rank: int
     address: str
-    source: Literal["torchrun", "slurm", "single"]
+    source: Literal["torchrun", "submitit", "slurm", "single"]
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """Read the place from torchrun's variables, else from srun's, else be a single process.
+    """Read the place from torchrun's variables, else submitit's on one machine, else srun's, else be alone.
 
     MASTER_ADDR and MASTER_PORT, where set, override what is derived from SLURM's variables.
 
@@ -30,6 +30,10 @@ def find_place(environ: Mapping[str, str]) -> Place:
     if "RANK" in environ:
         rank, size, local_rank = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return Place(rank, size, local_rank, _url(_required(environ, "MASTER_ADDR"), environ), "torchrun")
+    if environ.get("SUBMITIT_EXECUTOR") == "local":
+        rank, size = (_number(environ, f"SUBMITIT_LOCAL_{name}") for name in ("GLOBALID", "NTASKS"))
+        port = str(_port(_number(environ, "SUBMITIT_LOCAL_JOB_ID")))
+        return Place(rank, size, rank, _url("127.0.0.1", {"MASTER_PORT": port}), "submitit")
     if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_ID", SLURM_STEP_ID_MAX)) < SLURM_STEP_ID_MAX:
         return _slurm_place(environ)
     return Place(0, 1, 0, "", "single")
@@ -41,7 +45,7 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
     names = [name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ]
     nodes = _required(environ, names[0] if names else "SLURM_NODELIST")
     # Steps of one job, and jobs of one array, may share a node: neighbours must not get the same port.
-    port = 20000 + (_number(environ, "SLURM_JOB_ID") + 1009 * _number(environ, "SLURM_STEP_ID")) % 12000
+    port = _port(_number(environ, "SLURM_JOB_ID") + 1009 * _number(environ, "SLURM_STEP_ID"))
     master = environ.get("MASTER_ADDR") or expand_nodelist(nodes)[0]
     return Place(
         rank=_number(environ, "SLURM_PROCID"),
@@ -50,6 +54,10 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
         address=_url(master, {"MASTER_PORT": str(port), **environ}),
         source="slurm",
     )
+
+
+def _port(job: int) -> int:
+    return 20000 + job % 12000
 
 
 def _required(environ: Mapping[str, str], name: str) -> str:

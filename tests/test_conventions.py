@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from dist_prune.recipes import parse
+from dist_prune.submission import main as submit
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted([*ROOT.glob("dist_prune/*.py"), *ROOT.glob("launch/*.py")])
@@ -177,8 +178,9 @@ def test_files_and_modules_that_are_named_exist(name: str) -> None:
 
 
 def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--help"])
+    for show_help in (parse, submit):
+        with pytest.raises(SystemExit):
+            show_help(["--help"])
     known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) | NOT_OURS | SBATCH | CONTAINERS
     named = {flag.rstrip(".") for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text("README.md"))}
     assert "--ranks" in known and len(named) > 15, "this test no longer sees what it looks for"
@@ -204,6 +206,14 @@ def test_every_job_in_the_readme_can_be_parsed() -> None:
         assert (ROOT / script).is_file()
         if " -- " in command:
             parse(["resnet18-imagenet", "--data", "DIR", *shlex.split(command.partition(" -- ")[2])])
+
+
+def test_every_sweep_in_the_readme_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps = [command for command in commands(text("README.md")) if "launch/submit.py" in command]
+    assert sweeps
+    monkeypatch.setenv("PATH", "")
+    for command in sweeps:
+        assert submit([*shlex.split(command.partition("launch/submit.py")[2]), "--dry-run"]) == 0
 
 
 def test_the_readme_begins_with_the_two_commands() -> None:

@@ -42,6 +42,12 @@ def test_a_step_smaller_than_its_job():
     assert place.address != find_place(SRUN | step | {"SLURM_STEP_ID": "1"}).address
 
 
+def test_submitit_on_one_machine():
+    local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
+    place = find_place(local | {"SUBMITIT_LOCAL_JOB_ID": "4321"} | without(SRUN, "SLURM_STEP_ID"))
+    assert place == Place(1, 2, 1, "tcp://127.0.0.1:24321", "submitit")
+
+
 def test_a_given_master_address_overrides_slurms_nodelist():
     given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000"}
     assert find_place(SRUN | given).address == "tcp://127.0.0.1:4000"
