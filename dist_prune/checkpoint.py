@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
-import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_prune.config import Run, to_dict
+from dist_prune.world import World
 
-CONFIG = "config.json"
-SNAPSHOT = "code"  # in a run's directory, the code that a cluster job runs
-IRRELEVANT = {"resume", "until", "overwrite", "run_dir", "dry_run", "device", "timeout", "threads"}
+SCHEMA = 2  # of checkpoints; a reader of one does not understand another
+MIDDLE = "-mid"
 
 
 class CheckpointError(RuntimeError):
     """A file that could not be written, or that is not what was written."""
+
+
+class SchemaError(CheckpointError):
+    """A checkpoint that another version of this program wrote."""
 
 
 @contextmanager
@@ -103,40 +104,136 @@ def require_intact(path: Path) -> None:
         raise CheckpointError(f"{path}: its SHA-256 differs from the one in {_seal_of(path).name}: damaged")
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Save plain types and tensors as checkpoint number `step`; the oldest beyond `keep` are removed.
+# ── checkpoints of a run ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment, in plain types and tensors: what all ranks have in `common`, and each one's `own`.
+
+    `whole`: no pass over the images is in its middle, so that another number of ranks can go on from here.
+    """
+
+    common: dict[str, Any]
+    own: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
+
+
+def save(folder: Path, snapshot: Snapshot, world: World, keep: int = 2) -> Path:
+    """Write the next checkpoint: every rank its own part, then rank 0 the common one, whose seal makes it valid.
+
+    The newest `keep` stay, and the newest whole one. They are numbered: clocks may jump.
 
     Raises:
-        CheckpointError: see `replacing`.
+        CheckpointError: on every rank, if one could not write; see `replacing`. The checkpoints before stay.
     """
-    path = folder / f"{step:08d}.pt"
-    with replacing(path) as aside:
-        torch.save(state, aside)
-    seal(path)
-    for old in _numbered(folder)[:-keep]:
-        _seal_of(old).unlink(missing_ok=True)
-        old.unlink()
+    number = world.from_first(lambda: max([0, *map(_number_of, _checkpoints(folder))]) + 1)
+    parts = _all(world, lambda: _write(_part(folder, number, world.rank), snapshot.own))
+    path = folder / f"{number:08d}{'' if snapshot.whole else MIDDLE}.pt"
+    content = {"schema": SCHEMA, "parts": parts, "whole": snapshot.whole, "common": snapshot.common}
+
+    def finish() -> None:
+        _write(path, content)
+        seal(path)
+        _forget_old(folder, keep)
+
+    world.from_first(finish)
     return path
 
 
-def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest intact checkpoint, or None; and what is wrong with the newer ones."""
+def newest(folder: Path, world: World, whole: bool = False) -> tuple[Snapshot | None, list[str]]:
+    """The newest intact checkpoint, or None; and what is wrong with newer ones, which are renamed.
+
+    What was left by another number of ranks comes without anyone's own part.
+
+    Args:
+        folder: of the checkpoints.
+        world: all ranks get the same one.
+        whole: only those that another number of ranks can go on from.
+
+    Raises:
+        SchemaError: the newest one was written by another version of this program.
+    """
     problems: list[str] = []
-    for path in reversed(_numbered(folder)):
+    for path in reversed(world.from_first(lambda: _checkpoints(folder))):
+        if whole and path.stem.endswith(MIDDLE):
+            continue
         try:
-            require_intact(path)
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state, problems
+            found, problem = _read(path, world), ""
+        except SchemaError:
+            raise
         except CheckpointError as error:
-            problems.append(str(error))
+            found, problem = None, str(error)
+        if not any(told := world.gather(problem)):
+            return found, problems
+        problems.append(next(filter(None, told)))
+        world.from_first(lambda path=path: _set_aside(path))  # type: ignore[misc]
     return None, problems
 
 
-def _numbered(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.pt") if re.fullmatch(r"\d{8}", p.stem))
+def _read(path: Path, world: World) -> Snapshot:
+    require_intact(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if content.get("schema", 1) != SCHEMA:
+        raise SchemaError(
+            f"{path} has schema {content.get('schema', 1)}, this version of dist_prune reads {SCHEMA}: "
+            f"finish the run with the version that began it (see {path.parent.parent / 'config.json'}), "
+            f"or start over with --overwrite"
+        )
+    snapshot = Snapshot(content["common"], {}, content["whole"])
+    if len(content["parts"]) != world.size:
+        return snapshot
+    part = _part(path.parent, _number_of(path), world.rank)
+    if not part.is_file() or checksum(part) != content["parts"][world.rank]:
+        raise CheckpointError(f"{part}: rank {world.rank}'s part is absent or damaged")
+    return replace(snapshot, own=torch.load(part, map_location="cpu", weights_only=True))
 
 
-# ── run directories and the cache ──────────────────────────────────────────────────────────────────────────
+def _all(world: World, write: Callable[[], str]) -> list[str]:
+    """The results of all ranks, in their order; if one fails, all raise its error."""
+    try:
+        outcome = (write(), "")
+    except CheckpointError as error:
+        outcome = ("", str(error))
+    outcomes = world.gather(outcome)
+    if failed := [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]:
+        raise CheckpointError(failed[0])
+    return [result for result, _ in outcomes]
+
+
+def _write(path: Path, content: dict[str, Any]) -> str:
+    """Write atomically; the file's checksum."""
+    with replacing(path) as aside:
+        torch.save(content, aside)
+        return checksum(aside)
+
+
+def _part(folder: Path, number: int, rank: int) -> Path:
+    return folder / f"{number:08d}.rank{rank}.pt"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("*.pt") if re.fullmatch(rf"\d{{8}}({MIDDLE})?", p.stem)), key=_number_of)
+
+
+def _number_of(path: Path) -> int:
+    return int(path.name[:8])
+
+
+def _forget_old(folder: Path, keep: int) -> None:
+    found = _checkpoints(folder)
+    kept = {*found[-keep:], *[p for p in found if not p.stem.endswith(MIDDLE)][-1:]}
+    for old in (path for path in found if path not in kept):
+        for path in [_seal_of(old), old, *folder.glob(f"{_number_of(old):08d}.rank*.pt")]:
+            path.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> None:
+    path.replace(path.with_name(path.name + ".damaged"))
+    _seal_of(path).unlink(missing_ok=True)
+
+
+# ── the cache ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cache_folder() -> Path:
@@ -164,62 +261,3 @@ def save_weights(path: Path, model: nn.Module) -> None:
     with replacing(path) as aside:
         torch.save(model.state_dict(), aside)
     seal(path)
-
-
-def run_directory(config: Run) -> Path:
-    """`--run-dir`, or a new name under runs/."""
-    if config.run_dir is not None:
-        return config.run_dir
-    name = f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(p for n in itertools.count() if not (p := Path("runs") / (f"{name}-{n}" if n else name)).exists())
-
-
-def require_free(folder: Path, config: Run) -> None:
-    """Refuse to mix two runs, and to remove what is not a run.
-
-    Raises:
-        CheckpointError: the folder holds something and the flags do not say what to do, or say it wrongly.
-    """
-    if not folder.exists() or (folder.is_dir() and not _belongings(folder)):
-        return
-    is_run = (folder / CONFIG).is_file()
-    if not is_run:
-        raise CheckpointError(f"--run-dir {folder} holds files that are not of a run; choose another name")
-    if config.overwrite:
-        return
-    if not config.resume:
-        raise CheckpointError(
-            f"--run-dir {folder} holds a run: choose another name, or continue it with --resume, "
-            f"or replace it with --overwrite"
-        )
-    changed = changes(json.loads((folder / CONFIG).read_text())["run"], to_dict(config))
-    if changed:
-        raise CheckpointError(f"--resume: {folder} was started with other settings: {'; '.join(changed)}")
-
-
-def _belongings(folder: Path) -> list[Path]:
-    """What a run left; the code that its job was started with does not count, it was there before."""
-    return [path for path in folder.iterdir() if path.name != SNAPSHOT]
-
-
-def changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Settings that differ and that change what a run computes, as `name: before → now`."""
-    told: list[str] = []
-    for name in sorted({*before, *now} - IRRELEVANT):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            told += changes(old, new, f"{where}{name}.")
-        elif old != new:
-            told.append(f"{where}{name}: {old} → {new}")
-    return told
-
-
-def claim(folder: Path, config: Run, environment: dict[str, Any]) -> None:
-    """Make the folder this run's: an overwritten run goes, but for its code; config.json is written."""
-    if config.overwrite and folder.exists():
-        for path in _belongings(folder):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    if config.resume and (folder / CONFIG).is_file():
-        return
-    content = {"run": to_dict(config), "environment": environment}
-    write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")

@@ -14,13 +14,17 @@ from dist_prune.finetune import TrainingError
 from dist_prune.pipeline import run
 from dist_prune.place import find_place
 from dist_prune.recipes import parse
+from dist_prune.stopping import PREEMPTED, STUCK, NoProgressError, Preempted
 from dist_prune.world import RankError
 
 FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must be able to speak before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the words say; the exit code: 0 done, 1 failed while working, 2 could not start as asked.
+    """Run what the words say; the exit code.
+
+    0 done, 1 failed while working, 2 could not start as asked, 75 left because a signal asked to (start it again,
+    and it goes on), 3 was started again three times and got no further.
 
     An error that all ranks share is told by rank 0; what a rank hears of another's, it tells itself.
     """
@@ -29,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         first = find_place(os.environ).rank == 0
         run(parse(words, quiet=not first))
+    except Preempted as reason:
+        return _failed(reason, PREEMPTED, first)
+    except NoProgressError as error:
+        return _failed(error, STUCK, first)
     except RankError as error:
         return _failed(error, 1)
     except ValueError as error:
@@ -40,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, code: int, speaks: bool = True) -> int:
     if speaks:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        kind = "left" if code == PREEMPTED else "error"
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the others then: all keep the error's exit code
         time.sleep(FIRST_WORD_S)

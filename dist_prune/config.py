@@ -314,7 +314,13 @@ class Run:
     run_dir: Path | None = None
     """Where everything is written; default runs/RECIPE-DATE-TIME."""
     resume: bool = False
-    """Continue the run in --run-dir from its last checkpoint."""
+    """Continue the run in --run-dir from its last checkpoint; restarts by torchrun and SLURM do so unasked."""
+    reshard: bool = False
+    """With --resume: another number of ranks or --batch-size may continue, from the last epoch's end."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, besides those at the end of every stage and epoch."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay; one of them is always from the end of a stage or epoch."""
     overwrite: bool = False
     """Replace an existing --run-dir."""
     until: Literal["end", "statistics"] = "end"
@@ -332,6 +338,9 @@ def require_complete(run: Run) -> None:
         ConfigError: data or weights are missing, or flags exclude each other.
     """
     _require(not (run.resume and run.overwrite), "--resume and --overwrite exclude each other")
+    _require(not run.reshard or run.resume, "--reshard goes with --resume")
+    _require(run.save_minutes >= 0, f"--save-minutes {run.save_minutes}: expected 0 or more")
+    _require(run.keep_checkpoints > 0, f"--keep-checkpoints {run.keep_checkpoints}: expected at least 1")
     _require(not run.resume or run.run_dir is not None, "--resume needs --run-dir")
     collects = run.compression.basis.method not in DATA_FREE and run.compression.basis.statistics is None
     _require(collects or run.until == "end", f"--until {run.until}: this run collects none; leave it out")

@@ -104,6 +104,11 @@ class Stream:
             self._position += 1  # before the yield, so that a state taken inside the loop counts this batch
             yield batch
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the epoch's last batch was delivered."""
+        return self._position == len(self)
+
     def state(self) -> dict[str, Any]:
         """Describe where this rank of a training stream stands, after the last batch, in plain types."""
         if self._iterator is None:

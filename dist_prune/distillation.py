@@ -17,6 +17,7 @@ from dist_prune.models import logits_of
 from dist_prune.probes import kl
 from dist_prune.projection import balance
 from dist_prune.sites import Factored, evaluating
+from dist_prune.training import Session
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -42,7 +43,10 @@ def distill(job: Job, model: nn.Module) -> None:
     balance(model)
     with towards(job.dense, model, settings.distill_features) as loss:
         trainer = Trainer(model, how, settings.distill_steps, job.world, loss)
-        batches = islice(chain.from_iterable(repeat(stream)), settings.distill_steps)
+        session = Session(job, trainer, stream)
+        session.resume()
+        endless = job.keeper.watched(chain.from_iterable(repeat(stream)), lambda: session.in_epoch(0))
+        batches = islice(endless, settings.distill_steps - trainer.step)
         for progress in trainer.epoch(batches):
             job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
     job.report.say(f"   {settings.distill_steps} steps on {len(split)} images: loss {progress.loss:.4f}")

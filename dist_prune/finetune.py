@@ -161,6 +161,32 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of the model and its average: each rank's own between two `settle`s."""
+        networks = {"model": self.model} if self.average is None else {"model": self.model, "average": self.average}
+        return {f"{kind}.{name}": b for kind, network in networks.items() for name, b in network.named_buffers()}
+
+    def reschedule(self, step: int) -> None:
+        """Stand at `step` of this trainer's own schedule, after `restore` from one of other steps."""
+        self.step = step
+        peak = scaled_lr(self.settings, self.world.size)
+        self.scheduler.base_lrs = [peak for _ in self.optimizer.param_groups]
+        self.scheduler.last_epoch = step
+        self.scheduler._last_lr = [peak * factor(step) for factor in self.scheduler.lr_lambdas]
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+
+    def rehearse(self, images: Tensor) -> None:
+        """One step without consequences but for the model's buffers, before a `restore`.
+
+        DDP orders its messages anew after the first backward. With three ranks or more sums depend on that, so
+        that a run that goes on must have that behind it as the one that was left had.
+        """
+        nn.Module.train(self.replica)
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            torch.autograd.backward(logits_of(self.forward(images)).float().sum())
+        self.optimizer.zero_grad(set_to_none=True)
+
 
 def require_possible(settings: TrainingConfig, device: torch.device) -> None:
     """Find out before long work whether this machine can train so.

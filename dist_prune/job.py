@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from dist_prune import checkpoint, models
+from dist_prune import checkpoint, models, rundir
+from dist_prune.checkpoint import Snapshot
 from dist_prune.config import Run
 from dist_prune.correction import require_deterministic
 from dist_prune.data import Stream, evaluation_stream
-from dist_prune.evaluate import Metrics, time_sites
+from dist_prune.evaluate import Metrics, Predictions, predict, time_sites
 from dist_prune.finetune import require_possible
 from dist_prune.flags import ConfigError
 from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
+from dist_prune.lock import Lock
 from dist_prune.mnist import has_idx, unpack
 from dist_prune.planning import Planner, planner, timed_planner
+from dist_prune.projection import rebuild
+from dist_prune.ranks import Plan
 from dist_prune.report import Report, environment
+from dist_prune.resume import Keeper
 from dist_prune.sites import Survey, survey
-from dist_prune.world import World
+from dist_prune.stopping import Flag, restarts
+from dist_prune.world import World, digest
 
 STAGES = ("dense", "projected", "corrected", "distilled", "tuned")
 
 
 @dataclass
 class Job:
-    """A run under way: what was decided before the work, and the figures found so far."""
+    """A run under way: what was decided before the work, and what the stages done so far have found."""
 
     config: Run
     world: World
@@ -38,15 +49,75 @@ class Job:
     everything: Survey  # all sites of the network
     survey: Survey  # those that --sites chooses
     planner: Planner
+    keeper: Keeper
+    done: list[str] = field(default_factory=list)  # names of stages
     metrics: dict[str, Metrics] = field(default_factory=dict)
+    plan: Plan | None = None
+    network: nn.Module | None = None  # the compressed one, as soon as there is one
+
+    @property
+    def chosen(self) -> Plan:
+        """The plan, in stages that come after it was made."""
+        assert self.plan is not None
+        return self.plan
+
+    @property
+    def compressed(self) -> nn.Module:
+        """The compressed network, in stages that come after it was made."""
+        assert self.network is not None
+        return self.network
+
+    @cached_property
+    def reference(self) -> Predictions:
+        """What the dense network says of the validation images; computed when first asked for."""
+        return predict(self.dense, self.keeper.watched(validation(self)))
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a run is about: another one cannot go on with its checkpoints."""
+        return {
+            "training images": self.dataset.train.digest(),
+            "validation images": self.dataset.val.digest(),
+            "network": digest(self.dense),
+        }
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """How the images are shared out: what a pass over them can only go on with."""
+        batches = {"batch_size": self.config.tuning.batch_size, "pretrain": self.config.pretrain.batch_size}
+        return {"ranks": self.world.size, **batches}
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds besides the stage under way; the same on all ranks but for `points`."""
+        return {
+            "identity": self.identity,
+            "shares": self.shares,
+            "done": self.done,
+            "metrics": {stage: asdict(m) for stage, m in self.metrics.items()},
+            "seconds": self.report.elapsed(),
+            "points": self.report.written(),
+            "plan": self.plan and self.plan.to_json(),
+            "model": self.network and self.network.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be where the run was when it had that state."""
+        self.done, self.report.seconds = state["done"], state["seconds"]
+        self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
+        self.report.rewind(state["points"])
+        if state["plan"] is not None:
+            self.plan = Plan.from_json(state["plan"])
+            self.network = rebuild(self.dense, self.plan)
+            self.network.load_state_dict(state["model"])
 
 
-def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
-    """Check the data, the network and the plan, then open the run's directory. Changes nothing on disk before."""
+def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag) -> Job:
+    """Check the data, the network and the plan. Changes nothing on disk."""
     dataset = world.from_first(lambda: open_images(config))
     require_classes(config, dataset)
-    check_files(dataset.train, world)
-    check_files(dataset.val, world)
+    if not (config.resume and world.from_first(lambda: rundir.is_known(folder))):  # they were sound when it began
+        check_files(dataset.train, world)
+        check_files(dataset.val, world)
     for settings in (config.tuning, config.pretrain):
         require_possible(settings, world.device)
     dense, everything = load_network(config, world)
@@ -55,13 +126,105 @@ def prepare(config: Run, world: World, report: Report, folder: Path) -> Job:
     ranks.check()
     if config.correction.correct != "none":
         require_deterministic(dense, probe(config, world, 2), world)
-    job = Job(config, world, report, folder, dataset, dense, everything, found, ranks)
-    validation(job), calibration(job, 0)  # both refuse to share fewer images than ranks
-    world.from_first(lambda: checkpoint.claim(folder, config, environment()))
-    if world.is_first:
-        report.open(folder)
-    report.say(f"run directory {folder}, {world.size} rank(s) on {world.device.type}")
+    keeper = Keeper(
+        world, folder / "checkpoints", flag, report.say, 60 * config.save_minutes, config.keep_checkpoints
+    )
+    job = Job(config, world, report, folder, dataset, dense, everything, found, ranks, keeper)
+    keeper.describe = job.state
+    job.identity, validation(job), calibration(job, 0)  # the streams refuse to share fewer images than ranks
     return job
+
+
+@contextmanager
+def opened(job: Job) -> Iterator[None]:
+    """Have the run's directory to oneself, and stand where an earlier start of the run was left, if there is one.
+
+    Raises:
+        CheckpointError: another process works there, or it cannot be written.
+        ConfigError: what was left is of other images, another network, or another number of ranks.
+        NoProgressError: see `rundir.require_progress`.
+    """
+    lock: list[Lock] = []
+    job.world.from_first(lambda: lock.append(rundir.claim(job.folder, job.config, environment())))
+    try:
+        if job.world.is_first:
+            job.report.open(job.folder)
+        job.report.say(f"run directory {job.folder}, {job.world.size} rank(s) on {job.world.device.type}")
+        if job.config.resume:
+            take_up(job)
+        yield
+    finally:
+        job.report.close()
+        for held in lock:
+            held.release()
+
+
+def take_up(job: Job) -> None:
+    """Stand where the newest checkpoint that can be used was left."""
+    found = newest_checkpoint(job)
+    if found is not None:
+        require_identity(job, found.common["identity"])
+        if found.common["shares"] != job.shares:
+            found = resharded(job, found)
+    place = "the beginning" if found is None else place_of(found.common)
+    job.world.from_first(lambda: rundir.require_progress(job.folder, place, restarts(os.environ)))
+    job.report.say(
+        "no checkpoint yet: starting from the beginning" if found is None else f"resuming after {place}"
+    )
+    if found is not None:
+        job.restore(found.common)
+        job.keeper.take_up(found)
+
+
+def newest_checkpoint(job: Job, whole: bool = False) -> Snapshot | None:
+    """The newest intact checkpoint; damaged ones are told."""
+    found, problems = checkpoint.newest(job.keeper.folder, job.world, whole)
+    for problem in problems:
+        job.report.say(f"warning: {problem}; using the checkpoint before")
+    return found
+
+
+def require_identity(job: Job, before: dict[str, str]) -> None:
+    """Refuse to go on with other images or another network.
+
+    Raises:
+        ConfigError: names what is different.
+    """
+    differing = [name for name, value in job.identity.items() if before[name] != value]
+    if differing:
+        raise ConfigError(
+            f"--resume: the {' and the '.join(differing)} are not what {job.folder} was begun with: "
+            f"put them back, or begin anew with --overwrite"
+        )
+
+
+def resharded(job: Job, found: Snapshot) -> Snapshot | None:
+    """Another number of ranks, or batch size, goes on from where no pass over the images is in its middle.
+
+    Raises:
+        ConfigError: that was not asked for.
+    """
+    before, now = (shares_told(shares) for shares in (found.common["shares"], job.shares))
+    if not job.config.reshard:
+        raise ConfigError(
+            f"--resume: the run was left by {before}, this is {now}: start it as it was, or add --reshard to go "
+            f"on from the end of its last epoch"
+        )
+    boundary = newest_checkpoint(job, whole=True)
+    again = "nothing" if boundary == found else f"what was done between it and {place_of(found.common)}"
+    job.report.say(f"resharding: {before} → {now}, from the last boundary; {again} is done again")
+    return boundary and replace(boundary, own={})
+
+
+def place_of(state: dict[str, Any]) -> str:
+    """Where a checkpoint stands, in words."""
+    standing, done = state["standing"], state["done"]
+    return f"{standing['stage']}, {standing['at']}" if standing else done[-1] if done else "the beginning"
+
+
+def shares_told(shares: dict[str, int]) -> str:
+    """How images are shared out, in words."""
+    return f"{shares['ranks']} ranks with batches of {shares['batch_size']}"
 
 
 def open_images(config: Run) -> Dataset:

@@ -3,78 +3,115 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from dist_prune import checkpoint, correction, models, sensitivity, statistics
+from dist_prune import checkpoint, correction, models, rundir, sensitivity, statistics
 from dist_prune.bases import solve
 from dist_prune.config import DATA_FREE, Run, require_complete, to_dict
 from dist_prune.data import Everything, evaluation_stream, normalise
 from dist_prune.distillation import distill
-from dist_prune.evaluate import Metrics, Predictions, predict, score, time_sites
+from dist_prune.evaluate import Metrics, predict, score, time_sites
 from dist_prune.export import Description, save_compressed
-from dist_prune.job import STAGES, Job, calibration, prepare, probe, show_plan, statistics_split, validation
+from dist_prune.job import (
+    STAGES,
+    Job,
+    calibration,
+    opened,
+    prepare,
+    probe,
+    show_plan,
+    statistics_split,
+    validation,
+)
 from dist_prune.projection import balance, project, rebuild
 from dist_prune.ranks import Plan, cost
-from dist_prune.report import Report, table
+from dist_prune.report import Report, launch_of, table
 from dist_prune.spectra import Spectra, spectra_of, unit_of
 from dist_prune.statistics import Statistics
-from dist_prune.training import resume_point, train
+from dist_prune.stopping import Preempted, listening, restarts
+from dist_prune.training import train
 from dist_prune.world import digest, fingerprint, joined
 
 SITE_IMAGES = 512  # on which sites are measured alone
 
 
 def run(config: Run) -> Path | None:
-    """Do the whole job on all ranks; the run's directory, or None for a dry run.
+    """Do the whole job on all ranks, or what is left of it; the run's directory, or None for a dry run.
 
     Raises:
         ValueError: in its many kinds: something in the configuration, data or weights cannot be used. Raised
             before long work starts, and on every rank.
+        Preempted: a signal asked to leave; `--resume` goes on from there.
     """
-    require_complete(config)
-    with joined(config.device, config.timeout) as world:
+    with listening() as flag, joined(config.device, config.timeout) as world:
         report = Report(speaks=world.is_first)
         if config.dry_run:
+            require_complete(config)
             show_plan(config, world, report)
             return None
-        folder = world.from_first(lambda: checkpoint.run_directory(config))
-        world.from_first(lambda: checkpoint.require_free(folder, config))
+        config, folder = world.from_first(lambda: settle(config))
         if config.resume and world.from_first(lambda: finished(folder)):
             report.say(f"{folder} holds a finished run; nothing to resume")
             return folder
-        job = prepare(config, world, report, folder)
+        job = prepare(config, world, report, folder, flag)
         try:
-            compress_and_tune(job)
-        finally:
-            report.close()
-        return job.folder
+            with opened(job):
+                compress_and_tune(job)
+        except Preempted as reason:
+            preempted = reason  # all ranks leave alike, and in order
+        else:
+            return folder
+    raise preempted
+
+
+def settle(config: Run) -> tuple[Run, Path]:
+    """The run's directory, and whether it is begun or gone on with. Changes nothing on disk."""
+    launch = launch_of(os.environ)
+    folder = rundir.run_directory(config, launch)
+    config = rundir.taken_up(config, folder, launch, restarts(os.environ))
+    require_complete(config)
+    rundir.require_free(folder, config)
+    return config, folder
 
 
 def compress_and_tune(job: Job) -> None:
-    """The story."""
-    resumed = resume_point(job)
+    """The story: each stage once, however often the run is left and taken up again."""
     train_dense(job)
-    if job.config.until == "statistics":
-        gather(job)
-        return
-    reference = baseline(job)
-    if resumed is None:
-        plan, compressed = compress(job)
-        job.metrics["projected"] = measure(job, compressed, reference, "projected")
-        measure_alone(job, plan, compressed)
-        correct(job, compressed, reference)
-        distill_further(job, compressed, reference)
-    else:
-        plan = Plan.from_json(resumed["plan"])
-        compressed = rebuild(job.dense, plan)
-        compressed.load_state_dict(resumed["model"])
-    tune(job, plan, compressed, reference, resumed)
-    finish(job, plan, compressed)
+    for name, work in story(job.config):
+        if name not in job.done:
+            job.keeper.stage = name
+            work(job)
+            job.done.append(name)
+            job.keeper.close()
+    if job.config.until is None:
+        finish(job)
+
+
+Stage = tuple[str, Callable[[Job], None]]
+
+
+def story(config: Run) -> list[Stage]:
+    """The stages of this run, in order. Names are unique: they say which are done."""
+    if config.until == "statistics":
+        return [("statistics", gather)]
+    trained = config.compression.basis.method == "random-init"  # nothing of the dense network is in it
+    stages: list[Stage] = [("baseline", baseline)]
+    stages += [("statistics", gather), ("projection", compress), ("projected", measured("projected"))]
+    if config.compression.measure_sites:
+        stages += [("measure sites", measure_alone)]
+    if config.correction.correct != "none" and not trained:
+        stages += [("correction", correct), ("corrected", measured("corrected"))]
+    if config.distillation.distill_steps:
+        stages += [("distillation", distill_further), ("distilled", measured("distilled"))]
+    if config.tuning.epochs:
+        stages += [("finetune", tune), ("tuned", measured("tuned"))]
+    return stages
 
 
 # ── the work ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,36 +138,37 @@ def train_dense(job: Job) -> None:
         job.report.say(f"dense weights from {cached}")
         job.dense.load_state_dict(models.read_weights(config.network.arch, config.network.classes, str(cached)))
         return
+    job.keeper.stage = "pretrain"
     with job.report.phase("pretrain"):
         train(job, job.dense, config.pretrain, "pretrain")
     job.world.from_first(lambda: checkpoint.save_weights(cached, job.dense))
     job.report.say(f"dense weights kept in {cached}")
 
 
-def baseline(job: Job) -> Predictions:
+def baseline(job: Job) -> None:
     """The dense network on the validation images: figures, and logits for the divergence."""
     job.world.require_same("parameters (dense)", fingerprint(job.dense))
     with job.report.phase("baseline"):
-        found = predict(job.dense, validation(job))
-        metrics = score(found, len(job.dataset.val), job.world)
-    if "dense" not in job.metrics:  # a resumed run has told it before
-        job.metrics["dense"] = metrics
-        told(job, "dense", metrics)
-    return found
+        metrics = score(job.reference, len(job.dataset.val), job.world)
+    told(job, "dense", metrics)
 
 
-def measure(job: Job, model: nn.Module, reference: Predictions, stage: str) -> Metrics:
-    """The compressed network on the validation images; all ranks must hold the same network."""
-    job.world.require_same(f"parameters ({stage})", fingerprint(model))
-    with job.report.phase(f"evaluate {stage}"):
-        found = predict(model, validation(job))
-        metrics = score(found, len(job.dataset.val), job.world, reference)
-    told(job, stage, metrics)
-    return metrics
+def measured(stage: str) -> Callable[[Job], None]:
+    """The compressed network on the validation images, told as `stage`; all ranks must hold the same network."""
+
+    def measure(job: Job) -> None:
+        job.world.require_same(f"parameters ({stage})", fingerprint(job.compressed))
+        with job.report.phase(f"evaluate {stage}"):
+            found = predict(job.compressed, job.keeper.watched(validation(job)))
+            metrics = score(found, len(job.dataset.val), job.world, job.reference)
+        told(job, stage, metrics)
+
+    return measure
 
 
 def told(job: Job, stage: str, metrics: Metrics) -> None:
-    """One line for people, one point on the curves."""
+    """Keep the figures: one line for people, one point on the curves."""
+    job.metrics[stage] = metrics
     job.report.scalars("val", STAGES.index(stage), {k: v for k, v in asdict(metrics).items() if k != "images"})
     job.report.flush()
     divergence = "" if metrics.kl is None else f", KL to dense {metrics.kl:.4f}"
@@ -139,21 +177,49 @@ def told(job: Job, stage: str, metrics: Metrics) -> None:
     )
 
 
-def compress(job: Job) -> tuple[Plan, nn.Module]:
+def gather(job: Job) -> None:
+    """Collect the statistics the method needs into the run's directory, unless they are given."""
+    method, sites, seed = job.config.compression.basis, job.survey.sites, job.config.seed
+    if method.method in DATA_FREE or method.statistics is not None:
+        return
+    with job.report.phase("statistics"):
+        found = statistics.collect(job.dense, sites, lambda n: calibration(job, n), job.world, method, seed)
+    for warning in statistics.warnings(found, sites, method, len(statistics_split(job, 0))):
+        job.report.say(f"warning: {warning}")
+    job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job)))
+
+
+def statistics_file(job: Job) -> Path:
+    """Where the statistics are: in the run's directory, or in that of an earlier run."""
+    return job.config.compression.basis.statistics or job.folder / "statistics.safetensors"
+
+
+def made_of(job: Job) -> dict[str, Any]:
+    """What the statistics are of."""
+    image, images = to_dict(job.config.images.image), statistics_split(job, 0)
+    return statistics.origin(
+        job.config.compression.basis, digest(job.dense), images.digest(), image, job.config.seed
+    )
+
+
+def compress(job: Job) -> None:
     """Statistics → bases → plan → projected network."""
     config, sites, method = job.config, job.survey.sites, job.config.compression.basis
     if method.method == "random-init":
-        plan = decide(job, None)
+        job.plan = decide(job, None)
         torch.manual_seed(config.seed)
         untrained = models.build(config.network.arch, config.network.classes)
-        return plan, rebuild(untrained, plan).to(job.world.device)
-    gathered = gather(job)
+        job.network = rebuild(untrained, job.plan).to(job.world.device)
+        return
+    gathered = Statistics()
+    if method.method not in DATA_FREE:
+        gathered = statistics.load(statistics_file(job), sites, made_of(job), job.world.device)
     with job.report.phase("bases"):
         bases = solve(job.dense, sites, gathered, method, config.seed, job.world)
-    plan = decide(job, spectra_of(bases, method))
-    job.report.site_spectra(job.survey, bases, plan)
+    job.plan = decide(job, spectra_of(bases, method))
+    job.report.site_spectra(job.survey, bases, job.plan)
     with job.report.phase("projection"):
-        return plan, project(job.dense, sites, bases, plan, method.side)
+        job.network = project(job.dense, sites, bases, job.plan, method.side)
 
 
 def decide(job: Job, spectra: Spectra | None) -> Plan:
@@ -165,10 +231,8 @@ def decide(job: Job, spectra: Spectra | None) -> Plan:
     return plan
 
 
-def measure_alone(job: Job, plan: Plan, compressed: nn.Module) -> None:
-    """With --measure-sites: what each site loses by itself, next to what was predicted."""
-    if not job.config.compression.measure_sites:
-        return
+def measure_alone(job: Job) -> None:
+    """What each site loses by itself, next to what was predicted."""
     images, split = job.config.images, statistics_split(job, SITE_IMAGES)
     with job.report.phase("measure sites"):
         everything = Everything(job.world.device, job.world.local_rank)
@@ -176,8 +240,8 @@ def measure_alone(job: Job, plan: Plan, compressed: nn.Module) -> None:
         decoded = list(stream.raw())
         losses = sensitivity.measure_sites(
             job.dense,
-            compressed,
-            plan,
+            job.compressed,
+            job.chosen,
             lambda: (replace(b, images=normalise(b.images, images.image)) for b in decoded),
             job.world,
         )
@@ -187,57 +251,27 @@ def measure_alone(job: Job, plan: Plan, compressed: nn.Module) -> None:
     job.world.from_first(lambda: sensitivity.save(path, losses, unit, len(split)))
 
 
-def gather(job: Job) -> Statistics:
-    """The statistics the method needs: from the file given, or collected now and kept in the run's directory."""
-    method, sites, seed = job.config.compression.basis, job.survey.sites, job.config.seed
-    if method.method in DATA_FREE:
-        return Statistics()
-    split, image = statistics_split(job, 0), to_dict(job.config.images.image)
-    made_of = statistics.origin(method, digest(job.dense), split.digest(), image, seed)
-    if method.statistics is not None:
-        return statistics.load(method.statistics, sites, made_of, job.world.device)
-    with job.report.phase("statistics"):
-        found = statistics.collect(job.dense, sites, lambda n: calibration(job, n), job.world, method, seed)
-    for warning in statistics.warnings(found, sites, method, len(split)):
-        job.report.say(f"warning: {warning}")
-    path = job.folder / "statistics.safetensors"
-    job.world.from_first(lambda: statistics.save(path, found, made_of))
-    return found
-
-
-def correct(job: Job, compressed: nn.Module, reference: Predictions) -> None:
-    """Solve the sites anew against the dense network, in place, and measure what came of it."""
+def correct(job: Job) -> None:
+    """Solve the sites anew against the dense network, in place."""
     settings = job.config.correction
-    if settings.correct == "none" or job.config.compression.basis.method == "random-init":
-        return
     with job.report.phase("correction"):
         images = correction.decode(calibration(job, settings.calibrate_images), settings.mirrored)
         seed = job.config.seed
-        result = correction.correct(job.dense, compressed, job.everything, images, settings, seed, job.world)
+        result = correction.correct(job.dense, job.compressed, job.everything, images, settings, seed, job.world)
     job.report.say(correction.told(result))
-    job.metrics["corrected"] = measure(job, compressed, reference, "corrected")
 
 
-def distill_further(job: Job, compressed: nn.Module, reference: Predictions) -> None:
-    """With --distill-steps, label-free training, told as a stage of its own."""
-    if not job.config.distillation.distill_steps:
-        return
+def distill_further(job: Job) -> None:
+    """Label-free training."""
     with job.report.phase("distillation"):
-        distill(job, compressed)
-    job.metrics["distilled"] = measure(job, compressed, reference, "distilled")
+        distill(job, job.compressed)
 
 
-def tune(
-    job: Job, plan: Plan, compressed: nn.Module, reference: Predictions, resumed: dict[str, Any] | None
-) -> None:
-    """Fine-tune the compressed network and measure it."""
-    if not job.config.tuning.epochs:
-        return
-    if resumed is None:
-        balance(compressed)
+def tune(job: Job) -> None:
+    """Fine-tune the compressed network."""
+    balance(job.compressed)
     with job.report.phase("finetune"):
-        train(job, compressed, job.config.tuning, "train", keep=plan, resumed=resumed)
-    job.metrics["tuned"] = measure(job, compressed, reference, "tuned")
+        train(job, job.compressed, job.config.tuning, "train")
 
 
 # ── the end ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,26 +282,26 @@ def finished(folder: Path) -> bool:
     return (folder / "result.json").is_file()
 
 
-def finish(job: Job, plan: Plan, compressed: nn.Module) -> None:
+def finish(job: Job) -> None:
     """Save the model, tell the figures, and write result.json last."""
     description = Description(
         job.config.network.arch,
         job.config.network.classes,
         job.config.images.image,
         job.dataset.train.classes,
-        plan,
+        job.chosen,
     )
-    job.world.from_first(lambda: save_compressed(job.folder, compressed, description))
-    result = outcome(job, plan, compressed)
+    job.world.from_first(lambda: save_compressed(job.folder, job.compressed, description))
+    result = outcome(job)
     job.world.from_first(
         lambda: checkpoint.write_text(job.folder / "result.json", json.dumps(result, indent=1) + "\n")
     )
     job.report.say(told_outcome(job, result))
 
 
-def outcome(job: Job, plan: Plan, compressed: nn.Module) -> dict[str, Any]:
+def outcome(job: Job) -> dict[str, Any]:
     """What result.json holds."""
-    after = cost(job.survey, plan)
+    after = cost(job.survey, job.chosen)
     return {
         **{stage: asdict(job.metrics[stage]) if stage in job.metrics else None for stage in STAGES},
         "macs": {"dense": job.survey.macs, "compressed": after.macs},
@@ -277,7 +311,7 @@ def outcome(job: Job, plan: Plan, compressed: nn.Module) -> dict[str, Any]:
         "seed": job.config.seed,
         "method": job.config.compression.basis.method,
         "ranks": job.config.compression.ranks,
-        "parameter_hash": digest(compressed),
+        "parameter_hash": digest(job.compressed),
     }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from dist_prune.checkpoint import write_text
 from dist_prune.ranks import Plan
 from dist_prune.sites import Survey
 
+METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "safetensors", "tensorboard")
 
 
@@ -36,6 +38,7 @@ class Report:
     speaks: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     _writer: SummaryWriter | None = None
+    _under_way: dict[str, float] = field(default_factory=dict)
 
     def open(self, folder: Path, purge_step: int | None = None) -> None:
         """From now on write into `folder` as well; a resumed run takes its curves up at `purge_step`."""
@@ -48,15 +51,27 @@ class Report:
         if self._writer is not None:
             self._writer.close()
 
-    def rewind(self, group: str, step: int) -> None:
-        """Take back the points of `group` after `step`: the run went on from there once before."""
-        if self.folder is None or self._writer is None:
+    def written(self) -> int:
+        """How long metrics.jsonl is, in bytes; the curves have as much."""
+        self.flush()
+        path = self.folder and self.folder / METRICS
+        return path.stat().st_size if path and path.is_file() else 0
+
+    def rewind(self, size: int) -> None:
+        """Take back the points after the first `size` bytes of metrics.jsonl: the run goes on from there again."""
+        if self.folder is None or not (self.folder / METRICS).is_file():
             return
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        write_text(path, "".join(line for line in lines if _is_kept(line, group, step)))
-        self.close()
-        self.open(self.folder, purge_step=step + 1)
+        content = (self.folder / METRICS).read_bytes()
+        kept, dropped = _points(content[:size]), _points(content[size:])
+        write_text(self.folder / METRICS, content[:size].decode())
+        if dropped:
+            # TensorBoard forgets all curves from this step on, not only those that are taken back.
+            first = min(point["step"] for point in dropped)
+            self.close()
+            self.open(self.folder, purge_step=first)
+            for point in kept:
+                if point["step"] >= first:
+                    self._draw(point)
 
     def say(self, text: str) -> None:
         """Lines for people: the console, and log.txt."""
@@ -70,14 +85,21 @@ class Report:
 
     def scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
         """One point on each curve `group/name`, in TensorBoard and metrics.jsonl."""
-        known = {name: value for name, value in values.items() if value is not None}
-        finite = {name: value if math.isfinite(value) else None for name, value in known.items()}
-        if self.folder is None or self._writer is None:
+        if self.folder is None:
             return
-        for name, value in known.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"group": group, "step": step, "time": time.time(), **finite}) + "\n")
+        known = {name: value for name, value in values.items() if value is not None}
+        point = {"group": group, "step": step, "time": time.time(), **known}
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in point.items()}
+        with (self.folder / METRICS).open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+        self._draw(point)
+
+    def _draw(self, point: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for name in point.keys() - {"group", "step", "time"}:
+            value = math.nan if point[name] is None else point[name]
+            self._writer.add_scalar(f"{point['group']}/{name}", value, point["step"], walltime=point["time"])
 
     def flush(self) -> None:
         """Make the curves visible to a running TensorBoard."""
@@ -88,10 +110,18 @@ class Report:
     def phase(self, name: str) -> Iterator[None]:
         """Announce a phase and time it."""
         self.say(f"── {name}")
-        began = time.perf_counter()
+        self._under_way[name] = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.seconds[name] = self.elapsed()[name]
+        del self._under_way[name]
         self.say(f"   {name}: {self.seconds[name]:.1f} s")
+
+    def elapsed(self) -> dict[str, float]:
+        """Seconds of all phases, those under way included."""
+        now = time.perf_counter()
+        return self.seconds | {
+            name: self.seconds.get(name, 0.0) + now - began for name, began in self._under_way.items()
+        }
 
     def site_spectra(self, survey: Survey, bases: Mapping[str, Basis], plan: Plan) -> None:
         """Per site its rank, and its spectrum with that rank marked."""
@@ -104,12 +134,12 @@ class Report:
         self.flush()
 
 
-def _is_kept(line: str, group: str, step: int) -> bool:
-    try:
-        point = json.loads(line)
-    except ValueError:  # the last line of a run that was killed
-        return False
-    return bool(point["group"] != group or point["step"] <= step)
+def _points(lines: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in lines.splitlines():
+        with suppress(ValueError):  # the last line of a run that was killed
+            found.append(json.loads(line))
+    return found
 
 
 def spectrum_figure(basis: Basis, rank: int | None) -> Figure:
@@ -178,6 +208,7 @@ def environment() -> dict[str, Any]:
     """Versions, commit, machine and command: what one needs to run it again."""
     return {
         "command": shlex.join(sys.argv),
+        "launch": launch_of(os.environ),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
@@ -186,6 +217,12 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_threads": torch.get_num_threads(),
     }
+
+
+def launch_of(environ: Mapping[str, str]) -> str:
+    """What torchrun or SLURM calls this job, the same after a restart; empty without them."""
+    torchrun, slurm = environ.get("TORCHELASTIC_RUN_ID", ""), environ.get("SLURM_JOB_ID", "")
+    return " ".join(f"{name} {value}" for name, value in (("slurm", slurm), ("torchrun", torchrun)) if value)
 
 
 def _version(package: str) -> str | None:

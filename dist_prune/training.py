@@ -1,31 +1,20 @@
-"""A job's network in training: epochs, curves, a checkpoint after each, and coming back to it."""
+"""A job's network in training: epochs, curves, and where it can be left and taken up again."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from torch import nn
 
-from dist_prune import checkpoint
 from dist_prune.config import TrainingConfig, TuningConfig
 from dist_prune.data import Stream, training_stream
-from dist_prune.evaluate import Metrics
-from dist_prune.finetune import Trainer, steps_of, taught, told
-from dist_prune.flags import ConfigError
-from dist_prune.job import Job
-from dist_prune.ranks import Plan
+from dist_prune.finetune import Trainer, TrainingError, steps_of, taught, told
+from dist_prune.job import Job, probe
+from dist_prune.resume import Standing
 
 
-def train(
-    job: Job,
-    model: nn.Module,
-    settings: TrainingConfig,
-    group: str,
-    keep: Plan | None = None,
-    resumed: dict[str, Any] | None = None,
-) -> None:
-    """Train `model` in place; with a plan to `keep`, leave a checkpoint after every epoch."""
+def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str) -> None:
+    """Train `model` in place, or go on training it; a checkpoint is left after every epoch."""
     images, split = job.config.images, job.dataset.train
     stream = training_stream(
         split, images.image, job.world, settings.batch_size, images.threads, job.config.seed, images.augment
@@ -33,66 +22,84 @@ def train(
     teacher = settings.distillation if isinstance(settings, TuningConfig) else None
     loss = taught(job.dense, teacher, settings) if teacher else None
     trainer = Trainer(model, settings, settings.epochs * steps_of(settings, len(stream)), job.world, loss)
-    done = restore(trainer, stream, resumed)
     job.report.say(told(settings, len(stream), job.world.size, teacher))
-    for epoch in range(done, settings.epochs):
-        for progress in trainer.epoch(stream):
+    session = Session(job, trainer, stream)
+    for epoch in range(session.resume(), settings.epochs):
+        for progress in trainer.epoch(job.keeper.watched(stream, lambda: session.in_epoch(epoch))):  # noqa: B023
             job.report.scalars(group, progress.step, {**asdict(progress), "step": None, "steps": None})
         job.report.say(
             f"   epoch {epoch + 1}/{settings.epochs}: loss {progress.loss:.4f}, "
             f"{progress.images_per_second:.0f} images/s"
         )
-        if keep is not None:
-            save_progress(job, keep, trainer, stream, epoch + 1)
+        job.keeper.close(session.standing(epoch + 1, f"epoch {epoch + 1}", whole=True))
     trainer.finish()
 
 
-def save_progress(job: Job, plan: Plan, trainer: Trainer, stream: Stream, epoch: int) -> None:
-    """A checkpoint from which `--resume` continues at the next epoch."""
-    streams = job.world.gather(stream.state())
-    state = {
-        "epoch": epoch,
-        "world_size": job.world.size,
-        "plan": plan.to_json(),
-        "model": trainer.model.state_dict(),
-        "trainer": trainer.state(),
-        "streams": streams,
-        "metrics": {stage: asdict(m) for stage, m in job.metrics.items()},
-        "seconds": job.report.seconds,
-    }
-    job.world.from_first(lambda: str(checkpoint.save(job.folder / "checkpoints", epoch, state)))
+class Session:
+    """Training as something that can be left after every step."""
+
+    def __init__(self, job: Job, trainer: Trainer, stream: Stream) -> None:
+        self.job, self.trainer, self.stream = job, trainer, stream
+        self.step = trainer.step
+        self.began = 0  # epochs that were done when the stream began: another order than theirs
+
+    def in_epoch(self, epoch: int) -> Standing | None:
+        """After a step, unless it is the last of its epoch, whose end follows; None between two steps."""
+        stepped, self.step = self.trainer.step > self.step, self.trainer.step
+        if not stepped or self.stream.at_end:
+            return None
+        return self.standing(epoch, f"epoch {epoch + 1}, step {self.trainer.step}")
+
+    def standing(self, epoch: int, at: str, whole: bool = False) -> Standing:
+        """All that training goes on from, once `epoch` epochs are done.
+
+        Raises:
+            TrainingError: the network is no longer made of numbers: what was saved before stays the last.
+        """
+        model = self.trainer.model
+        require_numbers(model, self.trainer.step)
+        return Standing(
+            at,
+            {"epoch": epoch, "began": self.began, "trainer": self.trainer.state(), "model": model.state_dict()},
+            {"stream": self.stream.state(), "buffers": self.trainer.buffers()},
+            whole,
+        )
+
+    def resume(self) -> int:
+        """Go on where training was left, if it was; the epochs already done."""
+        left = self.job.keeper.resumed()
+        if left is None:
+            return 0
+        epochs, model = int(left.common["epoch"]), self.trainer.model
+        self.trainer.rehearse(probe(self.job.config, self.job.world, self.stream.batch_size))
+        model.load_state_dict(left.common["model"])
+        self.trainer.restore(left.common["trainer"])
+        self.began = int(left.common["began"]) if left.own else epochs
+        self.stream.seed += self.began
+        if left.own:
+            for name, buffer in self.trainer.buffers().items():
+                buffer.copy_(left.own["buffers"][name])
+            self.stream.restore(left.own["stream"])
+        else:
+            self.trainer.reschedule(epochs * steps_of(self.trainer.settings, len(self.stream)))
+            self.job.report.say(
+                f"   {epochs} epochs are done, every image seen once in each; steps are of "
+                f"{self.stream.batch_size} × {self.job.world.size} images now: {self.trainer.step} of "
+                f"{self.trainer.steps} done"
+            )
+        self.step = self.trainer.step
+        return epochs
 
 
-def resume_point(job: Job) -> dict[str, Any] | None:
-    """The newest intact checkpoint of the run to resume, if there is one.
+def require_numbers(model: nn.Module, step: int) -> None:
+    """Never save what cannot be gone on with.
 
     Raises:
-        ConfigError: it was left by another number of ranks.
+        TrainingError: a parameter is NaN or infinite, on any rank: after an all-reduce, on all.
     """
-    if not job.config.resume:
-        return None
-    state, problems = checkpoint.newest(job.folder / "checkpoints")
-    for problem in problems:
-        job.report.say(f"warning: {problem}; using the checkpoint before")
-    if state is None:
-        job.report.say("no checkpoint yet: starting from the beginning")
-        return None
-    if state["world_size"] != job.world.size:
-        raise ConfigError(
-            f"--resume: the run was left by {state['world_size']} ranks, these are {job.world.size}; "
-            f"start it with {state['world_size']}"
-        )
-    job.metrics.update({stage: Metrics(**m) for stage, m in state["metrics"].items()})
-    job.report.seconds.update(state["seconds"])
-    job.report.rewind("train", state["trainer"]["step"])
-    job.report.say(f"resuming after epoch {state['epoch']}")
-    return state
-
-
-def restore(trainer: Trainer, stream: Stream, resumed: dict[str, Any] | None) -> int:
-    """Put trainer and stream where the checkpoint left them; the epochs already done."""
-    if resumed is None:
-        return 0
-    trainer.restore(resumed["trainer"])
-    stream.restore(resumed["streams"][stream.world.rank])
-    return int(resumed["epoch"])
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise TrainingError(
+                f"{name} is not finite after step {step}: nothing was saved over the last checkpoint; "
+                f"try a lower --lr or a longer --warmup"
+            )

@@ -310,6 +310,18 @@ class World:
         self.sum_(votes)
         return bool(votes.item())
 
+    def highest(self, value: int) -> Callable[[], int]:
+        """Begin to look for the largest value of any rank; calling the result waits for it."""
+        votes = torch.tensor([value])
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+
+        def found() -> int:
+            if work is not None:
+                work.wait()
+            return int(votes.item())
+
+        return found
+
     def barrier(self) -> None:
         """Return once every rank has called this."""
         self.any(False)

@@ -1,11 +1,14 @@
-"""What several tests need: one thread, and a size-1 world."""
+"""What several tests need: one thread, a size-1 world, and whole runs."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from dist_prune.world import World, joined
+from tests.commands import shared_commands
+from tests.runs import NETWORK, Bench, torchrun, write_images, write_weights
 
 torch.set_num_threads(1)
 
@@ -14,3 +17,22 @@ torch.set_num_threads(1)
 def world() -> Iterator[World]:
     with joined("cpu") as alone:
         yield alone
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    home = tmp_path_factory.mktemp("bench")
+    (home / "net.py").write_text(NETWORK)
+    data = write_images(home / "images")
+    return Bench(shared_commands(), data, home / "net.py", write_weights(home / "weights.pt", data))
+
+
+@pytest.fixture(scope="session")
+def runs(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same run on 1, 2 and 3 ranks; the one on 2 is started by torchrun itself."""
+    home = tmp_path_factory.mktemp("runs")
+    bench.commands.succeed(*bench.words(home / "1"), ranks=0)
+    bench.commands.succeed(*bench.words(home / "3"), ranks=3)
+    done = torchrun(bench.commands, *bench.words(home / "2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {ranks: home / str(ranks) for ranks in (1, 2, 3)}

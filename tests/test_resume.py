@@ -1,0 +1,106 @@
+"""Leaving off and coming back: a run that was killed or asked to leave ends as if nothing had happened."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Done
+from tests.runs import CLASSES, STAGES, TRAIN, Bench, content, copied, curves, points, result_of
+
+# ── leaving off and coming back ────────────────────────────────────────────────────────────────────────────
+
+TUNED = 5  # the first checkpoint of fine-tuning, after those of four stages
+EPOCHS = 40  # enough that a run killed after its first epoch has not ended when the signal arrives
+
+
+@pytest.fixture(scope="module")
+def killed(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on 2 ranks, ended by SIGKILL once it had left its first checkpoint."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    done = bench.commands(
+        *bench.words(folder, epochs=EPOCHS), ranks=2, kill_when=f"{folder}/checkpoints/{TUNED:08d}.pt.sha256"
+    )
+    assert done.codes == [-signal.SIGKILL] * 2
+    assert not (folder / "result.json").exists()
+    with (folder / "metrics.jsonl").open("a") as file:  # what a longer-lived run would have left
+        file.write(json.dumps({"group": "train", "step": 10_000, "time": 0, "loss": 0}) + "\n" + '{"group": "tr')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(bench: Bench, killed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    folder = copied(killed, tmp_path_factory.mktemp("resumed") / "run")
+    return folder, bench.commands.succeed(*bench.words(folder, epochs=EPOCHS, resume=True), ranks=2)
+
+
+def test_a_killed_run_resumes_to_the_very_same_network(
+    bench: Bench, resumed: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder, done = resumed
+    assert "resuming after finetune, epoch" in done.out
+    bench.commands.succeed(*bench.words(tmp_path / "undisturbed", epochs=EPOCHS), ranks=2)
+    expected, found = result_of(tmp_path / "undisturbed"), result_of(folder)
+    assert found["parameter_hash"] == expected["parameter_hash"]
+    assert [found[stage] for stage in STAGES] == [expected[stage] for stage in STAGES]
+
+
+def test_the_curves_of_a_resumed_run_do_not_overlap(resumed: tuple[Path, Done]) -> None:
+    folder, _ = resumed
+    steps = EPOCHS * math.ceil(TRAIN * len(CLASSES) / 2 / 4)
+    told = [line["step"] for line in points(folder) if line["group"] == "train"]
+    shown = [event.step for event in curves(folder).Scalars("train/loss")]
+    assert told == sorted(set(told)) and told[-1] == steps
+    assert shown == told
+    stages = [line["step"] for line in points(folder) if line["group"] == "val"]
+    assert stages == sorted(set(stages)) and len(stages) >= 3
+
+
+def test_a_finished_run_is_left_alone(bench: Bench, resumed: tuple[Path, Done]) -> None:
+    folder, _ = resumed
+    before = content(folder)
+    done = bench.commands.succeed(*bench.words(folder, epochs=EPOCHS, resume=True), ranks=2)
+    assert f"{folder} holds a finished run; nothing to resume" in done.out
+    assert content(folder) == before
+
+
+def test_another_number_of_ranks_does_not_resume(bench: Bench, killed: Path, tmp_path: Path) -> None:
+    folder = copied(killed, tmp_path / "run")
+    done = bench.commands(*bench.words(folder, epochs=EPOCHS, resume=True))
+    assert done.codes == [2]
+    assert done.errors == [
+        "error: --resume: the run was left by 2 ranks with batches of 4, this is 1 ranks with batches of 4: "
+        "start it as it was, or add --reshard to go on from the end of its last epoch",
+    ]
+
+
+def test_other_settings_do_not_resume(bench: Bench, killed: Path) -> None:
+    before = content(killed)
+    done = bench.commands(*bench.words(killed, epochs=EPOCHS, resume=True, seed=7), ranks=2)
+    assert all(done.codes)
+    assert len(done.errors) == 1 and done.errors[0].endswith("other settings: seed: 0 → 7")
+    assert content(killed) == before
+
+
+def test_resume_with_nothing_there_starts(bench: Bench, tmp_path: Path) -> None:
+    done = bench.commands.succeed(*bench.words(tmp_path / "run", epochs=0, resume=True))
+    assert "no checkpoint yet: starting from the beginning" in done.out
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_an_existing_run_is_neither_mixed_with_nor_lost(bench: Bench, runs: dict[int, Path]) -> None:
+    before = content(runs[1])
+    done = bench.commands(*bench.words(runs[1]), ranks=2)
+    assert all(done.codes)
+    assert len(done.errors) == 1 and "--resume, or replace it with --overwrite" in done.errors[0]
+    assert content(runs[1]) == before
+
+
+def test_overwrite_replaces_all_of_it(bench: Bench, runs: dict[int, Path], tmp_path: Path) -> None:
+    folder = copied(runs[1], tmp_path / "run")
+    bench.commands.succeed(*bench.words(folder, epochs=0, overwrite=True))
+    assert result_of(folder)["tuned"] is None
+    assert not (folder / "checkpoints" / f"{TUNED:08d}.pt").exists()
+    assert [line["group"] for line in points(folder)] == ["val"] * len(points(folder))
