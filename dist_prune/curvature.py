@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dist_prune import draws
 from dist_prune.data import Batch
 from dist_prune.models import logits_of
-from dist_prune.moments import StatisticsError, full_float32
+from dist_prune.moments import StatisticsError, Sums, Tally, Watch, full_float32, unwatched
 from dist_prune.sites import View, evaluating, output_rows, weight_of
 from dist_prune.world import World
 
@@ -115,6 +115,7 @@ class _Sum:
         self.module, self.view, self.step, self.mean = module, view, step, mean
         self.total = torch.zeros(view.site.groups, view.width, view.width, dtype=torch.float64, device=device)
         self.spoiled = torch.full((), -1, device=device)  # the first batch with a gradient that is no number
+        self.kept = Tally({"total": self.total, "spoiled": self.spoiled})
         self.images = self.calls = self.batch = 0
         self.pending: list[tuple[Tensor, Tensor]] = []
 
@@ -151,7 +152,7 @@ class _Sum:
             step = self.step(rows, gradients)
             self.total += step
             sound = torch.isfinite(step.sum()) | (self.spoiled >= 0)
-            self.spoiled = torch.where(sound, self.spoiled, self.batch)
+            self.spoiled.copy_(torch.where(sound, self.spoiled, self.batch))
         self.pending = []
 
     def _rows(self, source: Tensor) -> Tensor:
@@ -181,6 +182,7 @@ def collect_curvature(
     step: Step,
     objective: Objective,
     means: Mapping[str, Tensor] | None = None,
+    watch: Watch = unwatched,
 ) -> dict[str, Tensor]:
     """Mean over all images and draws of `step`, for all sites, from one forward and `draws` backwards a batch.
 
@@ -192,6 +194,7 @@ def collect_curvature(
         step: one of `STEPS`.
         objective: what is differentiated.
         means: site name → mean row (g, k); without it rows are not centred (`fisher` does not use them).
+        watch: hands over the batches.
 
     Returns:
         site name → (g, k, k), float64, symmetrised, equal on all ranks.
@@ -202,20 +205,23 @@ def collect_curvature(
     modules = {view: model.get_submodule(view.site.name) for view in views}
     mean_of = {view: None if means is None else means[view.site.name] for view in modules}
     sums = [_Sum(module, view, step, mean_of[view], world.device) for view, module in modules.items()]
-    count = torch.zeros((), dtype=torch.float64)
+    images, number = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+    kept: dict[str, Sums] = {f"curvature/{each.view.site.name}": each.kept for each in sums}
+    kept["seen"] = Tally({"images": images, "batches": number})
     with differentiating(model), full_float32(), ExitStack() as stack:
         for each in sums:
             stack.callback(each.module.register_forward_hook(each.forward).remove)
-        for number, batch in enumerate(batches):
+        for batch in watch(batches, kept):
             if len(batch.images):
-                _differentiate(model, sums, batch, number, objective)
-                count += len(batch.images)
+                _differentiate(model, sums, batch, int(number), objective)
+            images += len(batch.images)
+            number += 1
     _require_sound(sums, world)
     totals = {each.view.site.name: each.total for each in sums}
-    world.sum_(count, *totals.values())
-    if not count:
+    world.sum_(images, *totals.values())
+    if not images:
         raise StatisticsError("no images for the gradients; is the statistics split empty?")
-    scale = 2 * count.to(world.device) * max(1, objective.draws)
+    scale = 2 * images.to(world.device) * max(1, objective.draws)
     return {name: (total + total.mT) / scale for name, total in totals.items()}
 
 

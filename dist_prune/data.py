@@ -65,8 +65,8 @@ def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
 class Stream:
     """One rank's share of a split; iterating gives one epoch of normalised batches, `raw` the same as uint8.
 
-    An evaluation epoch (`augment` is None) always starts from the beginning. A training epoch that was left
-    early goes on where it was left, as a restored one does. A damaged file raises a DataError that names it.
+    An evaluation epoch (`augment` is None) starts from the beginning, unless it was restored. A training epoch
+    that was left early goes on where it was left. A damaged file raises a DataError that names it.
     """
 
     split: Split
@@ -105,12 +105,17 @@ class Stream:
             yield batch
 
     @property
+    def position(self) -> int:
+        """How many batches of the epoch were delivered."""
+        return self._position
+
+    @property
     def at_end(self) -> bool:
         """Whether the epoch's last batch was delivered."""
         return self._position == len(self)
 
     def state(self) -> dict[str, Any]:
-        """Describe where this rank of a training stream stands, after the last batch, in plain types."""
+        """Describe where this rank of the stream stands, after the last batch, in plain types."""
         if self._iterator is None:
             self._open()
         return self._identity | {"position": self._position, "dali": self._iterator.checkpoints()[0]}
@@ -128,7 +133,7 @@ class Stream:
         return shard | {"images": self.split.digest(), "seed": self.seed}
 
     def _begin(self) -> None:
-        if self.augment is None and self._position < len(self):
+        if self.augment is None and self._checkpoint is None and self._position < len(self):
             self._iterator, self._position = None, 0  # DALI cannot rewind within an epoch
         if self._iterator is None:
             self._open()
@@ -146,6 +151,7 @@ class Stream:
             last_batch_policy=policy,
             prepare_first_batch=False,  # or a damaged file would raise here
         )
+        self._checkpoint = None
 
     def _pipeline(self, dali: ModuleType) -> Pipeline:
         device, on_cpu = self.world.device, self.world.device.type == "cpu"
@@ -155,7 +161,7 @@ class Stream:
             self.threads,
             None if on_cpu else self.world.local_rank if device.index is None else device.index,
             seed=int(own[0]),
-            enable_checkpointing=self.augment is not None,
+            enable_checkpointing=True,
             checkpoint=self._checkpoint,
         )
         with pipeline:

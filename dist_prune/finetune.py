@@ -163,7 +163,9 @@ class Trainer:
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the model and its average: each rank's own between two `settle`s."""
-        networks = {"model": self.model} if self.average is None else {"model": self.model, "average": self.average}
+        networks = (
+            {"model": self.model} if self.average is None else {"model": self.model, "average": self.average}
+        )
         return {f"{kind}.{name}": b for kind, network in networks.items() for name, b in network.named_buffers()}
 
     def reschedule(self, step: int) -> None:

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dist_prune.sites import View, evaluating
 from dist_prune.world import World
+
+T = TypeVar("T")
 
 # Bytes of centred rows multiplied at once, and least width of a panel of their symmetric product: what stays in a
 # core's cache, and the width at which MKL is fastest; on a GPU, few large kernels.
@@ -26,6 +29,45 @@ GPU_TILES = (1 << 27, 256)
 
 class StatisticsError(ValueError):
     """Statistics that cannot be used; the message names the site."""
+
+
+class Sums(Protocol):
+    """What a pass over images adds up: it can be taken out between two batches, and put back."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, not copied."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        ...
+
+
+class Watch(Protocol):
+    """Hands a pass its batches; before the first it may put sums back, between two it may keep them."""
+
+    def __call__(self, batches: Iterable[T], sums: Mapping[str, Sums], /) -> Iterable[T]: ...
+
+
+def unwatched(batches: Iterable[T], _sums: Mapping[str, Sums], /) -> Iterable[T]:
+    """The batches, and nothing else."""
+    return batches
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Tensors that are added to in place."""
+
+    tensors: Mapping[str, Tensor]
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Sums`."""
+        return dict(self.tensors)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Sums`."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
 
 
 @dataclass(frozen=True)
@@ -108,6 +150,18 @@ class Accumulator:
             _add_lower(self.outer, self.waiting, self._panel)
         self.waiting, self.waiting_rows = None, 0
 
+    def state(self) -> dict[str, Tensor]:
+        """See `Sums`."""
+        sums = {"count": torch.tensor(self.count), "total": self.total, "outer": self.outer}
+        return sums if self.shift is None else sums | {"shift": self.shift}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Sums`."""
+        self.count = int(state["count"])
+        self.shift = state["shift"].to(self.total.device) if "shift" in state else None
+        self.total.copy_(state["total"])
+        self.outer.copy_(state["outer"])
+
     def moments(self) -> Moments:
         """The sums so far."""
         self._settle()
@@ -151,7 +205,11 @@ def _mirror_lower(product: Tensor, panel: int) -> None:
 
 
 def collect_moments(
-    model: nn.Module, views: Iterable[View], batches: Iterable[Tensor], world: World
+    model: nn.Module,
+    views: Iterable[View],
+    batches: Iterable[Tensor],
+    world: World,
+    watch: Watch = unwatched,
 ) -> dict[str, Moments]:
     """Moments of all sites from one forward pass over this rank's batches, summed over the ranks.
 
@@ -160,6 +218,7 @@ def collect_moments(
         views: of the sites, on either side.
         batches: images (N, 3, H, W) of this rank; N may be 0 and may differ between ranks.
         world: the ranks to sum over.
+        watch: hands over the batches.
 
     Returns:
         site name → moments, equal on all ranks.
@@ -168,7 +227,7 @@ def collect_moments(
         StatisticsError: NaN or infinity, or no rows at all (site named).
     """
     with accumulating(model, views, world.device) as accumulators, evaluating(model), full_float32():
-        for images in batches:
+        for images in watch(batches, accumulators):
             if len(images):
                 model(images)
     return sum_moments({name: a.moments() for name, a in accumulators.items()}, world)

@@ -32,6 +32,7 @@ from dist_prune.job import (
 from dist_prune.projection import balance, project, rebuild
 from dist_prune.ranks import Plan, cost
 from dist_prune.report import Report, launch_of, table
+from dist_prune.resume import Resumable
 from dist_prune.spectra import Spectra, spectra_of, unit_of
 from dist_prune.statistics import Statistics
 from dist_prune.stopping import Preempted, listening, restarts
@@ -183,7 +184,8 @@ def gather(job: Job) -> None:
     if method.method in DATA_FREE or method.statistics is not None:
         return
     with job.report.phase("statistics"):
-        found = statistics.collect(job.dense, sites, lambda n: calibration(job, n), job.world, method, seed)
+        passes = Resumable(job.keeper, lambda images: calibration(job, images))
+        found = statistics.collect(job.dense, sites, passes.open, job.world, method, seed, passes)
     for warning in statistics.warnings(found, sites, method, len(statistics_split(job, 0))):
         job.report.say(f"warning: {warning}")
     job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job)))

@@ -19,7 +19,7 @@ from dist_prune import draws
 from dist_prune.curvature import differentiating
 from dist_prune.data import Batch
 from dist_prune.models import logits_of
-from dist_prune.moments import StatisticsError, full_float32
+from dist_prune.moments import StatisticsError, Tally, Watch, full_float32, unwatched
 from dist_prune.sites import View, evaluating, output_rows, weight_of
 from dist_prune.world import World
 
@@ -61,6 +61,7 @@ def collect_global(
     world: World,
     probing: Probing,
     means: Mapping[str, Tensor],
+    watch: Watch = unwatched,
 ) -> dict[str, Tensor]:
     """The Hessian H of each site's loss l(v) ≈ vᵀHv of projecting a unit direction v out of its rows.
 
@@ -71,6 +72,7 @@ def collect_global(
         world: the ranks to sum over.
         probing: which loss, which directions.
         means: site name → mean row, (g, k).
+        watch: hands over the batches.
 
     Returns:
         site name → (g, k, k), float64, symmetric, equal on all ranks.
@@ -79,18 +81,34 @@ def collect_global(
         StatisticsError: a loss that is NaN or infinite (site named).
     """
     views = list(views)
-    losses: dict[str, list[Tensor]] = {view.site.name: [] for view in views}
-    indices = [torch.zeros(0, dtype=torch.int64, device=world.device)]
+    trials = _Trials([view.site.name for view in views], world.device)
     with evaluating(model), full_float32():
-        for batch in batches:
+        for batch in watch(batches, {"trials": trials}):
             if len(batch.images):
-                indices.append(batch.indices)
+                trials.indices.append(batch.indices)
                 dense = logits_of(model(batch.images))
                 for view in views:
                     changed = _projected_out(model, view, batch, means[view.site.name], probing.seed)
-                    losses[view.site.name].append(probing.loss(dense, changed).double())
-    seen = torch.cat(indices)
-    return {v.site.name: _fit(v, seen, torch.cat([*losses[v.site.name], seen[:0]]), probing, world) for v in views}
+                    trials.losses[view.site.name].append(probing.loss(dense, changed).double())
+    found = trials.state()
+    return {v.site.name: _fit(v, found["indices"], found[f"losses/{v.site.name}"], probing, world) for v in views}
+
+
+class _Trials:
+    """The images tried, and what each site lost on each."""
+
+    def __init__(self, sites: Iterable[str], device: torch.device) -> None:
+        self.indices = [torch.zeros(0, dtype=torch.int64, device=device)]
+        self.losses = {site: [torch.zeros(0, dtype=torch.float64, device=device)] for site in sites}
+
+    def state(self) -> dict[str, Tensor]:
+        losses = {f"losses/{site}": torch.cat(parts) for site, parts in self.losses.items()}
+        return {"indices": torch.cat(self.indices), **losses}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        device = self.indices[0].device
+        self.indices = [state["indices"].to(device)]
+        self.losses = {site: [state[f"losses/{site}"].to(device)] for site in self.losses}
 
 
 def _projected_out(model: nn.Module, view: View, batch: Batch, mean: Tensor, seed: int) -> Tensor:
@@ -184,6 +202,7 @@ def collect_sampled(
     world: World,
     probing: Probing,
     means: Mapping[str, Tensor],
+    watch: Watch = unwatched,
 ) -> dict[str, Tensor]:
     """The reference for `hessian-local`: solve M v ≈ H_v v in the least-squares sense over sampled directions v.
 
@@ -193,7 +212,7 @@ def collect_sampled(
     views = list(views)
     sums = {v: torch.zeros(2, v.site.groups, v.width, v.width, dtype=torch.float64) for v in views}
     with differentiating(model), full_float32():
-        for batch in batches:
+        for batch in watch(batches, {"products": Tally({view.site.name: sums[view] for view in views})}):
             if len(batch.images):
                 dense = logits_of(model(batch.images)).detach()
                 for view in views:

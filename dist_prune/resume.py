@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from dist_prune import checkpoint
 from dist_prune.checkpoint import Snapshot
+from dist_prune.data import Stream
+from dist_prune.moments import Moments, Sums
+from dist_prune.statistics import Passes
 from dist_prune.stopping import Flag, Preempted, Vote
 from dist_prune.world import World
 
@@ -141,6 +145,47 @@ class Keeper:
     def _leave(self) -> None:
         heard = [name for name in self.world.gather(self.flag.signal) if name]
         raise Preempted(f"asked to leave by {heard[0]}; saved")
+
+
+class Resumable(Passes):
+    """Passes that can be left after any batch: each rank's sums and stream are its own, finished passes common."""
+
+    def __init__(self, keeper: Keeper, opening: Callable[[int], Stream]) -> None:
+        """Take up the passes of the stage under way; `opening` gives its streams."""
+        self.keeper, self.opening = keeper, opening
+        self.left = keeper.resumed()
+        self.found: dict[str, dict[str, Tensor]] = self.left.common["found"] if self.left else {}
+        self.stream: Stream | None = None
+
+    def open(self, images: int) -> Stream:
+        """The stream of the next pass."""
+        self.stream = self.opening(images)
+        return self.stream
+
+    def watch(self, batches: Iterable[T], sums: Mapping[str, Sums]) -> Iterable[T]:
+        """See `moments.Watch`."""
+        if self.left is not None and self.stream is not None:
+            self.stream.restore(self.left.own["stream"])
+            for name, each in sums.items():
+                each.restore(self.left.own["sums"][name])
+            self.left = None
+        return self.keeper.watched(batches, lambda: self._standing(sums))
+
+    def once(self, collect: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
+        """See `Passes`."""
+        if not self.found:
+            self.found = {name: vars(moments) for name, moments in collect().items()}
+        device = self.keeper.world.device
+        return {
+            name: Moments(**{part: tensor.to(device) for part, tensor in parts.items()})
+            for name, parts in self.found.items()
+        }
+
+    def _standing(self, sums: Mapping[str, Sums]) -> Standing:
+        assert self.stream is not None
+        own = {"stream": self.stream.state(), "sums": {name: each.state() for name, each in sums.items()}}
+        which = "second pass" if self.found else "pass"
+        return Standing(f"{which}, batch {self.stream.position}", {"found": self.found}, own)
 
 
 def randomness(world: World) -> dict[str, Any]:

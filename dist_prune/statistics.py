@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,12 +17,36 @@ from dist_prune.checkpoint import replacing, require_intact, seal
 from dist_prune.config import DATA_FREE, MethodConfig
 from dist_prune.curvature import STEPS, Objective, collect_curvature
 from dist_prune.data import Batch
-from dist_prune.moments import Moments, StatisticsError, accumulating, collect_moments, full_float32, sum_moments
+from dist_prune.moments import (
+    Moments,
+    StatisticsError,
+    Sums,
+    Watch,
+    accumulating,
+    collect_moments,
+    full_float32,
+    sum_moments,
+    unwatched,
+)
 from dist_prune.probes import LOSSES, Probing, collect_global, collect_sampled
 from dist_prune.sites import Site, View
 from dist_prune.world import World
 
+T = TypeVar("T")
+
 Batches = Callable[[int], Iterable[Batch]]  # at most so many images (0: all) → this rank's share of them
+
+
+class Passes:
+    """How the passes over the images are made: here, one after another, from beginning to end."""
+
+    def watch(self, batches: Iterable[T], sums: Mapping[str, Sums]) -> Iterable[T]:
+        """Hand a pass its batches; see `moments.Watch`."""
+        return unwatched(batches, sums)
+
+    def once(self, collect: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
+        """What a pass finds that another pass follows."""
+        return collect()
 
 
 @dataclass(frozen=True)
@@ -34,7 +58,13 @@ class Statistics:
 
 
 def collect(
-    model: nn.Module, sites: Sequence[Site], batches: Batches, world: World, method: MethodConfig, seed: int
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Batches,
+    world: World,
+    method: MethodConfig,
+    seed: int,
+    passes: Passes | None = None,
 ) -> Statistics:
     """Run the passes that the method needs: none, one forward, or one more with a backward.
 
@@ -45,6 +75,7 @@ def collect(
         world: the ranks to sum over.
         method: which statistics.
         seed: of random draws, which are keyed by image.
+        passes: how they are made.
 
     Raises:
         StatisticsError: see `collect_moments`, `collect_curvature`, `collect_global`.
@@ -52,17 +83,22 @@ def collect(
     if method.method in DATA_FREE:
         return Statistics()
     views = [View(site, method.side, method.chunk_mb << 20) for site in sites]
+    passes = passes or Passes()
+    watch = passes.watch
     if method.method == "fisher":
-        return _fisher(model, views, batches(0), world, _objective(method, seed))
-    moments = collect_moments(model, views, (batch.images for batch in batches(0)), world)
+        return _fisher(model, views, batches(0), world, _objective(method, seed), watch)
+    moments = passes.once(
+        lambda: collect_moments(model, views, (batch.images for batch in batches(0)), world, watch)
+    )
     means = {name: m.mean for name, m in moments.items()}
     if method.method == "hessian-global" or method.sampled:
         gather = collect_sampled if method.sampled else collect_global
         probing = Probing(LOSSES[method.loss], seed, method.rank_loss)
-        return Statistics(moments, gather(model, views, batches(method.probes), world, probing, means))
+        return Statistics(moments, gather(model, views, batches(method.probes), world, probing, means, watch))
     if method.method in STEPS:
         step, objective = STEPS[method.method], _objective(method, seed)
-        return Statistics(moments, collect_curvature(model, views, batches(0), world, step, objective, means))
+        curvature = collect_curvature(model, views, batches(0), world, step, objective, means, watch)
+        return Statistics(moments, curvature)
     return Statistics(moments)
 
 
@@ -73,11 +109,20 @@ def _objective(method: MethodConfig, seed: int) -> Objective:
 
 
 def _fisher(
-    model: nn.Module, views: Sequence[View], batches: Iterable[Batch], world: World, objective: Objective
+    model: nn.Module,
+    views: Sequence[View],
+    batches: Iterable[Batch],
+    world: World,
+    objective: Objective,
+    watch: Watch,
 ) -> Statistics:
     """Moments and gradients from one pass: the metric needs no mean."""
     with accumulating(model, views, world.device) as accumulators, full_float32():
-        curvature = collect_curvature(model, views, batches, world, STEPS["fisher"], objective)
+
+        def both(batches: Iterable[T], sums: Mapping[str, Sums]) -> Iterable[T]:
+            return watch(batches, {**sums, **{f"moments/{name}": a for name, a in accumulators.items()}})
+
+        curvature = collect_curvature(model, views, batches, world, STEPS["fisher"], objective, watch=both)
     return Statistics(sum_moments({name: a.moments() for name, a in accumulators.items()}, world), curvature)
 
 

@@ -230,6 +230,25 @@ def test_training_resumes_where_it_stood(tmp_path: Path, steps: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(take(after, 24 - steps), whole[steps:], strict=True))
 
 
+@pytest.mark.parametrize(("rank", "steps"), [(0, 1), (0, 2), (1, 2), (1, 3), (2, 4)])
+def test_an_evaluation_resumes_where_it_stood_and_begins_anew_after_that(
+    tmp_path: Path, rank: int, steps: int
+) -> None:
+    split = flat(tmp_path, 11)  # 4, 4 and 3 images, 4 batches: the last rank's last one is empty
+
+    def stream() -> Stream:
+        return evaluation_stream(split, SMALL, One(rank, 3), 1, 1)
+
+    before, after = stream(), stream()
+    source = iter(before)
+    taken = [next(source).indices.tolist() for _ in range(steps)]
+    after.restore(before.state())
+    whole = [b.indices.tolist() for b in stream()]
+    if steps < 4:
+        assert taken + [b.indices.tolist() for b in after] == whole
+    assert [b.indices.tolist() for b in after] == whole
+
+
 def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
     split = flat(tmp_path, 8)
     state = training_stream(split, SMALL, One(), 4, 1, seed=3, augment=AUGMENT).state()

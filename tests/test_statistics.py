@@ -11,7 +11,7 @@ from dist_prune.checkpoint import CheckpointError
 from dist_prune.config import MethodConfig
 from dist_prune.data import Batch
 from dist_prune.flags import ConfigError
-from dist_prune.moments import StatisticsError
+from dist_prune.moments import Moments, StatisticsError
 from dist_prune.projection import project
 from dist_prune.ranks import Choice, Plan
 from dist_prune.sites import survey
@@ -159,3 +159,58 @@ def test_too_few_rows_and_probes_are_told_with_the_site(world: World) -> None:
 def test_flags_that_do_not_fit_the_method_say_what_to_do(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MethodConfig(**settings)
+
+
+class Left(statistics.Passes):
+    """Passes that are left for good after some batches, counted over all of them."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+        self.kept: dict[str, dict[str, torch.Tensor]] = {}
+        self.moments: dict[str, Moments] = {}
+
+    def watch(self, batches, sums):
+        for batch in batches:
+            if not self.batches:
+                self.kept = {name: {k: t.clone() for k, t in each.state().items()} for name, each in sums.items()}
+                raise InterruptedError
+            self.batches -= 1
+            yield batch
+
+    def once(self, collect):
+        self.moments = collect()
+        return self.moments
+
+
+class Again(Left):
+    """The same passes, taken up where they were left."""
+
+    def watch(self, batches, sums):
+        if self.kept:
+            for name, each in sums.items():
+                each.restore(self.kept[name])
+            batches, self.kept = list(batches)[self.batches :], {}
+        return iter(batches)
+
+    def once(self, collect):
+        return self.moments or collect()
+
+
+@pytest.mark.parametrize("stop", [1, 6])
+@pytest.mark.parametrize("method", METHODS[:11], ids=lambda m: f"{m.method}-{m.side}-{m.loss}")
+def test_sums_can_be_left_and_taken_up_bit_for_bit(method: MethodConfig, stop: int, world: World) -> None:
+    whole = statistics.collect(network(), SITES, batches, world, method, 0)
+    left, again = Left(stop), Again(0)
+    try:
+        found = statistics.collect(network(), SITES, batches, world, method, 0, left)
+    except InterruptedError:
+        again.kept, again.moments = left.kept, left.moments
+        again.batches = stop - 4 if left.moments else stop
+        found = statistics.collect(network(), SITES, batches, world, method, 0, again)
+    else:
+        assert stop > 4 and (method.method == "fisher" or not whole.curvature)
+    for site in SITES:
+        if whole.moments:
+            assert torch.equal(found.moments[site.name].covariance, whole.moments[site.name].covariance)
+        if whole.curvature:
+            assert torch.equal(found.curvature[site.name], whole.curvature[site.name])
