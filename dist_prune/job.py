@@ -84,8 +84,13 @@ class Job:
     @property
     def shares(self) -> dict[str, int]:
         """How the images are shared out: what a pass over them can only go on with."""
-        batches = {"batch_size": self.config.tuning.batch_size, "pretrain": self.config.pretrain.batch_size}
-        return {"ranks": self.world.size, **batches}
+        config = self.config
+        return {
+            "ranks": self.world.size,
+            "batch_size": config.tuning.batch_size,
+            "distill": config.distillation.distill_batch_size,
+            "pretrain": config.pretrain.batch_size,
+        }
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds besides the stage under way; the same on all ranks but for `points`."""

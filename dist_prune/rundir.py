@@ -31,7 +31,7 @@ IRRELEVANT = {
     "save_minutes",
     "keep_checkpoints",
 }
-PER_RANK = {"batch_size"}  # what --reshard may change
+PER_RANK = {"batch_size", "distill_batch_size"}  # what --reshard may change
 PATIENCE_S = 20.0  # for which a restarted run waits for its own remains to end
 RESTARTS = 3  # in a row that may begin at the same place
 
