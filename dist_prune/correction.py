@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,43 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
+@dataclass
+class Course:
+    """How far a correction has come; it can be left after each site."""
+
+    trials: list[Trial] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None  # the network of the best trial
+    outcomes: list[Outcome] = field(default_factory=list)  # of the trial under way
+    candidate: dict[str, Tensor] | None = None  # its network, the sites of `outcomes` solved
+    pause: Callable[[Course], None] = lambda _: None  # called after each site
+
+    def state(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        return {
+            "trials": [asdict(trial) for trial in self.trials],
+            "best": self.best,
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "candidate": self.candidate,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.trials = [Trial(t["damping"], t["kl"], tuple(map(_outcome, t["outcomes"]))) for t in state["trials"]]
+        self.outcomes = list(map(_outcome, state["outcomes"]))
+        self.best, self.candidate = state["best"], state["candidate"]
+
+    def close(self, trial: Trial, network: nn.Module) -> None:
+        """A trial is done."""
+        if trial.kl < min((before.kl for before in self.trials), default=math.inf) or self.best is None:
+            self.best = network.state_dict()
+        self.trials.append(trial)
+        self.outcomes, self.candidate = [], None
+
+
+def _outcome(fields: Mapping[str, Any]) -> Outcome:
+    return Outcome(**fields)
+
+
 def decode(stream: Stream, mirrored: bool) -> Calibration:
     """Read this rank's images once and keep their bytes."""
     batches = list(stream.raw())
@@ -89,6 +127,7 @@ def correct(
     settings: CorrectionConfig,
     seed: int,
     world: World,
+    course: Course | None = None,
 ) -> Result:
     """Solve all sites of the compressed network anew, in place, once for each damping; keep the best if it helps.
 
@@ -100,6 +139,7 @@ def correct(
         settings: how.
         seed: of drawn labels and positions.
         world: the ranks, which all end with the same network.
+        course: how far it had come before.
 
     Raises:
         StatisticsError: no image of any rank reaches a site.
@@ -111,9 +151,10 @@ def correct(
         before = _divergence(compressed, judges, images.spec, world)
     metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
     dampings = settings.metric_damping if settings.correct == "regression" else (math.inf,)
-    tried: list[tuple[Trial, nn.Module]] = []
-    for damping in dampings:
+    course = course or Course()
+    for damping in dampings[len(course.trials) :]:
         candidate = copy.deepcopy(compressed)
+        candidate.load_state_dict(course.candidate or compressed.state_dict())
         with evaluating(dense), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, judges))
             solver = Solver(settings.correct, settings.ridge, (damping,))
@@ -121,13 +162,17 @@ def correct(
             walk = Correction(
                 route, dense, candidate, pairs, metrics, solver, world, settings.positions, seed, memory
             )
-            outcomes = tuple(walk.run(sites))
-            tried.append((Trial(damping, _divergence(candidate, judges, images.spec, world), outcomes), candidate))
-    best, network = min(tried, key=lambda one: one[0].kl)
+            for outcome in walk.run(sites, [done.site for done in course.outcomes]):
+                course.outcomes.append(outcome)
+                course.candidate = candidate.state_dict()
+                course.pause(course)
+            reached = _divergence(candidate, judges, images.spec, world)
+            course.close(Trial(damping, reached, tuple(course.outcomes)), candidate)
+    best = min(course.trials, key=lambda trial: trial.kl)
     if best.kl < before:
-        compressed.load_state_dict(network.state_dict())
-    trials = tuple(trial for trial, _ in tried)
-    return Result(before, trials, best if best.kl < before else None, _notes(route))
+        assert course.best is not None
+        compressed.load_state_dict(course.best)
+    return Result(before, tuple(course.trials), best if best.kl < before else None, _notes(route))
 
 
 def _notes(route: Route) -> tuple[str, ...]:

@@ -32,13 +32,14 @@ from dist_prune.job import (
 from dist_prune.projection import balance, project, rebuild
 from dist_prune.ranks import Plan, cost
 from dist_prune.report import Report, launch_of, table
-from dist_prune.resume import Resumable
+from dist_prune.resume import Resumable, Standing
 from dist_prune.spectra import Spectra, spectra_of, unit_of
 from dist_prune.statistics import Statistics
 from dist_prune.stopping import Preempted, listening, restarts
 from dist_prune.training import train
 from dist_prune.world import digest, fingerprint, joined
 
+SITE_GROUP = 8  # corrected sites from one checkpoint to the next, at most
 SITE_IMAGES = 512  # on which sites are measured alone
 
 
@@ -259,8 +260,23 @@ def correct(job: Job) -> None:
     with job.report.phase("correction"):
         images = correction.decode(calibration(job, settings.calibrate_images), settings.mirrored)
         seed = job.config.seed
-        result = correction.correct(job.dense, job.compressed, job.everything, images, settings, seed, job.world)
+        course = correction.Course(pause=lambda course: pause_between_sites(job, course))
+        if (left := job.keeper.resumed()) is not None:
+            course.restore(left.common)
+        result = correction.correct(
+            job.dense, job.compressed, job.everything, images, settings, seed, job.world, course
+        )
     job.report.say(correction.told(result))
+
+
+def pause_between_sites(job: Job, course: correction.Course) -> None:
+    """A correction may be left after each site; after some of them a checkpoint is due."""
+    solved = sum(len(trial.outcomes) for trial in course.trials) + len(course.outcomes)
+    standing = Standing(f"site {solved} of trial {len(course.trials) + 1}", course.state())
+    if solved % SITE_GROUP:
+        job.keeper.pause(lambda: standing)
+    else:
+        job.keeper.close(standing)
 
 
 def distill_further(job: Job) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -220,11 +220,14 @@ class Correction:
         1 << 14
     )  # sites whose rows (x̂, t) are wider stay as they are: their matrices would fill the memory
 
-    def run(self, sites: Sequence[Site]) -> Iterator[Outcome]:
-        """Solve the sites that the program stops at, in its order, each in place; yields after each."""
+    def run(self, sites: Sequence[Site], solved: Collection[str] = ()) -> Iterator[Outcome]:
+        """Solve the sites that the program stops at, in its order, each in place; yields after each.
+
+        Those already `solved`, whose layers the compressed network has, are walked past.
+        """
         by_name = {site.name: site for site in sites}
         for name in self.program.stops:
-            if by_name[name].inputs + by_name[name].width > self.widest:
+            if name in solved or by_name[name].inputs + by_name[name].width > self.widest:
                 continue
             with full_float32(), torch.no_grad():
                 yield self._site(by_name[name])
