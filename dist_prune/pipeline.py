@@ -52,7 +52,7 @@ def run(config: Run) -> Path | None:
         Preempted: a signal asked to leave; `--resume` goes on from there.
     """
     with listening() as flag, joined(config.device, config.timeout) as world:
-        report = Report(speaks=world.is_first)
+        report = Report(speaks=world.is_first, entering=world.enter)
         if config.dry_run:
             require_complete(config)
             show_plan(config, world, report)

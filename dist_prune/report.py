@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,6 +36,7 @@ class Report:
 
     folder: Path | None = None
     speaks: bool = True
+    entering: Callable[[str], None] = lambda _: None  # is told the name of each phase
     seconds: dict[str, float] = field(default_factory=dict)
     _writer: SummaryWriter | None = None
     _under_way: dict[str, float] = field(default_factory=dict)
@@ -110,6 +111,7 @@ class Report:
     def phase(self, name: str) -> Iterator[None]:
         """Announce a phase and time it."""
         self.say(f"── {name}")
+        self.entering(name)
         self._under_way[name] = time.perf_counter()
         yield
         self.seconds[name] = self.elapsed()[name]

@@ -8,14 +8,10 @@ import hashlib
 import os
 import pickle
 import re
-import sys
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,17 +19,14 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_prune.alarm import Alarm, Whereabouts, describe
 from dist_prune.place import Place, find_place
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 BUCKET_BYTES = 64 * 2**20
 PANEL = 128  # rows of a symmetric matrix that travel together, from their first diagonal element on
-POLL_S = 0.5  # how often a rank shows that it lives and looks for errors of the others
-SILENCE_S = 2.0  # once a connection broke, a rank without a sign of life for this long is called dead
-LOST_S = 30.0  # as long as all seems well; Python code may well keep a rank's threads from running for seconds
-HEARD_S = 3.0  # how long a failing rank stays, so that the others still find its message
-GRACE_S = 5.0  # how long a rank may take to raise another's error by itself, before its process is ended
 
 
 class DeviceError(ValueError):
@@ -67,16 +60,17 @@ def joined(device: str = "auto", timeout_s: float = 600, place: Place | None = N
     store = _open_store(place, timeout_s)
     # A launcher's store outlives one world: number the worlds, or the second would read the first one's keys.
     store = PrefixStore(f"world{store.add(f'joins/{place.rank}', 1)}", store)
-    with _Alarm(store, place) as alarm:
+    where = Whereabouts()
+    with Alarm(store, store.clone(), place, where) as alarm:  # type: ignore[attr-defined]
         try:
-            world = World(place, _enter(store, place, device, timeout_s))
+            world = World(place, _enter(store, place, device, timeout_s), where)
             yield world
             world.barrier()  # a rank that is done still has to hear of the others' errors
         except BaseException as error:
-            verdict = alarm.raise_for_all(error)
+            verdict = alarm.raise_for_all(error, _connection_broke(error))
             _leave(broken=True)
             alarm.wait_until_heard()
-            if isinstance(error, Exception) and not verdict.endswith(_describe(error)):
+            if isinstance(error, Exception) and not verdict.endswith(describe(error)):
                 raise RankError(verdict) from error
             raise
         _leave()
@@ -145,108 +139,51 @@ def _leave(broken: bool = False) -> None:
     dist.destroy_process_group()
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-class _Alarm:
-    """Carries the first error of any rank to all, through the rendezvous store and past any collective."""
-
-    def __init__(self, store: Store, place: Place) -> None:
-        self.store = store
-        self.place = place
-        self.over = threading.Event()
-        self.error: BaseException | None = None
-        self.verdict = ""
-        # A connection of its own: the main thread may block inside the other one.
-        self.thread = threading.Thread(target=self._watch, args=(store.clone(),), daemon=True)  # type: ignore[attr-defined]
-
-    def __enter__(self) -> "_Alarm":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join(timeout=1)
-
-    def raise_for_all(self, error: BaseException) -> str:
-        """Post the error unless another rank was first; return the error that counts."""
-        self.error = error
-        broken = _connection_broke(error)
-        own = f"rank {self.place.rank} failed: {_describe(error)}"
-        try:
-            if broken and not self.store.check(["error"]) and (dead := self._silent_ranks()):
-                own = _died(dead)
-            return self.store.compare_set("error", "", own).decode()
-        except RuntimeError:
-            return self.verdict or (self._store_is_gone() if broken else own)
-
-    def wait_until_heard(self) -> None:
-        """Stay until every rank has read the error, a few seconds at most."""
-        deadline = time.monotonic() + HEARD_S
-        with suppress(RuntimeError):  # the store went down with its host, which waited itself
-            while self.store.add("heard", 0) < self.place.size > 1 and time.monotonic() < deadline:
-                time.sleep(POLL_S / 10)
-
-    def _beats(self, store: Store, rank: int) -> int:
-        return store.add(f"beats/{rank}", 0)
-
-    def _silent_ranks(self) -> list[int]:
-        before = [self._beats(self.store, rank) for rank in range(self.place.size)]
-        time.sleep(SILENCE_S)
-        return [rank for rank, beats in enumerate(before) if beats == self._beats(self.store, rank)]
-
-    def _store_is_gone(self) -> str:
-        return f"the store at {self.place.address} is gone: {_died([0])}"
-
-    def _watch(self, store: Store) -> None:
-        """Show that this rank lives, watch over the next, and let an error of any rank end this one."""
-        following = (self.place.rank + 1) % self.place.size
-        beats, since = 0, time.monotonic()
-        while not self.verdict and not self.over.wait(POLL_S):
-            try:
-                store.add(f"beats/{self.place.rank}", 1)
-                if (now := self._beats(store, following)) != beats or not now:  # none: it has not joined yet
-                    beats, since = now, time.monotonic()
-                elif time.monotonic() - since > LOST_S:
-                    store.compare_set("error", "", _died([following]))
-                if store.check(["error"]):
-                    self.verdict = store.get("error").decode()
-                    store.add("heard", 1)
-            except RuntimeError:
-                self.verdict = self.verdict or self._store_is_gone()
-        if self.verdict and not self.over.wait(GRACE_S):
-            self._end_process()
-
-    def _end_process(self) -> None:
-        if self.error:
-            traceback.print_exception(self.error)
-        print(f"rank {self.place.rank} ends: {self.verdict}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # the main thread is somewhere that no exception reaches
-
-
-def _died(ranks: Sequence[int]) -> str:
-    return f"rank {', '.join(map(str, ranks))} died without a message (killed, or out of memory?)"
-
-
 def _connection_broke(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or bool(re.search("gloo|nccl|peer", str(error), re.IGNORECASE))
+
+
+def _collective(method: Callable[P, T]) -> Callable[P, T]:
+    """Note where the rank is while it is inside; an error leaves the note for whoever tells it."""
+
+    @functools.wraps(method)
+    def noted(*args: P.args, **kwargs: P.kwargs) -> T:
+        where: Whereabouts = args[0].where  # type: ignore[attr-defined]
+        outermost = not where.collective
+        if outermost:
+            where.collective, where.begun = method.__name__, where.begun + 1
+        try:
+            result = method(*args, **kwargs)
+        except Exception as error:
+            if not _connection_broke(error):
+                where.collective = ""
+            raise
+        if outermost:
+            where.collective = ""
+        return result
+
+    return noted
 
 
 class World:
     """The ranks of a run and what they do together; every rank calls the same methods in the same order."""
 
-    def __init__(self, place: Place, device: torch.device) -> None:
+    def __init__(self, place: Place, device: torch.device, where: Whereabouts) -> None:
         self.rank = place.rank
         self.size = place.size
         self.local_rank = place.local_rank
         self.device = device
+        self.where = where  # to be told by an error
+
+    def enter(self, phase: str) -> None:
+        """Say in errors that the ranks are in this phase of the run."""
+        self.where.phase = phase
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @_collective
     @torch.no_grad()
     def sum_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all ranks, in place. Shapes and dtypes agree between ranks."""
@@ -255,6 +192,7 @@ class World:
             dist.all_reduce(flat)
             _unpack(flat, bucket)
 
+    @_collective
     @torch.no_grad()
     def sum_symmetric_(self, *matrices: Tensor) -> None:
         """As `sum_` for symmetric matrices (…, n, n): what is left of panels along the diagonal does not travel.
@@ -275,6 +213,7 @@ class World:
             corner = matrix[..., start:end, start:end]
             corner.copy_(corner.triu() + corner.triu(1).mT)
 
+    @_collective
     @torch.no_grad()
     def broadcast_(self, *tensors: Tensor, source: int = 0) -> None:
         """Overwrite each tensor by that of rank `source`, in place. Shapes and dtypes agree between ranks."""
@@ -283,12 +222,14 @@ class World:
             dist.broadcast(flat.view(torch.uint8), source)  # as bytes: not every backend knows every dtype
             _unpack(flat, bucket)
 
+    @_collective
     def gather(self, value: T) -> list[T]:
         """The picklable values of all ranks, in rank order, on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
+    @_collective
     def from_first(self, function: Callable[[], T]) -> T:
         """Call the function on rank 0 and hand its picklable result to all; what it raises, all raise."""
         result: Any = None
@@ -304,6 +245,7 @@ class World:
             raise failed or outcome[0][1]
         return cast(T, outcome[0][0])
 
+    @_collective
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         votes = torch.tensor([int(flag)])
@@ -315,17 +257,20 @@ class World:
         votes = torch.tensor([value])
         work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
 
-        def found() -> int:
-            if work is not None:
-                work.wait()
-            return int(votes.item())
+        return lambda: self._outcome(work, votes)
 
-        return found
+    @_collective
+    def _outcome(self, work: dist.Work | None, votes: Tensor) -> int:
+        if work is not None:
+            work.wait()
+        return int(votes.item())
 
+    @_collective
     def barrier(self) -> None:
         """Return once every rank has called this."""
         self.any(False)
 
+    @_collective
     def require_same(self, what: str, values: Mapping[str, str]) -> None:
         """Compare named values, such as parameter digests, between ranks.
 
@@ -377,9 +322,9 @@ def _unpack(flat: Tensor, bucket: Sequence[Tensor]) -> None:
 def _portable(error: Exception) -> Exception:
     """The error itself if it survives pickling with its message, else a RankError with the same text."""
     with suppress(Exception):
-        if _describe(pickle.loads(pickle.dumps(error))) == _describe(error):
+        if describe(pickle.loads(pickle.dumps(error))) == describe(error):
             return error
-    return RankError(f"rank 0: {_describe(error)}")
+    return RankError(f"rank 0: {describe(error)}")
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

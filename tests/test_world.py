@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_prune import alarm as alarm_module
 from dist_prune import world as world_module
 from dist_prune.place import find_place
 from dist_prune.world import DeviceError, RankError, World, digest, fingerprint, joined
@@ -160,7 +161,7 @@ LIMIT_S = 15
 
 def behave(world: World, behaviours):
     """Each rank does what its entry says, all starting together."""
-    world_module.LOST_S = 3  # more patience is for real runs
+    alarm_module.LOST_S = 3  # more patience is for real runs
     world.barrier()
     behaviours[world.rank](world)
 
@@ -320,3 +321,47 @@ def test_digest_sees_values_names_and_shapes():
     assert digest(model) == before
     model.bias.data[0] += 1
     assert digest(model) != before
+
+
+# --- a rank that hangs ----------------------------------------------------------------------------
+
+
+def hang_in_one(world: World):
+    world.enter("statistics")
+    world.barrier()
+    if world.rank == 1:
+        time.sleep(60)
+    world.sum_(torch.ones(1))
+
+
+def hang_in_a_phase_of_its_own(world: World):
+    world.enter("statistics" if world.rank == 1 else "correction")
+    time.sleep(1)  # long enough to be seen there
+    if world.rank == 1:
+        time.sleep(60)
+    world.from_first(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("function", "waited", "elsewhere"),
+    [
+        (
+            hang_in_one,
+            "sum_, its collective 2, of phase 'statistics'",
+            "no named collective of phase 'statistics'",
+        ),
+        (
+            hang_in_a_phase_of_its_own,
+            "from_first, its collective 1, of phase 'correction'",
+            "no named collective of phase 'statistics'",
+        ),
+    ],
+)
+def test_a_timeout_names_the_phase_the_collective_and_who_is_elsewhere(function, waited, elsewhere):
+    with pytest.raises(RanksFailed) as caught:
+        run_ranks(function, 3, timeout_s=3, deadline_s=40)
+    first = caught.value.reports[0]
+    assert f"waited in vain in {waited}" in first
+    assert f"rank 1 is in {elsewhere}" in first
+    assert all("waited in vain" in report for report in caught.value.reports.values())
+    assert set(caught.value.reports) == {0, 1, 2}
