@@ -91,7 +91,7 @@ def compress_and_tune(job: Job) -> None:
             work(job)
             job.done.append(name)
             job.keeper.close()
-    if job.config.until is None:
+    if job.config.until == "end":
         finish(job)
 
 
