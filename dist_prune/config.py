@@ -178,10 +178,14 @@ class CompressionConfig:
 class CorrectionConfig:
     """Solving each site anew against the dense network, in closed form, without labels."""
 
-    correct: Literal["none", "refit", "regression"] = "none"
+    correct: Literal["none", "refit", "regression"] = "regression"
     """none; refit: only the second layer of each pair; regression: both."""
     calibrate_images: int = 1024
-    """Training images to solve from, labels unused; every eighth is held out to judge."""
+    """Images to solve from, labels unused; every eighth is held out to judge."""
+    calibrate_data: Path | None = None
+    """A folder of unlabelled images, at any depth, to use instead of training images; for --distill-steps, too."""
+    reestimate_bn: bool = False
+    """Then take batch norm's statistics anew from these images; kept where the images held out say so."""
     metric_damping: tuple[float, ...] = (0.1, 1.0)
     """regression: added to the Fisher metric, as shares of its largest eigenvalue (inf: no metric); each is
     tried, and the best on the images held out is taken."""
@@ -195,6 +199,11 @@ class CorrectionConfig:
     """Solve from the mirror images of the calibration images, too."""
     calibration_gb: float = 8.0
     """Activations kept per rank, GiB; what does not fit is computed again for every site."""
+
+    @property
+    def calibration_bytes(self) -> int:
+        """`--calibration-gb` in bytes."""
+        return int(self.calibration_gb * 2**30)
 
     def __post_init__(self) -> None:
         _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
@@ -211,7 +220,7 @@ class DistillConfig:
     distill_steps: int = 0
     """How many steps; 0: none."""
     distill_images: int = 8192
-    """Training images for these steps, labels unused; 0: all."""
+    """Training images for these steps, or of --calibrate-data, labels unused; 0: all."""
     distill_batch_size: int = 64
     """Images per rank and step."""
     distill_lr: float = 0.02
@@ -347,6 +356,9 @@ def require_complete(run: Run) -> None:
     if run.dry_run:
         return
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")
+    correction, steps = run.correction, run.distillation.distill_steps
+    used = correction.correct != "none" or correction.reestimate_bn or steps
+    _require(bool(used) or correction.calibrate_data is None, "--calibrate-data: --correct none leaves it unused")
     known = run.network.weights != "none" or run.pretrain.epochs
     _require(bool(known), "--weights none leaves nothing to compress: give weights, or --pretrain.epochs N")
 

@@ -17,10 +17,10 @@ from dist_prune.curvature import STEPS, Objective, collect_curvature
 from dist_prune.data import Batch, Stream, normalise
 from dist_prune.models import logits_of
 from dist_prune.probes import kl
-from dist_prune.reconstruct import Correction, Outcome, Pair, Solver
+from dist_prune.reconstruct import Correction, Outcome, Pair, Solver, left_out
 from dist_prune.report import table
 from dist_prune.rerun import Listing, Route, follow, listing
-from dist_prune.sites import Factored, Survey, View, evaluating
+from dist_prune.sites import Factored, Site, Survey, View, evaluating
 from dist_prune.world import World
 
 HELD = 8  # every eighth image judges
@@ -145,10 +145,10 @@ def correct(
         StatisticsError: no image of any rank reaches a site.
     """
     sites = [s for s in survey.sites if settings.resolve_dense or _is_factored(compressed, s.name)]
-    route = _agreed_route(dense, [site.name for site in sites], images, world)
+    route = agreed_route(dense, [site.name for site in sites], images, world)
     with evaluating(dense), evaluating(compressed):
-        judges = [(pixels, _logits(dense, pixels, images.spec)) for pixels, _ in images.batches(held=True)]
-        before = _divergence(compressed, judges, images.spec, world)
+        judges = judged(dense, images)
+        before = divergence(compressed, judges, images.spec, world)
     metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
     dampings = settings.metric_damping if settings.correct == "regression" else (math.inf,)
     course = course or Course()
@@ -158,28 +158,37 @@ def correct(
         with evaluating(dense), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, judges))
             solver = Solver(settings.correct, settings.ridge, (damping,))
-            memory = int(settings.calibration_gb * 2**30)
-            walk = Correction(
-                route, dense, candidate, pairs, metrics, solver, world, settings.positions, seed, memory
-            )
+            limits = settings.positions, seed, settings.calibration_bytes
+            walk = Correction(route, dense, candidate, pairs, metrics, solver, world, *limits)
             for outcome in walk.run(sites, [done.site for done in course.outcomes]):
                 course.outcomes.append(outcome)
                 course.candidate = candidate.state_dict()
                 course.pause(course)
-            reached = _divergence(candidate, judges, images.spec, world)
+            reached = divergence(candidate, judges, images.spec, world)
             course.close(Trial(damping, reached, tuple(course.outcomes)), candidate)
     best = min(course.trials, key=lambda trial: trial.kl)
     if best.kl < before:
         assert course.best is not None
         compressed.load_state_dict(course.best)
-    return Result(before, tuple(course.trials), best if best.kl < before else None, _notes(route))
+    notes = tuple(_notes(route, left_out(sites, route), sites, best, settings.ridge))
+    return Result(before, tuple(course.trials), best if best.kl < before else None, notes)
 
 
-def _notes(route: Route) -> tuple[str, ...]:
+def _notes(
+    route: Route, left: Mapping[str, str], sites: Sequence[Site], trial: Trial, ridge: float
+) -> Iterator[str]:
     """What was done otherwise than usual, and why."""
     if isinstance(route, Listing):
-        return (f"plain targets, and each layer's inputs computed from the images again: {route.reason}",)
-    return ()
+        yield f"plain targets, and each layer's inputs computed from the images again: {route.reason}"
+    if left:
+        yield f"not solved: {', '.join(f'{name} ({why})' for name, why in left.items())}"
+    inputs = {site.name: site.inputs for site in sites}
+    few = [f"{o.site} {o.rows:,} for {inputs[o.site]:,}" for o in trial.outcomes if o.rows < inputs[o.site]]
+    if few:
+        yield (
+            f"fewer rows than inputs in {len(few)} layers ({', '.join(few)}): what they leave open stays as in "
+            f"the dense layers, by --ridge {ridge:g} of the inputs' mean variance; more --calibrate-images help"
+        )
 
 
 def _is_factored(compressed: nn.Module, name: str) -> bool:
@@ -205,7 +214,7 @@ def _metrics(
     return collect_curvature(dense, views, images.normalised(), world, STEPS["fisher"], objective)
 
 
-def _agreed_route(dense: nn.Module, names: Sequence[str], images: Calibration, world: World) -> Route:
+def agreed_route(dense: nn.Module, names: Sequence[str], images: Calibration, world: World) -> Route:
     """How to walk through the network: found with rank 0's first image, the same way on all ranks."""
     first = images.pixels[:1].clone()
     world.broadcast_(first)
@@ -234,7 +243,12 @@ def _logits(model: nn.Module, pixels: Tensor, spec: ImageSpec) -> Tensor:
     return logits_of(model(normalise(pixels, spec)))
 
 
-def _divergence(model: nn.Module, judges: Sequence[tuple[Tensor, Tensor]], spec: ImageSpec, world: World) -> float:
+def judged(dense: nn.Module, images: Calibration) -> list[tuple[Tensor, Tensor]]:
+    """This rank's held-out images as they are kept, and what the dense network says to them."""
+    return [(pixels, _logits(dense, pixels, images.spec)) for pixels, _ in images.batches(held=True)]
+
+
+def divergence(model: nn.Module, judges: Sequence[tuple[Tensor, Tensor]], spec: ImageSpec, world: World) -> float:
     """KL to the dense network over the held-out images of all ranks, nats per image."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for pixels, logits in judges:

@@ -35,7 +35,7 @@ def distill(job: Job, model: nn.Module) -> None:
         ema=0.0,
         compile=False,  # hooks read the blocks' outputs
     )
-    split = limited(job.dataset.train, settings.distill_images, seed)
+    split = limited(job.unlabelled or job.dataset.train, settings.distill_images, seed)
     # Another seed than fine-tuning's: it is to see other crops.
     stream = training_stream(
         split, images.image, job.world, how.batch_size, images.threads, seed + 1, images.augment

@@ -88,6 +88,20 @@ def list_images(root: Path, classes: Sequence[str] | None = None) -> Split:
     return _list_classes(root, folders, tuple(folders if classes is None else classes))
 
 
+def list_unlabelled(root: Path) -> Split:
+    """List the images below `root`, at any depth, without labels; hidden files and folders are passed by.
+
+    Raises DataError for a folder that is absent or has no images.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: expected one with images, at any depth")
+    below = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
+    files = sorted(str(path) for path in below if not any(part.startswith(".") for part in path.parts))
+    if not files:
+        raise DataError(f"no images in {root}, at any depth: expected names ending in {_brief(sorted(ENDINGS))}")
+    return Split(root, (), tuple(files), (UNLABELLED,) * len(files))
+
+
 def open_dataset(folder: Path, class_list: Path | None = None) -> Dataset:
     """List `folder`/train and `folder`/val, which must have the same class folders.
 

@@ -21,7 +21,7 @@ from dist_prune.data import Stream, evaluation_stream
 from dist_prune.evaluate import Metrics, Predictions, predict, time_sites
 from dist_prune.finetune import require_possible
 from dist_prune.flags import ConfigError
-from dist_prune.images import Dataset, Split, check_files, open_dataset, write_digits
+from dist_prune.images import Dataset, Split, check_files, list_unlabelled, open_dataset, write_digits
 from dist_prune.lock import Lock
 from dist_prune.mnist import has_idx, unpack
 from dist_prune.planning import Planner, planner, timed_planner
@@ -50,6 +50,7 @@ class Job:
     survey: Survey  # those that --sites chooses
     planner: Planner
     keeper: Keeper
+    unlabelled: Split | None = None  # --calibrate-data
     done: list[str] = field(default_factory=list)  # names of stages
     metrics: dict[str, Metrics] = field(default_factory=dict)
     plan: Plan | None = None
@@ -79,6 +80,7 @@ class Job:
             "training images": self.dataset.train.digest(),
             "validation images": self.dataset.val.digest(),
             "network": digest(self.dense),
+            "calibration images": self.unlabelled.digest() if self.unlabelled else "",
         }
 
     @property
@@ -120,9 +122,11 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     """Check the data, the network and the plan. Changes nothing on disk."""
     dataset = world.from_first(lambda: open_images(config))
     require_classes(config, dataset)
+    unlabelled = world.from_first(lambda: open_unlabelled(config))
     if not (config.resume and world.from_first(lambda: rundir.is_known(folder))):  # they were sound when it began
-        check_files(dataset.train, world)
-        check_files(dataset.val, world)
+        for split in (dataset.train, dataset.val, unlabelled):
+            if split is not None:
+                check_files(split, world)
     for settings in (config.tuning, config.pretrain):
         require_possible(settings, world.device)
     dense, everything = load_network(config, world)
@@ -134,9 +138,10 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     keeper = Keeper(
         world, folder / "checkpoints", flag, report.say, 60 * config.save_minutes, config.keep_checkpoints
     )
-    job = Job(config, world, report, folder, dataset, dense, everything, found, ranks, keeper)
+    job = Job(config, world, report, folder, dataset, dense, everything, found, ranks, keeper, unlabelled)
     keeper.describe = job.state
-    job.identity, validation(job), calibration(job, 0)  # the streams refuse to share fewer images than ranks
+    # The streams refuse to share fewer images than ranks.
+    job.identity, validation(job), calibration(job, 0), unlabelled_stream(job)
     return job
 
 
@@ -242,6 +247,12 @@ def open_images(config: Run) -> Dataset:
     return open_dataset(folder, config.images.class_list)
 
 
+def open_unlabelled(config: Run) -> Split | None:
+    """The images that `--calibrate-data` names."""
+    folder = config.correction.calibrate_data
+    return None if folder is None else list_unlabelled(folder)
+
+
 def require_classes(config: Run, dataset: Dataset) -> None:
     """The network's outputs and the data's classes must be one and the same list.
 
@@ -304,6 +315,15 @@ def validation(job: Job) -> Stream:
 def calibration(job: Job, count: int) -> Stream:
     """The statistics' images, at most `count` of them (0: all), as validation sees images."""
     images, split = job.config.images, statistics_split(job, count)
+    return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
+
+
+def unlabelled_stream(job: Job) -> Stream:
+    """The images to correct with: `--calibrate-images` of `--calibrate-data`, or of the training images."""
+    images, count = job.config.images, job.config.correction.calibrate_images
+    split = (
+        statistics_split(job, count) if job.unlabelled is None else limited(job.unlabelled, count, job.config.seed)
+    )
     return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
 
 

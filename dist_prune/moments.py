@@ -106,18 +106,13 @@ class Moments:
 
 
 class Accumulator:
-    """Adds rows to one site's moments, batch after batch, on the device, without a host synchronisation.
-
-    A float32 product waits until it has at least as many rows as columns: adding it costs as much as that many.
-    """
+    """Adds rows to one site's moments, batch after batch, on the device, without a host synchronisation."""
 
     def __init__(self, groups: int, width: int, device: torch.device) -> None:
         self.count = 0
         self.shift: Tensor | None = None
         self.total = torch.zeros(groups, width, dtype=torch.float64, device=device)
         self.outer = torch.zeros(groups, width, width, dtype=torch.float64, device=device)  # its lower panels
-        self.waiting: Tensor | None = None
-        self.waiting_rows = 0
 
     @torch.no_grad()
     def add(self, rows: Tensor) -> None:
@@ -128,27 +123,18 @@ class Accumulator:
         if self.shift is None:
             self.shift = rows.mean((1, 2), dtype=dtype)
         groups, width = self.total.shape
-        if self.waiting is None:
-            self.waiting = self.outer.new_zeros(self.outer.shape, dtype=dtype)
+        product = self.outer.new_zeros(self.outer.shape, dtype=dtype)
         images = max(1, _tiles(rows)[0] // (rows.shape[0] * rows.shape[2] * dtype.itemsize))
         for part in torch.split(rows, images, dim=1):
             columns = _minus(part, self.shift, dtype).view(groups, width, -1)
-            _add_lower_product(self.waiting, columns, self._panel)
+            _add_lower_product(product, columns, self._panel)
             self.total += columns.sum(-1)
+        _add_lower(self.outer, product, self._panel)
         self.count += rows.shape[1] * rows.shape[2]
-        self.waiting_rows += rows.shape[1] * rows.shape[2]
-        if self.waiting_rows >= width:
-            self._settle()
 
     @property
     def _panel(self) -> int:
         return max(_tiles(self.outer)[1], self.outer.shape[-1] // 4)
-
-    def _settle(self) -> None:
-        """Add what waits to the sums."""
-        if self.waiting is not None:
-            _add_lower(self.outer, self.waiting, self._panel)
-        self.waiting, self.waiting_rows = None, 0
 
     def state(self) -> dict[str, Tensor]:
         """See `Sums`."""
@@ -164,7 +150,6 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """The sums so far."""
-        self._settle()
         _mirror_lower(self.outer, self._panel)
         shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift
         count = self.total.new_tensor(self.count)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from dist_prune import checkpoint, correction, models, rundir, sensitivity, statistics
+from dist_prune import batchnorm, checkpoint, correction, models, rundir, sensitivity, statistics
 from dist_prune.bases import solve
-from dist_prune.config import DATA_FREE, Run, require_complete, to_dict
+from dist_prune.config import DATA_FREE, CorrectionConfig, Run, require_complete, to_dict
 from dist_prune.data import Everything, evaluation_stream, normalise
 from dist_prune.distillation import distill
 from dist_prune.evaluate import Metrics, predict, score, time_sites
@@ -27,6 +27,7 @@ from dist_prune.job import (
     probe,
     show_plan,
     statistics_split,
+    unlabelled_stream,
     validation,
 )
 from dist_prune.projection import balance, project, rebuild
@@ -107,13 +108,20 @@ def story(config: Run) -> list[Stage]:
     stages += [("statistics", gather), ("projection", compress), ("projected", measured("projected"))]
     if config.compression.measure_sites:
         stages += [("measure sites", measure_alone)]
-    if config.correction.correct != "none" and not trained:
-        stages += [("correction", correct), ("corrected", measured("corrected"))]
+    if not trained:
+        stages += corrections(config.correction)
     if config.distillation.distill_steps:
         stages += [("distillation", distill_further), ("distilled", measured("distilled"))]
     if config.tuning.epochs:
         stages += [("finetune", tune), ("tuned", measured("tuned"))]
     return stages
+
+
+def corrections(settings: CorrectionConfig) -> list[Stage]:
+    """What comes nearer to the dense network in closed form, and the measurement of all of it."""
+    stages: list[Stage] = [("correction", correct)] if settings.correct != "none" else []
+    stages += [("batch norm", reestimate)] if settings.reestimate_bn else []
+    return [*stages, ("corrected", measured("corrected"))] if stages else []
 
 
 # ── the work ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -256,10 +264,9 @@ def measure_alone(job: Job) -> None:
 
 def correct(job: Job) -> None:
     """Solve the sites anew against the dense network, in place."""
-    settings = job.config.correction
+    settings, seed = job.config.correction, job.config.seed
     with job.report.phase("correction"):
-        images = correction.decode(calibration(job, settings.calibrate_images), settings.mirrored)
-        seed = job.config.seed
+        images = correction.decode(unlabelled_stream(job), settings.mirrored)
         course = correction.Course(pause=lambda course: pause_between_sites(job, course))
         if (left := job.keeper.resumed()) is not None:
             course.restore(left.common)
@@ -267,6 +274,15 @@ def correct(job: Job) -> None:
             job.dense, job.compressed, job.everything, images, settings, seed, job.world, course
         )
     job.report.say(correction.told(result))
+
+
+def reestimate(job: Job) -> None:
+    """Take batch norm's statistics anew, in place."""
+    with job.report.phase("batch norm"):
+        images = correction.decode(unlabelled_stream(job), mirrored=False)
+        memory = job.config.correction.calibration_bytes
+        result = batchnorm.reestimate(job.dense, job.compressed, images, memory, job.world)
+    job.report.say(batchnorm.told(result))
 
 
 def pause_between_sites(job: Job, course: correction.Course) -> None:

@@ -11,6 +11,7 @@ import tyro
 from dist_prune.config import (
     Augment,
     CompressionConfig,
+    CorrectionConfig,
     DataConfig,
     ImageSpec,
     MethodConfig,
@@ -53,6 +54,7 @@ RECIPES: dict[str, Run] = {
         NetworkConfig("resnet18", "IMAGENET1K_V1", 1000),
         DataConfig(threads=8, eval_batch_size=256),
         CompressionConfig(sites="@stride1"),
+        CorrectionConfig(calibrate_images=10_000),
         tuning=TuningConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True, distill="0.5,2"),
     ),
 }

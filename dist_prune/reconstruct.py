@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,8 @@ from dist_prune.projection import Factors, factor
 from dist_prune.rerun import AnyPass, Route
 from dist_prune.sites import Factored, Site, View, output_rows, weight_of
 from dist_prune.world import World
+
+WIDEST = 1 << 14  # dimensions of rows (x̂, t): wider ones would fill the memory with their matrices
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,13 @@ class Outcome:
     rows: int
 
 
+def left_out(sites: Sequence[Site], route: Route, widest: int = WIDEST) -> dict[str, str]:
+    """Sites that stay as they are, and why."""
+    wide = [site for site in sites if site.inputs + site.width > widest]
+    why = {s.name: f"{s.inputs} + {s.width} dimensions, more than {widest}" for s in wide}
+    return why | {s.name: "not called exactly once" for s in sites if s.name not in route.stops}
+
+
 @dataclass
 class Correction:
     """Everything the walk needs; `metrics` are the Fisher metrics of the sites' outputs, (g, c, c)."""
@@ -216,9 +225,7 @@ class Correction:
     positions: int = 0
     seed: int = 0
     memory: int = 1 << 60
-    widest: int = (
-        1 << 14
-    )  # sites whose rows (x̂, t) are wider stay as they are: their matrices would fill the memory
+    widest: int = WIDEST
 
     def run(self, sites: Sequence[Site], solved: Collection[str] = ()) -> Iterator[Outcome]:
         """Solve the sites that the program stops at, in its order, each in place; yields after each.
@@ -226,11 +233,11 @@ class Correction:
         Those already `solved`, whose layers the compressed network has, are walked past.
         """
         by_name = {site.name: site for site in sites}
+        past = {*solved, *left_out(sites, self.program, self.widest)}
         for name in self.program.stops:
-            if name in solved or by_name[name].inputs + by_name[name].width > self.widest:
-                continue
-            with full_float32(), torch.no_grad():
-                yield self._site(by_name[name])
+            if name not in past:
+                with full_float32(), torch.no_grad():
+                    yield self._site(by_name[name])
 
     def _site(self, site: Site) -> Outcome:
         normal = self._normal(site)
@@ -255,14 +262,21 @@ class Correction:
 
     def _normal(self, site: Site) -> Normal:
         """Advance all passes to the site, and sum the normal equations over images and ranks."""
-        accumulator = Accumulator(site.groups, site.inputs + site.width, self.world.device)
+        width = site.inputs + site.width
+        accumulator = Accumulator(site.groups, width, self.world.device)
+        for rows in _together(self._rows(site), width):
+            accumulator.add(rows)
+        joint = sum_moments({site.name: accumulator.moments()}, self.world)[site.name]
+        return normal_equations(joint, site.inputs)
+
+    def _rows(self, site: Site) -> Iterator[Tensor]:
+        """Rows (x̂, t) of the images to solve from, (g·(d + c), images, positions)."""
         for pair in self.pairs:
             x, target = self._advance(site, pair)
             if not pair.held:
-                self._add(accumulator, site, x, target)
+                if len(x) == len(target) > 0:  # else one network, or both, did not call the site
+                    yield from self._joint(site, x, target)
                 self._spare(pair)
-        joint = sum_moments({site.name: accumulator.moments()}, self.world)[site.name]
-        return normal_equations(joint, site.inputs)
 
     def _spare(self, pair: Pair) -> None:
         """Beyond the memory allowed, forget what the pair has computed: it will start from the images again."""
@@ -294,16 +308,14 @@ class Correction:
         usable = slope.abs() > 1e-2 * slope.abs().median()
         return lost * torch.where(usable, 1 / slope, 0)[:, None, None]
 
-    def _add(self, accumulator: Accumulator, site: Site, x: Tensor, target: Tensor) -> None:
-        if not len(x) or len(x) != len(target):
-            return  # one network, or both, did not call the site for these images
+    def _joint(self, site: Site, x: Tensor, target: Tensor) -> Iterator[Tensor]:
         view, module = View(site, "input"), self.dense.get_submodule(site.name)
         for chunk in view.chunks(target, len(target)):
             rows = view.rows(module, x[chunk])
             rows = rows.reshape(site.groups, site.inputs, *rows.shape[1:])
             wanted = output_rows(site, target[chunk])
             wanted = wanted.reshape(site.groups, site.width, *wanted.shape[1:])
-            accumulator.add(torch.cat([rows, wanted], 1)[..., self._chosen(rows.shape[-1])].flatten(0, 1))
+            yield torch.cat([rows, wanted], 1)[..., self._chosen(rows.shape[-1])].flatten(0, 1)
 
     def _chosen(self, positions: int) -> Tensor | slice:
         """A seeded subset of the positions."""
@@ -324,3 +336,15 @@ class Correction:
                 sums[-1] += len(pair.logits)
         self.world.sum_(sums)
         return (sums[:-1] / sums[-1]).nan_to_num(nan=math.inf).tolist()
+
+
+def _together(parts: Iterable[Tensor], least: int) -> Iterator[Tensor]:
+    """Join batches until they have `least` rows: to add a product to the sums costs as much as that many."""
+    waiting: list[Tensor] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(each[0].numel() for each in waiting) >= least:
+            yield torch.cat(waiting, 1) if len(waiting) > 1 else part
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting, 1)

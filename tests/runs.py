@@ -107,6 +107,7 @@ class Bench:
             "classes": len(CLASSES),
             "crop": 16,
             "sites": "*",
+            "correct": "none",
             "epochs": 2,
             "batch_size": 4,
             "run_dir": run_dir,

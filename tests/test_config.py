@@ -14,6 +14,12 @@ def test_no_words_mean_the_digits() -> None:
     require_complete(run)
 
 
+def test_correction_is_on_by_default_from_as_many_images_as_the_recipes_networks_need() -> None:
+    found = {name: (run.correction.correct, run.correction.calibrate_images) for name, run in RECIPES.items()}
+    small, large = ("regression", 1024), ("regression", 10_000)
+    assert found == {name: large if "imagenet" in name else small for name in RECIPES}
+
+
 def test_flags_override_the_recipe() -> None:
     words = "cifar10 --data /images --weights w.pt --ranks uniform:0.3 --sites layer3.* --epochs 5 --seed 7"
     run = parse([*words.split(), "--run-dir", "/runs/a", "--no-flip", "--pretrain.epochs", "2"])

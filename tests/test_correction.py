@@ -1,8 +1,13 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
-from dist_prune.config import ImageSpec
-from dist_prune.correction import Calibration
+from dist_prune.config import CorrectionConfig, ImageSpec
+from dist_prune.correction import Calibration, correct, told
+from dist_prune.sites import survey
+from dist_prune.world import World
 
 
 def calibration(indices: list[int], mirrored: bool = False) -> Calibration:
@@ -23,3 +28,30 @@ def test_mirror_images_are_solved_from_but_never_judge() -> None:
     (plain, _), (mirrored, _) = images.batches(held=False)
     assert torch.equal(mirrored, plain.flip(3))
     assert len(list(images.batches(held=True))) == 1
+
+
+class Wide(nn.Module):
+    """One layer too wide to be solved, one called twice, one with more inputs than images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.twice, self.few = nn.Linear(3 * 74 * 74, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.few(self.twice(self.twice(self.wide(x.flatten(1)))))
+
+
+def test_what_is_not_solved_or_hardly_determined_is_named(world: World) -> None:
+    torch.manual_seed(0)
+    dense = Wide().eval()
+    compressed = copy.deepcopy(dense)
+    compressed.few.weight.data.mul_(0.5)
+    pixels = torch.randint(0, 256, (8, 3, 74, 74), dtype=torch.uint8)
+    images = Calibration(pixels, torch.arange(8), ImageSpec(0, 74), 4, mirrored=False)
+    sites = survey(dense, torch.zeros(1, 3, 74, 74))
+    result = correct(dense, compressed, sites, images, CorrectionConfig(), 0, world)
+    left, few = told(result).splitlines()[:2]
+    assert left == ("not solved: wide (16428 + 8 dimensions, more than 16384), twice (not called exactly once)")
+    assert few.startswith("fewer rows than inputs in 1 layers (few 7 for 8): what they leave open stays as in the")
+    assert "--ridge 0.001 of the inputs' mean variance" in few
+    assert [outcome.site for outcome in result.trials[0].outcomes] == ["few"]

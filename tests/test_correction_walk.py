@@ -20,6 +20,7 @@ from dist_prune.reconstruct import (
     Outcome,
     Pair,
     Solver,
+    left_out,
 )
 from dist_prune.rerun import AnyPass, Route
 from dist_prune.sites import View, survey
@@ -262,7 +263,12 @@ def test_sites_too_wide_stay_as_they_are(world: World) -> None:
     dense, x = small(), pictures(20)
     projected = compressed_copy(dense, x, world, 0.5)
     network, outcomes = corrected(dense, projected, x, pictures(5, 4), world, widest=40)
-    assert [o.site for o in outcomes] == ["stem", "units.1.down", "head"]
+    solved = ["stem", "units.1.down", "head"]
+    assert [o.site for o in outcomes] == solved
+    sites = survey(dense, like(dense)).sites
+    left = left_out(sites, trace(dense, [site.name for site in sites]), 40)
+    assert set(left) == {site.name for site in sites} - set(solved)
+    assert left["units.0.conv1"] == "54 + 6 dimensions, more than 40"
     assert torch.equal(network.units[0].conv1.reduce.weight, projected.units[0].conv1.reduce.weight)
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dist_prune.images import DataError, Split, check_files, list_images, open_dataset, write_digits
+from dist_prune.images import (
+    DataError,
+    Split,
+    check_files,
+    list_images,
+    list_unlabelled,
+    open_dataset,
+    write_digits,
+)
 from tests.pictures import One, dataset, flat, jpeg_bytes, picture, save
 
 
@@ -114,6 +122,27 @@ def test_sound_files_pass_and_ten_of_many_damaged_are_named(tmp_path: Path) -> N
         DataError, match=r"^12 damaged .* bad00.jpg \(truncated JPEG\), bad01.jpg \(empty\), .* and 2 more"
     ):
         check_files(list_images(tmp_path), One())
+
+
+# Images without labels
+
+
+def test_unlabelled_images_are_found_at_any_depth(tmp_path: Path) -> None:
+    for name in ("b.JPG", "x/a.png", "x/y/z/c.webp", "x/.hidden.jpg", ".cache/d.jpg", "x/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg_bytes())
+    found = list_unlabelled(tmp_path)
+    assert found.files == ("b.JPG", "x/a.png", "x/y/z/c.webp")
+    assert (found.classes, set(found.labels)) == ((), {-1})
+    assert len(found.subset(2, 0)) == 2
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"no images in .*, at any depth"):
+        list_unlabelled(tmp_path)
+    with pytest.raises(DataError, match="absent is not a folder: expected one with images"):
+        list_unlabelled(tmp_path / "absent")
 
 
 # Digits

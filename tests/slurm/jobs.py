@@ -60,6 +60,7 @@ class Jobs:
             "arch": self.home / "net.py:tiny",
             "weights": self.home / "weights.pt",
             "pretrain.epochs": 0,
+            "correct": "none",
             "epochs": 2,
             "threads": 1,
         }
