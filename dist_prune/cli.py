@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception, code: int, speaks: bool = True) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends all once one has ended: each keeps its exit code
     if speaks:
         kind = "left" if code == PREEMPTED else "error"
         print(f"{kind}: {error}", file=sys.stderr, flush=True)
     else:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the others then: all keep the error's exit code
         time.sleep(FIRST_WORD_S)
     return code

@@ -25,9 +25,9 @@ from dist_prune import cli
 from dist_prune.flags import ConfigError
 from dist_prune.gathering import gather
 from dist_prune.site import Site
+from dist_prune.stopping import PREEMPTED
 from dist_prune.sweep import Sweep, Task
 
-PREEMPTED = 75
 PROJECT = Path(__file__).parents[1]
 MAX_ARRAY = 1001  # SLURM's default
 TIMEOUTS = 10_000  # a run may reach its time limit as often as it needs to: it goes on each time

@@ -58,5 +58,6 @@ requeue_if_stopped() {
     ((status == 75 || (status != 0 && status != 2 && restarts < retries))) || return 0
     scontrol show job -o "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING .*BatchFlag=1 ' || return 0
     echo "ranks ended with status $status: queued again, to go on from the last checkpoint"
-    scontrol requeue "$job"
+    trap - TERM USR1 USR2
+    scontrol requeue "$job" && sleep 60 # until SLURM ends this shell: ending by itself could overtake the requeue
 }

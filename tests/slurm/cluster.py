@@ -198,6 +198,7 @@ class Cluster:
 
     def release(self, job: str) -> None:
         """A requeued job waits two minutes before it may start again: not this one."""
+        time.sleep(5)  # a node that has just revoked a job's credential refuses to start it
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def finish(self, job: str, deadline_s: float = 120) -> str:
