@@ -1,0 +1,302 @@
+"""What a run costs at any number of ranks: a small model, and how well it foretells runs of one and two ranks.
+
+    uv run python -m tests.bench.scaling [--quick]
+
+Volumes follow from the network alone and are exact. Seconds are sums of measured constants: per image, per solve,
+per byte. Both sides of a ratio are taken in turns in the same processes, in seconds of rank 0's processor, as the
+machine may be shared; waiting is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from dist_prune.bases import eigenbasis, solve
+from dist_prune.config import MethodConfig, TrainingConfig
+from dist_prune.data import Batch
+from dist_prune.finetune import Trainer
+from dist_prune.moments import accumulating, collect_moments
+from dist_prune.report import table
+from dist_prune.sites import Site, View, evaluating, survey
+from dist_prune.statistics import Statistics
+from dist_prune.world import PANEL, World
+from tests.bench.timing import Row, command_line, report, write_json
+from tests.bench.timing import table as comparison
+from tests.ranks import run_ranks
+
+RESULT = Path(__file__).parent / "results" / "scaling.json"
+FLOAT64, FLOAT32 = 8, 4
+TRAIN_IMAGES, VAL_IMAGES, IMAGE_BYTES = 1_281_167, 50_000, 110_000  # ImageNet; bytes a file: its mean, rounded
+RANKS = (8, 64, 512)
+BATCH = 128  # images per rank and step, as in the recipe
+
+
+# ── the model ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes that every rank hands to collectives, by phase; method pca, side output."""
+
+    statistics_summed: int  # once
+    shifts_sent: int  # once, by rank 0
+    bases_sent: int  # once, by rank 0
+    gradients_summed: int  # each step
+    weights_sent: int  # once, by rank 0
+    widths: tuple[int, ...]  # of the matrices that rank 0 solves
+
+
+def volume(model: nn.Module, sites: Sequence[Site]) -> Volume:
+    """From shapes alone; gradients are those of the dense network, an upper bound for the compressed one."""
+    squares = [(site.groups, View(site).width) for site in sites]
+    vectors = sum(g * k for g, k in squares)
+    panels = sum(g * sum(min(PANEL, k - i) * (k - i) for i in range(0, k, PANEL)) for g, k in squares)
+    return Volume(
+        FLOAT64 * (panels + vectors + len(squares)),
+        FLOAT64 * vectors,
+        FLOAT64 * sum(g * (2 * k * k + 2 * k) for g, k in squares),
+        FLOAT32 * sum(p.numel() for p in model.parameters()),
+        sum(t.nbytes for t in model.state_dict().values()),
+        tuple(k for g, k in squares for _ in range(g)),
+    )
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Measured seconds: per image, per solve of each width, per byte summed over two ranks."""
+
+    moments: float
+    step: float
+    solve: dict[int, float]
+    byte: float
+
+
+def seconds(
+    volume: Volume, constants: Constants, ranks: int, images: int, steps: int, batch: int
+) -> dict[str, float]:
+    """Rank 0's seconds by phase: its share of the images, its solves, its part in collectives.
+
+    A ring moves 2(n−1)/n of a buffer through each rank: nothing for one, and the measured constant for two.
+    """
+    per_byte = constants.byte * 2 * (ranks - 1) / ranks
+    return {
+        "statistics": constants.moments * images / ranks + per_byte * volume.statistics_summed,
+        "bases": sum(constants.solve[k] for k in volume.widths),
+        "finetune": steps * (batch * constants.step + per_byte * volume.gradients_summed),
+    }
+
+
+# ── held against runs ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A ResNet-18 on noise; `images` over all ranks, `steps` of `batch` images per rank, `rounds` of all."""
+
+    pixels: int = 64
+    images: int = 96
+    steps: int = 6
+    batch: int = 8
+    rounds: int = 7
+
+
+QUICK = Setting(pixels=32, images=8, steps=1, batch=2, rounds=1)
+
+
+class Counting(World):
+    """Adds up the bytes handed to it; as `World` else."""
+
+    def __init__(self, world: World) -> None:
+        self.__dict__ = world.__dict__
+        self.summed = self.sent = 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """As `World.sum_`."""
+        self.summed += sum(t.nbytes for t in tensors)
+        super().sum_(*tensors)
+
+    def broadcast_(self, *tensors: Tensor, source: int = 0) -> None:
+        """As `World.broadcast_`."""
+        self.sent += sum(t.nbytes for t in tensors)
+        super().broadcast_(*tensors, source=source)
+
+
+def clocked(function: Callable[[], object]) -> float:
+    """Seconds of this process's processor."""
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a rank works on."""
+
+    world: World
+    setting: Setting
+    model: nn.Module
+    sites: list[Site]
+
+    def images(self, count: int) -> Iterator[Tensor]:
+        """Noise in batches."""
+        for start in range(0, count, self.setting.batch):
+            size = min(self.setting.batch, count - start)
+            yield torch.randn(size, 3, self.setting.pixels, self.setting.pixels)
+
+    def moments(self, count: int) -> Statistics:
+        """The statistics of this many images on this rank."""
+        views = [View(site) for site in self.sites]
+        return Statistics(collect_moments(self.model, views, self.images(count), self.world))
+
+    def alone(self, count: int) -> None:
+        """Forward passes and sums, without the others: what an image costs."""
+        views = [View(site) for site in self.sites]
+        with accumulating(self.model, views, self.world.device), evaluating(self.model):
+            for images in self.images(count):
+                self.model(images)
+
+    def train(self, trainer: Trainer, steps: int) -> None:
+        """Steps of the trainer."""
+        labels = torch.zeros(self.setting.batch, dtype=torch.long)
+        batch = next(self.images(self.setting.batch))
+        list(trainer.epoch([Batch(batch, labels, labels)] * steps))
+
+
+def bench(world: World, setting: Setting) -> Bench:
+    """The network and its sites."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    return Bench(world, setting, model, survey(model, torch.zeros(1, 3, setting.pixels, setting.pixels)).sites)
+
+
+def compare(world: World, setting: Setting) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Rounds of constants, what they foretell, and what was then measured: (predicted, measured) by phase."""
+    work = bench(world, setting)
+    found = volume(work.model, work.sites)
+    settings = TrainingConfig(epochs=3 * setting.rounds + 3, batch_size=setting.batch, lr=1e-3, warmup=0)
+    trainer = Trainer(work.model, settings, setting.steps, world)
+    pairs = []
+    for turn in range(setting.rounds + 1):
+        constants = calibrate(work, trainer, found)
+        predicted = seconds(found, constants, world.size, setting.images, setting.steps, setting.batch)
+        measured = measure(work, trainer)
+        if turn:  # the first warms up
+            pairs.append((predicted, measured))
+    return pairs
+
+
+def calibrate(work: Bench, trainer: Trainer, found: Volume) -> Constants:
+    """The constants, each from a piece of work of its own."""
+    setting, world = work.setting, work.world
+    buffer = torch.zeros(2**20)
+    byte = clocked(lambda: [world.sum_(buffer) for _ in range(4)]) / (4 * buffer.nbytes)
+    count, steps = max(setting.batch, setting.images // 4), max(1, setting.steps // 3)
+    step = clocked(lambda: work.train(trainer, steps)) / (steps * setting.batch)
+    solves = {k: clocked(lambda k=k: _solve(k)) for k in sorted(set(found.widths))}  # type: ignore[misc]
+    if world.size > 1:  # the gradients' sums are in the steps already
+        step -= byte * found.gradients_summed / setting.batch
+    return Constants(clocked(lambda: work.alone(count)) / count, step, solves, byte if world.size > 1 else 0.0)
+
+
+def _solve(width: int) -> None:
+    rows = torch.randn(2 * width, width, dtype=torch.float64)
+    eigenbasis((rows.T @ rows)[None], torch.zeros(1, width, dtype=torch.float64))
+
+
+def measure(work: Bench, trainer: Trainer) -> dict[str, float]:
+    """The run itself, phase by phase."""
+    setting, gathered = work.setting, Statistics()
+
+    def collect() -> None:
+        nonlocal gathered
+        gathered = work.moments(setting.images // work.world.size)
+
+    return {
+        "statistics": clocked(collect),
+        "bases": clocked(lambda: solve(work.model, work.sites, gathered, MethodConfig(), 0, work.world)),
+        "finetune": clocked(lambda: work.train(trainer, setting.steps)),
+    }
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Measured ÷ predicted: the whole run, and each phase, of one rank and of two."""
+    found = []
+    for size in (1, 2):
+        pairs = run_ranks(compare, size, setting, deadline_s=1500, timeout_s=600)[0]
+        for phase in ("all", *pairs[0][0]):
+            ours = [_of(measured, phase) for _, measured in pairs]
+            told = [_of(predicted, phase) for predicted, _ in pairs]
+            ratios = [a / b for a, b in zip(ours, told, strict=True)]
+            detail = f"{statistics.median(ours):.3g} s of processor, foretold {statistics.median(told):.3g} s"
+            name = f"{size} rank(s), {phase}: measured ÷ predicted"
+            found.append(Row(name, statistics.median(ratios), min(ratios), max(ratios), 1.2, detail))
+    return found
+
+
+def _of(phases: dict[str, float], phase: str) -> float:
+    return sum(phases.values()) if phase == "all" else phases[phase]
+
+
+# ── past one cluster job ───────────────────────────────────────────────────────────────────────────────────
+
+
+def outlook(arch: str, rate: float) -> str:
+    """Volumes at 8, 64 and 512 GPUs, at `rate` training images per second and GPU."""
+    model = torchvision.models.get_model(arch, weights=None).eval()
+    found = volume(model, survey(model, torch.zeros(1, 3, 224, 224)).sites)
+    solves = {k: min(clocked(lambda k=k: _solve(k)) for _ in range(3)) for k in set(found.widths)}  # type: ignore[misc]
+    cells = []
+    for n in RANKS:
+        ring = 2 * (n - 1) / n
+        steps = TRAIN_IMAGES // (n * BATCH)
+        cells.append(
+            [
+                str(n),
+                f"{ring * found.statistics_summed / 1e6:.0f} MB",
+                f"{found.bases_sent / 1e6:.0f} MB",
+                f"{sum(solves[k] for k in found.widths):.1f} s",
+                str(steps),
+                f"{ring * found.gradients_summed / 1e6:.0f} MB",
+                f"{n * rate * IMAGE_BYTES / 1e9:.1f} GB/s",
+                f"{(TRAIN_IMAGES + VAL_IMAGES) / n:.0f}",
+            ]
+        )
+    headers = [
+        "GPUs",
+        "statistics",
+        "bases",
+        "solves",
+        "steps/epoch",
+        "gradients/step",
+        "reading",
+        "files opened/rank",
+    ]
+    return f"{arch}, {len(found.widths)} matrices up to {max(found.widths)}\n{table(headers, cells)}"
+
+
+def main() -> None:
+    """Compare, show the outlook, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="does it run at all? Writes nothing")
+    parser.add_argument("--rate", type=float, default=2500, help="training images per second and GPU, assumed")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = rows(QUICK if options.quick else Setting())
+    print(comparison(found))
+    told = [outlook(arch, options.rate) for arch in ("resnet18", "resnet50")]
+    print("\n\n".join(["", *told]))
+    if not options.quick:
+        write_json(RESULT, report(found, command_line("tests.bench.scaling")) | {"outlook": told})
+
+
+if __name__ == "__main__":
+    main()
