@@ -1,15 +1,8 @@
 """Closed-form correction: each site is solved anew against the dense network, in execution order.
 
-When a site's turn comes, everything before it is compressed and corrected. With x̂ its input there and t what
-it should give, the best linear map is least squares; kept near the dense weight by a ridge,
-
-    P = (C_tx + λW)(C_xx + λI)⁻¹,   C_xx = Cov(x̂),  C_tx = Cov(t, x̂),
-
-and its best rank-r version in a metric G projects the predicted outputs on the leading eigenvectors U of
-G^½ P(C_xx + λI)Pᵀ G^½ (reduced-rank regression, Izenman 1975): decode G^−½U_r, encode U_rᵀG^½P, bias t̄ − P_r x̄.
-
-Where the output is added to a shortcut that is compressed too, t = y + (s − ŝ)/γ: the site repairs what the
-shortcut lost, γ being the slope of the batch norm in between.
+When a site's turn comes, everything before it is compressed and corrected. Where its output is added to a shortcut
+that is compressed too, the target is y + (s − ŝ)/γ: the site repairs what the shortcut lost, γ being the slope of
+the batch norm in between.
 """
 
 from __future__ import annotations
@@ -17,103 +10,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_prune.bases import metric_basis
+from dist_prune.equations import (
+    Few,
+    Normal,
+    bias,
+    few_rows,
+    least_squares,
+    normal_equations,
+    reduced_rank,
+    refit,
+)
 from dist_prune.models import logits_of
-from dist_prune.moments import Accumulator, Moments, full_float32, sum_moments
+from dist_prune.moments import Accumulator, StatisticsError, full_float32, sum_moments
 from dist_prune.probes import kl
-from dist_prune.projection import Factors, factor
+from dist_prune.projection import factor
 from dist_prune.rerun import AnyPass, Route
 from dist_prune.sites import Factored, Site, View, output_rows, weight_of
 from dist_prune.world import World
 
 WIDEST = 1 << 14  # dimensions of rows (x̂, t): wider ones would fill the memory with their matrices
-
-
-@dataclass(frozen=True)
-class Normal:
-    """The normal equations of one site: means (g, d), (g, c), covariances (g, d, d), (g, c, d), rows seen."""
-
-    mean_x: Tensor
-    mean_t: Tensor
-    xx: Tensor
-    tx: Tensor
-    rows: int
-
-
-def normal_equations(joint: Moments, inputs: int) -> Normal:
-    """From the moments of rows (x̂, t), (g, d + c), with d = `inputs`."""
-    mean, covariance = joint.mean, joint.covariance
-    return Normal(
-        mean[:, :inputs],
-        mean[:, inputs:],
-        covariance[:, :inputs, :inputs],
-        covariance[:, inputs:, :inputs],
-        int(joint.count),
-    )
-
-
-def least_squares(normal: Normal, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """P, and the covariance of what it predicts, P(C_xx + λI)Pᵀ.
-
-    Args:
-        normal: of the site.
-        weight: (g, c, d), which P is kept near to.
-        ridge: λ as a share of the mean eigenvalue of C_xx; the floor under which eigenvalues are not trusted.
-            Where x̂ does not vary beyond rounding, P is the weight.
-
-    Returns:
-        (g, c, d) and (g, c, c).
-    """
-    size = normal.xx.shape[-1]
-    trace = normal.xx.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    rounding = 1e-12 * normal.mean_x.square().sum(-1)[:, None, None]
-    shift = torch.maximum(ridge * trace, rounding) / size
-    shift = torch.where(shift > 0, shift, 1)
-    shifted = normal.xx.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., 0])
-    right = normal.tx + shift * weight
-    solved = _solve(shifted, right.mT).mT
-    predicted = right @ solved.mT
-    return solved, (predicted + predicted.mT) / 2
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """By Cholesky; by elimination, which takes twice as long, where rounding has left a matrix indefinite."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    found: Tensor = torch.linalg.solve(matrix, right) if failed.any() else torch.cholesky_solve(right, lower)
-    return found
-
-
-def reduced_rank(normal: Normal, weight: Tensor, rank: int, ridge: float, metric: Tensor) -> Factors:
-    """The rank-`rank` map that predicts t best in the metric (g, c, c); ranks beyond the outputs' are zero."""
-    solved, predicted = least_squares(normal, weight, ridge)
-    encode, decode = metric_basis(predicted, normal.mean_t, metric).kept(rank)
-    beyond = rank // len(weight) - encode.shape[1]
-    inner, decode = F.pad(encode @ solved, (0, 0, 0, beyond)), F.pad(decode, (0, beyond))
-    return Factors(decode, inner, _bias(normal, decode @ inner))
-
-
-def refit(normal: Normal, inner: Tensor, outer: Tensor, ridge: float) -> Factors:
-    """Keep the first layer; solve the second, and the bias, by least squares on its outputs."""
-    reduced = Normal(
-        (inner @ normal.mean_x[..., None])[..., 0],
-        normal.mean_t,
-        inner @ normal.xx @ inner.mT,
-        normal.tx @ inner.mT,
-        normal.rows,
-    )
-    solved, _ = least_squares(reduced, outer, ridge)
-    return Factors(solved, inner, _bias(normal, solved @ inner))
-
-
-def _bias(normal: Normal, weight: Tensor) -> Tensor:
-    return normal.mean_t - (weight @ normal.mean_x[..., None])[..., 0]
 
 
 # ── one site ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,12 +57,12 @@ class Solver:
         return ("refit",) if self.kind == "refit" else tuple(f"regression, damping {d:g}" for d in self.dampings)
 
     def solve(
-        self, name: str, present: nn.Module, dense: nn.Module, site: Site, normal: Normal, metric: Tensor
+        self, name: str, present: nn.Module, dense: nn.Module, site: Site, normal: Normal | Few, metric: Tensor
     ) -> nn.Module:
         """The layer that `name` stands for."""
         weight = weight_of(dense, site).double()
         if not isinstance(present, Factored):
-            return _resolved(dense, site, normal if site.bias else _uncentred(normal), self.ridge)
+            return _resolved(dense, site, normal if site.bias else normal.uncentred(), self.ridge)
         inner, outer = weight_of(present.reduce, site).double(), weight_of(present.expand, site).double()
         if name == "refit":
             return factor(dense, site, refit(normal, inner, outer, self.ridge))
@@ -161,20 +81,13 @@ def damped(metric: Tensor, damping: float) -> Tensor:
     return torch.where(largest > 0, metric / torch.where(largest > 0, largest, 1) + damping * identity, identity)
 
 
-def _resolved(dense: nn.Module, site: Site, normal: Normal, ridge: float) -> nn.Module:
+def _resolved(dense: nn.Module, site: Site, normal: Normal | Few, ridge: float) -> nn.Module:
     solved, _ = least_squares(normal, weight_of(dense, site).double(), ridge)
     module = copy.deepcopy(dense)
-    state = {"weight": solved, "bias": _bias(normal, solved)} if site.bias else {"weight": solved}
+    state = {"weight": solved, "bias": bias(normal, solved)} if site.bias else {"weight": solved}
     for name, parameter in module.named_parameters():
         parameter.data.copy_(state[name].reshape(parameter.shape))
     return module
-
-
-def _uncentred(normal: Normal) -> Normal:
-    """Moments about zero: what a layer without bias is solved from."""
-    xx = normal.xx + normal.mean_x[..., :, None] * normal.mean_x[..., None, :]
-    tx = normal.tx + normal.mean_t[..., :, None] * normal.mean_x[..., None, :]
-    return replace(normal, xx=xx, tx=tx)
 
 
 # ── the walk ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,7 +162,7 @@ class Correction:
         present.load_state_dict(best.state_dict())
         return Outcome(site.name, dict(zip(tried, losses, strict=True)), list(tried)[chosen], normal.rows)
 
-    def _solutions(self, site: Site, present: nn.Module, normal: Normal) -> dict[str, nn.Module]:
+    def _solutions(self, site: Site, present: nn.Module, normal: Normal | Few) -> dict[str, nn.Module]:
         """Rank 0 solves; all ranks get the same layers."""
         dense, found = self.dense.get_submodule(site.name), {}
         for name in self.solver.names(present):
@@ -260,14 +173,31 @@ class Correction:
         self.world.broadcast_(*(p.data for module in found.values() for p in module.parameters()))
         return found
 
-    def _normal(self, site: Site) -> Normal:
+    def _normal(self, site: Site) -> Normal | Few:
         """Advance all passes to the site, and sum the normal equations over images and ranks."""
+        if 2 * self._rows_to_come(site) <= site.inputs:
+            return self._few(site)
         width = site.inputs + site.width
         accumulator = Accumulator(site.groups, width, self.world.device)
         for rows in _together(self._rows(site), width):
             accumulator.add(rows)
         joint = sum_moments({site.name: accumulator.moments()}, self.world)[site.name]
         return normal_equations(joint, site.inputs)
+
+    def _rows_to_come(self, site: Site) -> int:
+        """Rows of all ranks, if the network calls the site for every image."""
+        images = torch.tensor(sum(len(pair.dense.images) for pair in self.pairs if not pair.held))
+        self.world.sum_(images)
+        return int(images) * min(site.rows, self.positions or site.rows)
+
+    def _few(self, site: Site) -> Few:
+        """The rows of all ranks, as they are: fewer numbers than their products."""
+        mine = list(self._rows(site))
+        parts = self.world.gather(torch.cat(mine, 1).cpu() if mine else None)
+        found = [part for part in parts if part is not None]
+        if not found or not all(torch.isfinite(part.sum()) for part in found):
+            raise StatisticsError(f"{site.name}: no image reaches it, or NaN or infinity does; check the weights")
+        return few_rows(torch.cat(found, 1).to(self.world.device), site.groups, site.inputs)
 
     def _rows(self, site: Site) -> Iterator[Tensor]:
         """Rows (x̂, t) of the images to solve from, (g·(d + c), images, positions)."""

@@ -311,6 +311,19 @@ def test_the_dense_network_and_float32_layers_keep_what_they_are(world: World) -
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
 
 
+def test_few_images_are_solved_to_the_same(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From their rows instead of the products of these; the head has one row an image."""
+    dense, x, judged = small(), pictures(4), pictures(10, 4)
+    projected = compressed_copy(dense, pictures(60), world, 0.5)
+    few, outcomes = corrected(dense, projected, x, judged, world)
+    assert outcomes[-1].rows == 4
+    monkeypatch.setattr(Correction, "_rows_to_come", lambda *_: 1 << 30)
+    many, expected = corrected(dense, projected, x, judged, world)
+    assert [o.chosen for o in outcomes] == [o.chosen for o in expected]
+    for name, tensor in many.state_dict().items():
+        torch.testing.assert_close(few.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
 # ── any number of ranks ────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -8,16 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_prune.equations import Few, Normal, few_rows, least_squares, normal_equations, reduced_rank, refit
 from dist_prune.moments import Accumulator
 from dist_prune.projection import factor, project_output
 from dist_prune.reconstruct import (
-    Normal,
     Solver,
     damped,
-    least_squares,
-    normal_equations,
-    reduced_rank,
-    refit,
 )
 from dist_prune.sites import Factored, Site, bias_of, describe, input_rows, output_rows, weight_of
 from tests.layers import LAYERS, layer
@@ -154,6 +150,31 @@ def test_refit_is_least_squares_on_the_encoded_inputs() -> None:
         np.testing.assert_allclose(factors.bias[group], expected[:, 2], rtol=1e-7, atol=1e-7)
     kept = refit(rows_of(x, t), inner, outer, 1e12)
     torch.testing.assert_close(kept.outer, outer)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-3])
+def test_few_rows_are_solved_to_the_same(n: int, ridge: float) -> None:
+    """In as many dimensions as there are rows."""
+    x, t, weight = problem(n=n)
+    whole, few = rows_of(x, t), few_rows(torch.cat([x, t], 1).flatten(0, 1)[:, None], 2, x.shape[1])
+    assert isinstance(few, Few) and few.rows == n
+    for expected, found in ((whole, few), (whole.uncentred(), few.uncentred())):
+        for first, second in zip(
+            least_squares(expected, weight, ridge), least_squares(found, weight, ridge), strict=True
+        ):
+            torch.testing.assert_close(second, first, rtol=1e-6, atol=1e-6)
+    for expected, found in (
+        (
+            reduced_rank(whole, weight, 4, ridge, positive(2, 4)),
+            reduced_rank(few, weight, 4, ridge, positive(2, 4)),
+        ),
+        (refit(whole, weight[:, :2], weight[..., :2], ridge), refit(few, weight[:, :2], weight[..., :2], ridge)),
+    ):
+        torch.testing.assert_close(
+            found.outer @ found.inner, expected.outer @ expected.inner, rtol=1e-6, atol=1e-6
+        )
+        torch.testing.assert_close(found.bias, expected.bias, rtol=1e-6, atol=1e-6)
 
 
 HARD: dict[str, Callable[[Tensor], Tensor]] = {

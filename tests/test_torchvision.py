@@ -34,6 +34,8 @@ TOO_LARGE = {
     "vit_l_32": "307 M parameters, and float64 bases of them",
 }
 SIZES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224, "vit_h_14": 28}
+SIZES |= {f"swin_{size}": 224 for size in "tsb"}  # smaller images are padded to whole windows, and the attention's
+SIZES |= {f"swin_v2_{size}": 256 for size in "tsb"}  # own products, which no site has, exceed half of all MACs
 WIDEST = 600  # sites with wider rows are projected but not corrected: that takes minutes for some
 
 
