@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dist_prune.flags import Distillation, parse_distillation, parse_rule
+from dist_prune.flags import parse_rule
 from dist_prune.flags import require as _require
+from dist_prune.training_config import IterationConfig, TrainingConfig, TuningConfig
 
 
 @dataclass(frozen=True)
@@ -239,72 +240,6 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """SGD with momentum, linear warm-up and cosine decay to zero."""
-
-    epochs: int = 0
-    """Passes over the training images, with labels: fine-tuning (--pretrain.epochs: the dense network)."""
-    batch_size: int = 64
-    """Images per rank and forward pass; the global batch is this times --accumulate times the ranks."""
-    accumulate: int = 1
-    """Forward and backward passes whose gradients make one step."""
-    lr: float = 0.01
-    """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
-    momentum: float = 0.9
-    """Nesterov momentum."""
-    weight_decay: float = 1e-4
-    """On weights of convolutions and linear layers; never on biases and batch norm."""
-    warmup: float = 0.05
-    """Share of all steps in which the learning rate rises."""
-    label_smoothing: float = 0.0
-    """Weight of the uniform distribution in the target."""
-    bn: Literal["frozen", "local", "sync"] = "local"
-    """Batch norm: statistics of each rank's batch, running ones averaged over ranks; of all ranks' batches (sync,
-    CUDA only), for few images a rank; or frozen as they were. Local by default: it adapts to the compressed layers
-    and costs no communication in a forward pass."""
-    clip: float = 0.0
-    """Largest norm of a step's gradient, all parameters together; 0: not limited."""
-    ema: float = 0.0
-    """Share of the old in a running average of the weights, such as 0.999; the average is then what is evaluated
-    and saved. 0: no average, the last weights are."""
-    bf16: bool = False
-    """Forward in bfloat16 autocast."""
-    channels_last: bool = False
-    """NHWC memory layout, faster on tensor cores."""
-    compile: bool = False
-    """Train through torch.compile."""
-
-    def __post_init__(self) -> None:
-        _require(self.epochs >= 0, f"--epochs {self.epochs}: expected 0 or more")
-        _require(self.batch_size > 0, f"--batch-size {self.batch_size}: expected at least 1")
-        _require(self.lr > 0, f"--lr {self.lr}: expected above 0")
-        _require(0 <= self.momentum < 1, f"--momentum {self.momentum}: expected 0 to below 1")
-        _require(0 <= self.warmup < 1, f"--warmup {self.warmup}: expected a share of the steps, 0 to below 1")
-        _require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: expected 0 to 1")
-        _require(self.accumulate > 0, f"--accumulate {self.accumulate}: expected at least 1")
-        _require(self.clip >= 0, f"--clip {self.clip}: expected a norm, or 0 for no limit")
-        _require(0 <= self.ema < 1, f"--ema {self.ema}: expected 0 to below 1")
-
-
-@dataclass(frozen=True)
-class TuningConfig(TrainingConfig):
-    """Training of a network that stands in for another, which can teach it."""
-
-    distill: str = "none"
-    """ALPHA,T: the loss is ALPHA·T²·KL(dense ‖ compressed) of the softmax at temperature T, plus 1−ALPHA times the
-    cross-entropy to the labels; or none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_distillation(self.distill)
-
-    @property
-    def distillation(self) -> Distillation | None:
-        """`--distill`, parsed."""
-        return parse_distillation(self.distill)
-
-
-@dataclass(frozen=True)
 class Run:
     """One run of dist_prune."""
 
@@ -314,6 +249,7 @@ class Run:
     correction: Annotated[CorrectionConfig, tyro.conf.arg(name="")] = field(default_factory=CorrectionConfig)
     distillation: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
     tuning: Annotated[TuningConfig, tyro.conf.arg(name="")] = field(default_factory=TuningConfig)
+    iteration: Annotated[IterationConfig, tyro.conf.arg(name="")] = field(default_factory=IterationConfig)
     pretrain: TrainingConfig = field(default_factory=TrainingConfig)
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -353,6 +289,8 @@ def require_complete(run: Run) -> None:
     _require(not run.resume or run.run_dir is not None, "--resume needs --run-dir")
     collects = run.compression.basis.method not in DATA_FREE and run.compression.basis.statistics is None
     _require(collects or run.until == "end", f"--until {run.until}: this run collects none; leave it out")
+    again = run.iteration.is_iterative and run.compression.basis.method == "random-init"
+    _require(not again, "--method random-init projects nothing: leave out --step and --alternate")
     if run.dry_run:
         return
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")

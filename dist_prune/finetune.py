@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_prune.config import TrainingConfig
 from dist_prune.data import Batch
 from dist_prune.flags import ConfigError, Distillation
 from dist_prune.models import logits_of
 from dist_prune.probes import kl
 from dist_prune.sites import evaluating
+from dist_prune.training_config import TrainingConfig
 from dist_prune.world import World, fingerprint
 
 Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a scalar

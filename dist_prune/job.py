@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from dist_prune.images import Dataset, Split, check_files, list_unlabelled, open
 from dist_prune.lock import Lock
 from dist_prune.mnist import has_idx, unpack
 from dist_prune.planning import Planner, planner, timed_planner
-from dist_prune.projection import rebuild
+from dist_prune.projection import rebuild, unfold
 from dist_prune.ranks import Plan
 from dist_prune.report import Report, environment
 from dist_prune.resume import Keeper
@@ -54,7 +54,9 @@ class Job:
     done: list[str] = field(default_factory=list)  # names of stages
     metrics: dict[str, Metrics] = field(default_factory=dict)
     plan: Plan | None = None
+    target: Plan | None = None  # where the rounds of an iterative run end; else the plan itself
     network: nn.Module | None = None  # the compressed one, as soon as there is one
+    unfolded: bool = False  # whether its pairs are, for the moment, multiplied back to dense layers
 
     @property
     def chosen(self) -> Plan:
@@ -104,6 +106,8 @@ class Job:
             "seconds": self.report.elapsed(),
             "points": self.report.written(),
             "plan": self.plan and self.plan.to_json(),
+            "target": self.target and self.target.to_json(),
+            "unfolded": self.unfolded,
             "model": self.network and self.network.state_dict(),
         }
 
@@ -114,8 +118,14 @@ class Job:
         self.report.rewind(state["points"])
         if state["plan"] is not None:
             self.plan = Plan.from_json(state["plan"])
+            self.target, self.unfolded = Plan.from_json(state["target"]), state["unfolded"]
             self.network = rebuild(self.dense, self.plan)
+            if self.unfolded:
+                self.network = unfold(self.network, self.plan.ranks)
             self.network.load_state_dict(state["model"])
+
+
+Stage = tuple[str, Callable[[Job], None]]  # a part of a run that is done once, and its name
 
 
 def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag) -> Job:

@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_prune import batchnorm, checkpoint, correction, models, rundir, sensitivity, statistics
-from dist_prune.bases import solve
-from dist_prune.config import DATA_FREE, CorrectionConfig, Run, require_complete, to_dict
+from dist_prune import batchnorm, checkpoint, correction, models, rundir, sensitivity
+from dist_prune.compression import gather, stages
+from dist_prune.config import CorrectionConfig, Run, require_complete, to_dict
 from dist_prune.data import Everything, evaluation_stream, normalise
 from dist_prune.distillation import distill
-from dist_prune.evaluate import Metrics, predict, score, time_sites
+from dist_prune.evaluate import Metrics, predict, score
 from dist_prune.export import Description, save_compressed
 from dist_prune.job import (
     STAGES,
     Job,
-    calibration,
+    Stage,
     opened,
     prepare,
-    probe,
     show_plan,
     statistics_split,
     unlabelled_stream,
     validation,
 )
-from dist_prune.projection import balance, project, rebuild
-from dist_prune.ranks import Plan, cost
+from dist_prune.projection import balance
+from dist_prune.ranks import cost
 from dist_prune.report import Report, launch_of, table
-from dist_prune.resume import Resumable, Standing
-from dist_prune.spectra import Spectra, spectra_of, unit_of
-from dist_prune.statistics import Statistics
+from dist_prune.resume import Standing
+from dist_prune.spectra import unit_of
 from dist_prune.stopping import Preempted, listening, restarts
 from dist_prune.training import train
+from dist_prune.training_config import TuningConfig
 from dist_prune.world import digest, fingerprint, joined
 
 SITE_GROUP = 8  # corrected sites from one checkpoint to the next, at most
@@ -86,7 +85,7 @@ def settle(config: Run) -> tuple[Run, Path]:
 def compress_and_tune(job: Job) -> None:
     """The story: each stage once, however often the run is left and taken up again."""
     train_dense(job)
-    for name, work in story(job.config):
+    for name, work in story(job):
         if name not in job.done:
             job.keeper.stage = name
             work(job)
@@ -96,25 +95,26 @@ def compress_and_tune(job: Job) -> None:
         finish(job)
 
 
-Stage = tuple[str, Callable[[Job], None]]
-
-
-def story(config: Run) -> list[Stage]:
+def story(job: Job) -> Iterator[Stage]:
     """The stages of this run, in order. Names are unique: they say which are done."""
+    config = job.config
     if config.until == "statistics":
-        return [("statistics", gather)]
+        yield "statistics", gather
+        return
     trained = config.compression.basis.method == "random-init"  # nothing of the dense network is in it
-    stages: list[Stage] = [("baseline", baseline)]
-    stages += [("statistics", gather), ("projection", compress), ("projected", measured("projected"))]
+    yield "baseline", baseline
+    yield from stages(job)
+    yield "projected", measured("projected")
     if config.compression.measure_sites:
-        stages += [("measure sites", measure_alone)]
-    if not trained:
-        stages += corrections(config.correction)
+        yield "measure sites", measure_alone
+    if not trained and not config.iteration.is_iterative:  # it would pull trained layers back to the dense ones
+        yield from corrections(config.correction)
     if config.distillation.distill_steps:
-        stages += [("distillation", distill_further), ("distilled", measured("distilled"))]
-    if config.tuning.epochs:
-        stages += [("finetune", tune), ("tuned", measured("tuned"))]
-    return stages
+        yield "distillation", distill_further
+        yield "distilled", measured("distilled")
+    if last_tuning(config).epochs:
+        yield "finetune", tune
+        yield "tuned", measured("tuned")
 
 
 def corrections(settings: CorrectionConfig) -> list[Stage]:
@@ -187,61 +187,6 @@ def told(job: Job, stage: str, metrics: Metrics) -> None:
     )
 
 
-def gather(job: Job) -> None:
-    """Collect the statistics the method needs into the run's directory, unless they are given."""
-    method, sites, seed = job.config.compression.basis, job.survey.sites, job.config.seed
-    if method.method in DATA_FREE or method.statistics is not None:
-        return
-    with job.report.phase("statistics"):
-        passes = Resumable(job.keeper, lambda images: calibration(job, images))
-        found = statistics.collect(job.dense, sites, passes.open, job.world, method, seed, passes)
-    for warning in statistics.warnings(found, sites, method, len(statistics_split(job, 0))):
-        job.report.say(f"warning: {warning}")
-    job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job)))
-
-
-def statistics_file(job: Job) -> Path:
-    """Where the statistics are: in the run's directory, or in that of an earlier run."""
-    return job.config.compression.basis.statistics or job.folder / "statistics.safetensors"
-
-
-def made_of(job: Job) -> dict[str, Any]:
-    """What the statistics are of."""
-    image, images = to_dict(job.config.images.image), statistics_split(job, 0)
-    return statistics.origin(
-        job.config.compression.basis, digest(job.dense), images.digest(), image, job.config.seed
-    )
-
-
-def compress(job: Job) -> None:
-    """Statistics → bases → plan → projected network."""
-    config, sites, method = job.config, job.survey.sites, job.config.compression.basis
-    if method.method == "random-init":
-        job.plan = decide(job, None)
-        torch.manual_seed(config.seed)
-        untrained = models.build(config.network.arch, config.network.classes)
-        job.network = rebuild(untrained, job.plan).to(job.world.device)
-        return
-    gathered = Statistics()
-    if method.method not in DATA_FREE:
-        gathered = statistics.load(statistics_file(job), sites, made_of(job), job.world.device)
-    with job.report.phase("bases"):
-        bases = solve(job.dense, sites, gathered, method, config.seed, job.world)
-    job.plan = decide(job, spectra_of(bases, method))
-    job.report.site_spectra(job.survey, bases, job.plan)
-    with job.report.phase("projection"):
-        job.network = project(job.dense, sites, bases, job.plan, method.side)
-
-
-def decide(job: Job, spectra: Spectra | None) -> Plan:
-    """The plan, made on rank 0, and told."""
-    plan = job.world.from_first(lambda: job.planner.plan(spectra))
-    noise = probe(job.config, job.world, 16)
-    shares = job.world.from_first(lambda: time_sites(job.dense, job.survey.sites, noise))
-    job.report.say(job.planner.told(plan, shares, spectra.unit if spectra else ""))
-    return plan
-
-
 def measure_alone(job: Job) -> None:
     """What each site loses by itself, next to what was predicted."""
     images, split = job.config.images, statistics_split(job, SITE_IMAGES)
@@ -305,7 +250,13 @@ def tune(job: Job) -> None:
     """Fine-tune the compressed network."""
     balance(job.compressed)
     with job.report.phase("finetune"):
-        train(job, job.compressed, job.config.tuning, "train")
+        train(job, job.compressed, last_tuning(job.config), "train")
+
+
+def last_tuning(config: Run) -> TuningConfig:
+    """After the last round as after the others, unless `--epochs` says how long."""
+    rounds = config.iteration.tune_epochs if config.iteration.is_iterative else 0
+    return replace(config.tuning, epochs=config.tuning.epochs or rounds)
 
 
 # ── the end ────────────────────────────────────────────────────────────────────────────────────────────────

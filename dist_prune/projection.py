@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,36 @@ def _set(layer: nn.Module, matrix: Tensor) -> None:
     assert isinstance(layer.weight, Tensor)
     with torch.no_grad():
         layer.weight.copy_(matrix.reshape(layer.weight.shape))
+
+
+def unfold(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy in which the named factored pairs are one dense layer each, which computes the same: W = B·A.
+
+    Projected again, such a layer gives a pair: the new 1×1 layers are folded into the two that there were.
+    """
+    pairs = ((name, model.get_submodule(name)) for name in names)
+    return with_replaced(model, [(name, _product(pair)) for name, pair in pairs if isinstance(pair, Factored)])
+
+
+def _product(pair: Factored) -> nn.Module:
+    """`reduce` with the outputs, and the bias, of `expand`."""
+    reduce, expand = pair.reduce, pair.expand
+    groups = getattr(reduce, "groups", 1)
+    weight = _grouped(expand, groups) @ _grouped(reduce, groups)
+    outputs = weight.shape[0] * weight.shape[1]
+    if isinstance(reduce, nn.Linear):
+        layer: nn.Module = nn.Linear(reduce.in_features, outputs)
+    else:
+        assert isinstance(reduce, nn.Conv2d)
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        geometry: dict[str, Any] = {name: getattr(reduce, name) for name in names}
+        layer = nn.Conv2d(reduce.in_channels, outputs, **geometry)
+    assert isinstance(reduce.weight, Tensor) and isinstance(expand.bias, Tensor)
+    layer.to(reduce.weight.device, reduce.weight.dtype)
+    _set(layer, weight)
+    with torch.no_grad():
+        layer.get_parameter("bias").copy_(expand.bias)
+    return layer
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:

@@ -17,10 +17,9 @@ from dist_prune.config import (
     MethodConfig,
     NetworkConfig,
     Run,
-    TrainingConfig,
-    TuningConfig,
 )
 from dist_prune.flags import ConfigError
+from dist_prune.training_config import IterationConfig, TrainingConfig, TuningConfig
 
 _SMALL = DataConfig(image=ImageSpec(resize=0, crop=32), threads=2, eval_batch_size=256)
 
@@ -55,11 +54,14 @@ RECIPES: dict[str, Run] = {
         DataConfig(threads=8, eval_batch_size=256),
         CompressionConfig(sites="@stride1"),
         CorrectionConfig(calibrate_images=10_000),
-        tuning=TuningConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True, distill="0.5,2"),
+        tuning=TuningConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True, distill="0.9,4"),
     ),
 }
 RECIPES["resnet50-imagenet"] = replace(
     RECIPES["resnet18-imagenet"], network=NetworkConfig("resnet50", "IMAGENET1K_V2", 1000)
+)
+RECIPES["resnet18-imagenet-iterative"] = replace(
+    RECIPES["resnet18-imagenet"], iteration=IterationConfig(step=0.98, tune_epochs=1)
 )
 
 

@@ -6,18 +6,21 @@ from dataclasses import asdict
 
 from torch import nn
 
-from dist_prune.config import TrainingConfig, TuningConfig
 from dist_prune.data import Stream, training_stream
 from dist_prune.finetune import Trainer, TrainingError, steps_of, taught, told
 from dist_prune.job import Job, probe
 from dist_prune.resume import Standing
+from dist_prune.training_config import TrainingConfig, TuningConfig
 
 
-def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str) -> None:
-    """Train `model` in place, or go on training it; a checkpoint is left after every epoch."""
-    images, split = job.config.images, job.dataset.train
+def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, before: int = 0) -> None:
+    """Train `model` in place, or go on training it; a checkpoint is left after every epoch.
+
+    `before` says how often the run has trained so before: images come in another order, curves go on from there.
+    """
+    images, split, seed = job.config.images, job.dataset.train, job.config.seed + before
     stream = training_stream(
-        split, images.image, job.world, settings.batch_size, images.threads, job.config.seed, images.augment
+        split, images.image, job.world, settings.batch_size, images.threads, seed, images.augment
     )
     teacher = settings.distillation if isinstance(settings, TuningConfig) else None
     loss = taught(job.dense, teacher, settings) if teacher else None
@@ -26,7 +29,8 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str) -> N
     session = Session(job, trainer, stream)
     for epoch in range(session.resume(), settings.epochs):
         for progress in trainer.epoch(job.keeper.watched(stream, lambda: session.in_epoch(epoch))):  # noqa: B023
-            job.report.scalars(group, progress.step, {**asdict(progress), "step": None, "steps": None})
+            step = before * trainer.steps + progress.step
+            job.report.scalars(group, step, {**asdict(progress), "step": None, "steps": None})
         job.report.say(
             f"   epoch {epoch + 1}/{settings.epochs}: loss {progress.loss:.4f}, "
             f"{progress.images_per_second:.0f} images/s"

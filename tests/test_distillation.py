@@ -8,7 +8,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dist_prune.config import TrainingConfig
 from dist_prune.data import Batch
 from dist_prune.distillation import blocks, matched, relative_error, towards
 from dist_prune.finetune import Trainer
@@ -16,6 +15,7 @@ from dist_prune.models import CifarResNet
 from dist_prune.projection import rebuild
 from dist_prune.ranks import Choice, Plan
 from dist_prune.sites import survey
+from dist_prune.training_config import TrainingConfig
 from dist_prune.world import World, digest
 from tests.ranks import run_ranks
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from dist_prune.config import TrainingConfig, TuningConfig
 from dist_prune.data import Batch
 from dist_prune.finetune import (
     Trainer,
@@ -22,6 +21,7 @@ from dist_prune.finetune import (
     told,
 )
 from dist_prune.flags import ConfigError
+from dist_prune.training_config import TrainingConfig, TuningConfig
 from dist_prune.world import World, digest
 from tests.ranks import RanksFailed, run_ranks
 

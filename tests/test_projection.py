@@ -7,9 +7,20 @@ from torch import nn
 from dist_prune.bases import Basis, principal, solve
 from dist_prune.config import MethodConfig
 from dist_prune.moments import Moments, collect_moments
-from dist_prune.projection import balance, factor, project, project_output, rebuild
+from dist_prune.projection import balance, factor, project, project_output, rebuild, unfold
 from dist_prune.ranks import Choice, Plan
-from dist_prune.sites import Site, Survey, View, bias_of, describe, input_rows, output_rows, survey, weight_of
+from dist_prune.sites import (
+    Factored,
+    Site,
+    Survey,
+    View,
+    bias_of,
+    describe,
+    input_rows,
+    output_rows,
+    survey,
+    weight_of,
+)
 from dist_prune.statistics import Statistics
 from dist_prune.world import World, digest
 from tests.layers import LAYERS, layer
@@ -168,6 +179,47 @@ def test_all_ranks_hold_the_same_bits_and_their_number_does_not_matter(size: int
     results = run_ranks(compress_small, size)
     assert len({hash_ for hash_, _ in results}) == 1
     torch.testing.assert_close(results[0][1], alone, rtol=1e-4, atol=1e-5)
+
+
+def doubly_projected(kind: str, first: float, second: float, world: World):
+    """A layer, its pair, the pair unfolded, and that projected again to a smaller share of the outputs."""
+    model, once, x = projected(kind, first, world)
+    dense_again = unfold(once, ["0"])
+    site = describe("0", model[0])
+    moments = collect_moments(dense_again, [View(site)], [x], world)
+    rank = max(site.groups, int(second * site.outputs) // site.groups * site.groups)
+    bases = pca(dense_again, [site], moments, world)
+    return once, dense_again, project(dense_again, [site], bases, Plan((Choice("0", rank),))), bases["0"], rank, x
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_unfolded_pair_is_one_layer_that_computes_the_same(kind: str, world: World) -> None:
+    once, dense_again, *_, x = doubly_projected(kind, 0.75, 0.5, world)
+    assert type(dense_again[0]) in (nn.Conv2d, nn.Linear)
+    torch.testing.assert_close(dense_again(x), once(x), rtol=1e-9, atol=1e-9)
+    assert isinstance(once[0], Factored), "the network itself is left as it was"
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_pair_projected_again_is_the_triple_folded_into_two_layers(kind: str, world: World) -> None:
+    """Against reduce → expand → encode, decode about the mean, layer by layer."""
+    once, _, twice, basis, rank, x = doubly_projected(kind, 0.75, 0.5, world)
+    assert [type(m) for m in twice[0].children()] == [type(m) for m in once[0].children()]
+    assert twice[0].reduce.weight.shape[0] == rank
+    encode, decode = basis.kept(rank)
+    y = once[0](x)
+    site = describe("0", once[0].expand)
+    rows = output_rows(site, y).reshape(len(encode), site.outputs // len(encode), -1)
+    mean = basis.mean[..., None]
+    triple = decode @ (encode @ (rows - mean)) + mean
+    found = output_rows(site, twice[0](x)).reshape(triple.shape)
+    torch.testing.assert_close(found, triple, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_projecting_a_pair_again_at_its_own_rank_changes_nothing(kind: str, world: World) -> None:
+    once, *_, twice, _, _, x = doubly_projected(kind, 0.5, 0.5, world)
+    torch.testing.assert_close(twice(x), once(x), rtol=1e-8, atol=1e-8)
 
 
 def test_rebuilding_gives_the_same_shape_from_the_plan_alone(world: World) -> None:

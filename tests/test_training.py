@@ -1,12 +1,11 @@
 """Fine-tuning as part of a run: what its flags promise, and ranks that do not keep step."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.commands import shared_commands
-from tests.test_pipeline import NETWORK, Bench, result_of, write_images, write_weights
+from tests.runs import NETWORK, Bench, points, result_of, write_images, write_weights
 
 EVERYTHING = {
     "accumulate": 2,
@@ -20,27 +19,22 @@ ASTRAY = """
 import os
 import torch
 
-def here(model, number, change):
-    # on rank 1, in its forward pass of that number
-    calls = []
+def astray(num_classes, training, number):
+    # on rank 1, in its forward pass of that number in that mode, the last bias changes
+    model, passes = tiny(num_classes), []
     def hook(module, inputs):
-        calls.append(1)
-        if os.environ.get("RANK") == "1" and len(calls) == number:
-            change(module)
+        passes.append(module.training)
+        if os.environ.get("RANK") == "1" and module.training == training and passes.count(training) == number:
+            with torch.no_grad():
+                list(module.parameters())[-1][2] += 1e-6
     model.register_forward_pre_hook(hook)
     return model
 
-def astray(num_classes, number):
-    def change(model):
-        with torch.no_grad():
-            model[9].bias[2] += 1e-6
-    return here(tiny(num_classes), number, change)
-
 def loose(num_classes):
-    return astray(num_classes, 1)
+    return astray(num_classes, False, 1)
 
 def looser(num_classes):
-    return astray(num_classes, 2)
+    return astray(num_classes, True, 3)
 
 class Stumbling(nn.Identity):
     steps = 0
@@ -72,17 +66,19 @@ def test_a_run_says_how_it_trains_and_saves_the_averaged_weights(bench: Bench, t
     assert averaged["projected"] == last["projected"]
     assert averaged["parameter_hash"] != last["parameter_hash"]
     trained = [
-        [line["loss"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "lr" in line]
-        for name in ("run", "last")
+        [line["loss"] for line in points(tmp_path / name) if line["group"] == "train"] for name in ("run", "last")
     ]
     assert trained[0] == trained[1], "averaging does not touch training itself"
 
 
 @pytest.mark.parametrize(
     ("network", "told"),
-    [("loose", "(dense) {} 1 of 12: 9.bias"), ("looser", "(projected) {} 1 of 17: 9.expand.bias")],
+    [
+        ("loose", "parameters (dense) {} 1 of 12: 9.bias"),
+        ("looser", "parameters and buffers after step 5 {} 1 of 17: 9.expand.bias"),
+    ],
 )
-def test_a_rank_with_another_parameter_ends_the_run_at_the_next_evaluation(
+def test_a_rank_with_another_parameter_ends_the_run_at_the_next_comparison(
     bench: Bench, tmp_path: Path, network: str, told: str
 ) -> None:
     done = bench.commands(*bench.words(tmp_path / "run", arch=f"{bench.network}:{network}"), ranks=2)

@@ -22,11 +22,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_prune.config import TrainingConfig
 from dist_prune.data import Batch
 from dist_prune.finetune import Trainer
 from dist_prune.moments import collect_moments
 from dist_prune.sites import View, evaluating, survey
+from dist_prune.training_config import TrainingConfig
 from dist_prune.world import World, joined
 from tests.bench.timing import Pair, Row, command_line, interleaved, report, table, write_json
 from tests.ranks import run_alone, run_ranks
