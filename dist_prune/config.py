@@ -190,8 +190,11 @@ class CorrectionConfig:
     metric_damping: tuple[float, ...] = (0.1, 1.0)
     """regression: added to the Fisher metric, as shares of its largest eigenvalue (inf: no metric); each is
     tried, and the best on the images held out is taken."""
-    ridge: float = 1e-3
+    ridge: float = 0.03
     """Pull to the dense weights, as a share of the inputs' mean variance."""
+    repair: float = 2.0
+    """regression, with --ranks budget:…: a site's predicted loss counts exp(-R · share of sites after it), as they
+    repair part of it; 0: all losses count alike."""
     positions: int = 0
     """Output positions per image to solve from, a seeded choice; 0: all."""
     resolve_dense: bool = True
@@ -209,6 +212,7 @@ class CorrectionConfig:
     def __post_init__(self) -> None:
         _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
         _require(self.ridge > 0, f"--ridge {self.ridge}: expected above 0, or singular equations have no answer")
+        _require(self.repair >= 0, f"--repair {self.repair}: expected 0 or more")
         _require(self.positions >= 0, f"--positions {self.positions}: expected 0 or more")
         sound = self.metric_damping and min(self.metric_damping) > 0
         _require(bool(sound), f"--metric-damping {self.metric_damping}: expected one or more numbers above 0")

@@ -30,6 +30,7 @@ def distill(job: Job, model: nn.Module) -> None:
         batch_size=settings.distill_batch_size,
         lr=settings.distill_lr,
         weight_decay=0.0,
+        clip=1.0,  # gradients of batch norm that is frozen have no natural scale: without it, some runs diverged
         bn="frozen",
         accumulate=1,
         ema=0.0,

@@ -331,9 +331,7 @@ def calibration(job: Job, count: int) -> Stream:
 def unlabelled_stream(job: Job) -> Stream:
     """The images to correct with: `--calibrate-images` of `--calibrate-data`, or of the training images."""
     images, count = job.config.images, job.config.correction.calibrate_images
-    split = (
-        statistics_split(job, count) if job.unlabelled is None else limited(job.unlabelled, count, job.config.seed)
-    )
+    split = limited(job.unlabelled or job.dataset.train, count, job.config.seed)
     return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
 
 

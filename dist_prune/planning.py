@@ -21,7 +21,10 @@ from dist_prune.world import World
 
 @dataclass(frozen=True)
 class Planner:
-    """A rule and all it needs but the spectra; `latency` only where it is the budget, of batches of `batch`."""
+    """A rule and all it needs but the spectra; `latency` only where it is the budget, of batches of `batch`.
+
+    `repair`, for a budget, is how much later sites will repair; see `ranks.make_plan`.
+    """
 
     rule: Rule
     survey: Survey
@@ -29,6 +32,7 @@ class Planner:
     side: str
     batch: int
     latency: LatencyTable | None = None
+    repair: float = 0.0
 
     def check(self) -> None:
         """Refuse, before long work, what can be seen to be impossible without spectra.
@@ -43,7 +47,7 @@ class Planner:
 
     def plan(self, spectra: Spectra | None) -> Plan:
         """Apply the rule; see `ranks.make_plan`."""
-        return make_plan(self.rule, self.survey, self.round_to, self.side, spectra, self.latency)
+        return make_plan(self.rule, self.survey, self.round_to, self.side, spectra, self.latency, self.repair)
 
     def foreseen(self) -> tuple[Plan, str]:
         """The plan before anything was measured, and, where the rule needs more than that, what can be said."""
@@ -89,7 +93,8 @@ def planner(config: Run, found: Survey, world: World, latency: LatencyTable | No
     compression = config.compression
     round_to = compression.round_to or (8 if world.device.type == "cuda" else 1)
     rule, side = parse_rule(compression.ranks), compression.basis.side
-    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency)
+    repair = config.correction.repair if config.correction.correct == "regression" else 0.0
+    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency, repair)
 
 
 def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:

@@ -110,6 +110,7 @@ def make_plan(
     side: str = "output",
     spectra: Spectra | None = None,
     latency: LatencyTable | None = None,
+    repair: float = 0.0,
 ) -> Plan:
     """Apply the rule.
 
@@ -120,6 +121,7 @@ def make_plan(
         side: of the bases, which have no more directions than that side has dimensions.
         spectra: what directions are worth; the rules `energy` and `budget` need them.
         latency: what ranks cost, for a budget of latency.
+        repair: how much later sites repair, for a budget; see `_within`.
 
     Raises:
         PlanError: a file that cannot be used, a budget out of reach, or a rule without the spectra it needs.
@@ -137,7 +139,7 @@ def make_plan(
     elif rule.kind == "energy":
         plan = _plan(survey, [_by_energy(view, rule.amount, round_to, spectra) for view in views])
     else:
-        plan = _plan(survey, _within(require_reachable(rule, survey, round_to, side, latency), spectra))
+        plan = _plan(survey, _within(require_reachable(rule, survey, round_to, side, latency), spectra, repair))
     return with_losses(plan, survey, spectra) if spectra else plan
 
 
@@ -204,10 +206,16 @@ def require_reachable(
     )
 
 
-def _within(budget: Budget, spectra: Spectra) -> list[Choice]:
-    """The ranks of least predicted loss; see `knapsack.solve`."""
+def _within(budget: Budget, spectra: Spectra, repair: float) -> list[Choice]:
+    """The ranks of least predicted loss; see `knapsack.solve`.
+
+    A site that is solved anew repairs part of what those before it lost, above all what reaches it on a shortcut:
+    a loss counts exp(−repair · the share of sites still to come).
+    """
     menus = budget.menus
-    chosen = knapsack.solve([menu.options(spectra.tails(menu.site.name)) for menu in menus], budget.for_sites)
+    counts = [math.exp(-repair * (len(menus) - place) / len(menus)) for place in range(len(menus))]
+    options = [menu.options(n * spectra.tails(menu.site.name)) for n, menu in zip(counts, menus, strict=True)]
+    chosen = knapsack.solve(options, budget.for_sites)
     return [_chosen(menu, option) for menu, option in zip(menus, chosen, strict=True)]
 
 

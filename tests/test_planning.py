@@ -9,7 +9,7 @@ import pytest
 
 from dist_prune import load_compressed
 from tests.commands import shared_commands
-from tests.test_pipeline import CLASSES, NETWORK, TRAIN, Bench, result_of, write_images, write_weights
+from tests.runs import CLASSES, NETWORK, TRAIN, Bench, result_of, write_images, write_weights
 
 
 @pytest.fixture(scope="module")

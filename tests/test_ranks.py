@@ -328,6 +328,30 @@ def test_no_site_could_be_given_one_more_step(resnet20: Survey, of: str, round_t
                 assert after > share * total, f"{s.name} could have had {more}"
 
 
+def test_with_repair_of_two_equal_sites_the_later_one_keeps_more() -> None:
+    found = surveyed(site("early", 16, 64, 1), site("late", 16, 64, 1))
+    spectra = Spectra({name: torch.tensor([[0.5**k for k in range(16)]]) for name in ("early", "late")})
+    rule = Rule("budget", 0.6, of="macs")
+
+    def ranks(repair: float) -> tuple[int, int]:
+        plan = make_plan(rule, found, 1, spectra=spectra, repair=repair)
+        return plan.ranks["early"], plan.ranks["late"]
+
+    alike, tilted = ranks(0.0), ranks(2 * math.log(2))
+    assert abs(alike[0] - alike[1]) <= 1
+    # The early site's losses count half as much, one step of this spectrum.
+    assert 0 <= tilted[1] - tilted[0] - 1 <= 1
+
+
+def test_repair_changes_what_losses_count_not_what_is_predicted() -> None:
+    spectra = decaying(SMALL)
+    plan = make_plan(Rule("budget", 0.6, of="macs"), SMALL, 1, spectra=spectra, repair=2.0)
+    for choice in plan.choices:
+        if choice.rank is not None:
+            group = choice.rank // {s.name: s.groups for s in SMALL.sites}[choice.site]
+            assert choice.loss == pytest.approx(float(spectra.tails(choice.site)[group]))
+
+
 def test_a_budget_of_everything_keeps_everything(resnet20: Survey) -> None:
     plan = make_plan(Rule("budget", 1.0, of="macs"), resnet20, 1, spectra=decaying(resnet20))
     assert plan.ranks == {}
