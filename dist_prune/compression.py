@@ -98,6 +98,8 @@ def compress(job: Job) -> None:
     with job.report.phase("projection"):
         job.network = project(job.dense, sites, bases, job.plan, method.side)
     if config.iteration.is_iterative:
+        if config.correction.correct != "none":
+            job.report.say(f"--correct {config.correction.correct} is left out: training comes in between")
         tell_plan(job, 1)
 
 

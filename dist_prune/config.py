@@ -279,6 +279,17 @@ class Run:
     timeout: float = 1800.0
     """Seconds a collective may wait for a rank before the run ends; allow for rank 0's solves."""
 
+    @property
+    def keeps_to_dense(self) -> bool:
+        """Whether correction means anything: not after training in rounds, nor of untrained layers."""
+        return not self.iteration.is_iterative and self.compression.basis.method != "random-init"
+
+    @property
+    def repair(self) -> float:
+        """How much later sites repair of what earlier ones lose: `--repair` where they are solved anew, else 0."""
+        solved_anew = self.keeps_to_dense and self.correction.correct == "regression"
+        return self.correction.repair if solved_anew else 0.0
+
 
 def require_complete(run: Run) -> None:
     """A recipe may leave open what only its user knows; a run may not.

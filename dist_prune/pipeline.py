@@ -101,13 +101,12 @@ def story(job: Job) -> Iterator[Stage]:
     if config.until == "statistics":
         yield "statistics", gather
         return
-    trained = config.compression.basis.method == "random-init"  # nothing of the dense network is in it
     yield "baseline", baseline
     yield from stages(job)
     yield "projected", measured("projected")
     if config.compression.measure_sites:
         yield "measure sites", measure_alone
-    if not trained and not config.iteration.is_iterative:  # it would pull trained layers back to the dense ones
+    if config.keeps_to_dense:
         yield from corrections(config.correction)
     if config.distillation.distill_steps:
         yield "distillation", distill_further

@@ -93,8 +93,7 @@ def planner(config: Run, found: Survey, world: World, latency: LatencyTable | No
     compression = config.compression
     round_to = compression.round_to or (8 if world.device.type == "cuda" else 1)
     rule, side = parse_rule(compression.ranks), compression.basis.side
-    repair = config.correction.repair if config.correction.correct == "regression" else 0.0
-    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency, repair)
+    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency, config.repair)
 
 
 def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:

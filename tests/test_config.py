@@ -100,3 +100,20 @@ def test_settings_are_plain_json(recipe: str) -> None:
     content = to_dict(RECIPES[recipe])
     assert json.loads(json.dumps(content)) == content
     assert content["compression"]["ranks"] == RECIPES[recipe].compression.ranks
+
+
+@pytest.mark.parametrize(
+    ("flags", "repair"),
+    [
+        ((), 2.0),
+        (("--repair", "0.5"), 0.5),
+        (("--correct", "none"), 0.0),
+        (("--correct", "refit"), 0.0),
+        (("--step", "0.9"), 0.0),
+        (("--method", "random-init"), 0.0),
+    ],
+)
+def test_later_sites_count_as_repairing_only_where_they_are_solved_anew(
+    flags: tuple[str, ...], repair: float
+) -> None:
+    assert parse(["cifar10", *flags]).repair == repair
