@@ -71,7 +71,8 @@ class Commands:
             ranks: how many processes, told by torchrun's variables; 0 is a single one without them.
             function: what to call.
             deadline_s: all ranks are killed, and AssertionError raised, after so long.
-            more: `kill_when=GLOB` kills all ranks once such a file exists; other names are environment variables.
+            more: `kill_when=GLOB` kills once such a file exists, `kill_after=SECONDS` later; all ranks, unless
+                `kill_rank=N`; by SIGKILL, unless `kill_with=SIGNAME`. Other names are environment variables.
         """
         assert self.server.stdin and self.server.stdout
         with tempfile.TemporaryDirectory(dir=self.home) as folder:
@@ -81,6 +82,9 @@ class Commands:
                 "ranks": ranks,
                 "deadline_s": deadline_s,
                 "kill_when": more.pop("kill_when", ""),
+                "kill_after": float(more.pop("kill_after", "0")),
+                "kill_rank": more.pop("kill_rank", ""),
+                "kill_with": more.pop("kill_with", "SIGKILL"),
                 "environ": more,
                 "cwd": str(self.home),
                 "folder": folder,
@@ -163,11 +167,18 @@ def _ended(request: dict[str, Any], pids: list[int]) -> list[int] | None:
     """Wait for all; their exit codes, or None past the deadline."""
     codes: dict[int, int] = {}
     deadline, target = time.monotonic() + request["deadline_s"], Path(request["kill_when"] or "/never")
-    late = False
+    late, due = False, float("inf")
+    victims = [pids[int(request["kill_rank"])]] if request["kill_rank"] else list(pids)
     while len(codes) < len(pids):
         late = late or time.monotonic() > deadline
+        if due == float("inf") and any(target.parent.glob(target.name)):
+            due = time.monotonic() + request["kill_after"]
+        if time.monotonic() > due:
+            for pid in [p for p in victims if p not in codes]:
+                os.kill(pid, signal.Signals[request["kill_with"]])
+            victims = []
         for pid in [p for p in pids if p not in codes]:
-            if late or any(target.parent.glob(target.name)):
+            if late:
                 os.kill(pid, signal.SIGKILL)
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
