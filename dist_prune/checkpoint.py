@@ -80,9 +80,9 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(path: Path) -> None:
-    """Write the file's checksum beside it; without that, the file counts as unfinished."""
-    write_text(_seal_of(path), f"{checksum(path)}  {path.name}\n")
+def seal(path: Path, known: str = "") -> None:
+    """Write the file's checksum, where it is not `known`, beside it; without that, the file counts as unfinished."""
+    write_text(_seal_of(path), f"{known or checksum(path)}  {path.name}\n")
 
 
 def _seal_of(path: Path) -> Path:
@@ -133,8 +133,7 @@ def save(folder: Path, snapshot: Snapshot, world: World, keep: int = 2) -> Path:
     content = {"schema": SCHEMA, "parts": parts, "whole": snapshot.whole, "common": snapshot.common}
 
     def finish() -> None:
-        _write(path, content)
-        seal(path)
+        seal(path, _write(path, content))
         _forget_old(folder, keep)
 
     world.from_first(finish)
