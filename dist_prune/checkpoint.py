@@ -81,7 +81,7 @@ def checksum(path: Path) -> str:
 
 
 def seal(path: Path, known: str = "") -> None:
-    """Write the file's checksum, where it is not `known`, beside it; without that, the file counts as unfinished."""
+    """Write the file's checksum, if not `known`, beside it; without that, the file counts as unfinished."""
     write_text(_seal_of(path), f"{known or checksum(path)}  {path.name}\n")
 
 

@@ -62,7 +62,7 @@ class Commands:
         )
 
     def __call__(
-        self, *words: object, ranks: int = 1, function: str = MAIN, deadline_s: float = 60, **more: str
+        self, *words: object, ranks: int = 1, function: str = MAIN, deadline_s: float = 120, **more: str
     ) -> Done:
         """Call `function`, a `module:name` that takes the words and returns an exit code, on every rank.
 
