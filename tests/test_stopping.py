@@ -1,6 +1,7 @@
 """Asked to leave: a signal to any rank, in any phase, has all ranks save and leave with a code of its own."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from dist_prune.stopping import PREEMPTED, STUCK, listening, restarts
+from tests.pictures import picture, save
 from tests.runs import Bench, result_of
 from tests.test_kills import EVERYTHING, check, places, undisturbed  # noqa: F401  the fixture
 
@@ -66,17 +68,16 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_to_the_same_bits(
 
 
 def test_restarts_that_get_no_further_end_with_a_code_of_their_own(bench: Bench, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    words = bench.words(folder, **EVERYTHING)
-    done = bench.commands(*words, ranks=2, kill_when=f"{folder}/owner.json")
-    assert set(done.codes) == {-signal.SIGKILL}
-    for count in range(1, 5):
-        (folder / "owner.json").unlink(missing_ok=True)
-        done = bench.commands(
-            *words, ranks=2, kill_when=f"{folder}/owner.json" if count < 4 else "", SLURM_RESTART_COUNT=str(count)
-        )
+    """Every start fails at the same image, which is larger in the end."""
+    folder, data = tmp_path / "run", Path(shutil.copytree(bench.data, tmp_path / "images"))
+    save(data / "val" / "d" / "1.png", picture(16, 12))
+    words = bench.words(folder, epochs=0, sites="5", data=data)
+    for count in range(5):
+        done = bench.commands(*words, ranks=2, SLURM_RESTART_COUNT=str(count))
+        assert all(done.codes) and (STUCK in done.codes) == (count == 4), count
     assert done.codes == [STUCK, STUCK]
     assert len(done.errors) == 1
     assert "3 restarts in a row began at the same place (the beginning) and got no further" in done.errors[0]
-    bench.commands.succeed(*bench.words(folder, **EVERYTHING, resume=True), ranks=2)
-    assert result_of(folder)["tuned"]
+    save(data / "val" / "d" / "1.png", picture(16, 16))
+    bench.commands.succeed(*words, "--resume", ranks=2)
+    assert result_of(folder)["projected"]
