@@ -78,7 +78,8 @@ class Gather:
 def is_wanted(environ: Mapping[str, str]) -> bool:
     """Whether the job that this process belongs to is to go on: SLURM counts a cancelled one as not running."""
     job = environ.get("SLURM_JOB_ID") if environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
-    return job is None or "JobState=RUNNING " in _asked("scontrol", "show", "job", "-o", job)
+    told = "" if job is None else _asked("scontrol", "show", "job", "-o", job)
+    return job is None or re.search(r"JobState=(RUNNING|SIGNALING) ", told) is not None
 
 
 # ── the files that jobs need ───────────────────────────────────────────────────────────────────────────────

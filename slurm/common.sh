@@ -49,14 +49,16 @@ run_ranks() {
     return "$status"
 }
 
-# requeue_if_stopped STATUS RETRIES: queue the job again if its ranks stopped because a signal asked them to (75),
-# or if they failed and the job was restarted fewer than RETRIES times; never one that was cancelled.
+# requeue_if_stopped STATUS RETRIES: queue the job again if its ranks stopped because a signal asked them to (75), if
+# the warning ended them while they still started (USR1 138, USR2 140; ten times at most), or if they failed and the
+# job was restarted fewer than RETRIES times; never one that was cancelled.
 requeue_if_stopped() {
     local status=$1 retries=$2 restarts=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
     job=${job:-$SLURM_JOB_ID}
-    ((status == 75 || (status != 0 && status != 2 && restarts < retries))) || return 0
-    scontrol show job -o "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING .*BatchFlag=1 ' || return 0
+    ((status == 138 || status == 140)) && retries=$((retries > 10 ? retries : 10))
+    ((status == 75 || (status != 0 && status != 2 && status != 3 && restarts < retries))) || return 0
+    scontrol show job -o "$SLURM_JOB_ID" | grep -Eq 'JobState=(RUNNING|SIGNALING) .*BatchFlag=1 ' || return 0
     echo "ranks ended with status $status: queued again, to go on from the last checkpoint"
     trap - TERM USR1 USR2
     scontrol requeue "$job" && sleep 60 # until SLURM ends this shell: ending by itself could overtake the requeue

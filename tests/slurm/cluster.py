@@ -207,7 +207,7 @@ class Cluster:
         while True:
             shown = self.show(job)
             state = shown.get("JobState", "")
-            if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
+            if state not in ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING", "REQUEUED"):
                 return state
             if state == "PENDING" and shown.get("Reason") == "BeginTime":
                 self.release(job)

@@ -62,6 +62,18 @@ def test_a_warning_before_the_time_limit_saves_requeues_and_goes_on(jobs: Jobs, 
     assert "left: asked to leave by SIGUSR2; saved" in jobs.log("warned")
 
 
+@pytest.mark.slow
+def test_a_warning_while_ranks_still_start_has_the_job_queued_again(jobs: Jobs) -> None:
+    job = jobs.submit("early", "--nodelist=n1", gpus=1)
+    wait_for(
+        lambda: any(b"launch/local.py" in command_of(pid) for pid in jobs.cluster.processes_of(job)), 100, "a rank"
+    )
+    jobs.cluster.run("scancel", "--signal=USR2", job)
+    assert jobs.cluster.finish(job, 500) == "COMPLETED", jobs.log("early")
+    assert jobs.cluster.show(job)["Restarts"] == "1"
+    assert "ranks ended with status 140: queued again" in jobs.log("early")
+
+
 def test_a_killed_rank_ends_the_job_with_a_failure_within_a_minute(jobs: Jobs) -> None:
     job = started(jobs, "killed", "--nodelist=n2")
     kill_one_rank(jobs, job)
@@ -145,7 +157,7 @@ def environ_of(pid: int) -> bytes:
 @pytest.mark.timeout(1500)
 def test_a_run_longer_than_its_time_limit_takes_several_turns(jobs: Jobs, tmp_path: Path) -> None:
     expected = undisturbed(jobs, tmp_path / "run", LONG)
-    job = jobs.submit("limited", "--time=2", "--signal=USR2@60", epochs=LONG)
+    job = jobs.submit("limited", "--time=3", "--signal=USR2@60", epochs=LONG)
     assert jobs.cluster.finish(job, 1000) == "COMPLETED", jobs.log("limited")
     restarts = int(jobs.cluster.show(job)["Restarts"])
     assert restarts >= 1
