@@ -22,10 +22,11 @@ from typing import Any
 
 from dist_prune.checkpoint import name_of
 from dist_prune.report import table
-from tests.bench.timing import command_line, machine, write_json
+from tests.bench.timing import machine, write_json
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "quality.json"
+COMMAND = "uv run python -m tests.bench.quality --data DIR --weights FILE"
 SEEDS = (0, 1, 2)
 UNTUNED = ("--epochs", "0")
 
@@ -61,10 +62,16 @@ def own_way(share: float, images: int, *more: str) -> Way:
 
 
 DISTILLED = ("--distill-steps", "300", "--distill-images", "8192", "--pad", "0")
-WAYS: dict[float, tuple[Way, ...]] = {
-    share: (seed_way(ratio), own_way(share, 512, "--mirrored"), own_way(share, 4096, *DISTILLED))
-    for share, ratio in ((0.584, 0.5), (0.346, 0.28))
-}
+RATIOS = {
+    0.584: 0.5,
+    0.346: 0.28,
+}  # share of the MACs → uniform ratio that costs as much or less
+
+
+def ways(share: float, distilled: bool) -> tuple[Way, ...]:
+    """What is compared at a share of the MACs."""
+    in_closed_form = seed_way(RATIOS[share]), own_way(share, 512, "--mirrored")
+    return (*in_closed_form, own_way(share, 4096, *DISTILLED)) if distilled else in_closed_form
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where the runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--ranks", type=int, default=2, help="processes of each run")
-    parser.add_argument("--budgets", type=float, nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(RATIOS), choices=list(RATIOS))
+    parser.add_argument(
+        "--distilled", action="store_true", help="from more images, then distilled, too: minutes each"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("more", nargs="*", help="after --: flags for every run")
     options = parser.parse_args()
@@ -140,10 +150,11 @@ def main() -> None:
         setattr(options, name, getattr(options, name).resolve())
     found: list[Row] = []
     for budget in options.budgets:
-        for way in WAYS[budget]:
+        for way in ways(budget, options.distilled):
             found += rows(way, results(way, options))
             print(show(found, options.seeds), flush=True)
-    content = {"command": command_line("tests.bench.quality"), "machine": machine()}
+    command = f"{COMMAND}{' --distilled' if options.distilled else ''}"
+    content = {"command": command, "machine": machine(), "ranks": options.ranks}
     write_json(options.output, content | {"seeds": list(options.seeds), "rows": [asdict(row) for row in found]})
 
 
