@@ -113,9 +113,14 @@ class Kept:
     batches: tuple[Batch, ...]
     device: torch.device
 
+    @property
+    def count(self) -> int:
+        """Of all images."""
+        return sum(len(b.images) for b in self.batches)
+
     def open(self, images: int = 0) -> Iterator[Batch]:
         """The first so many images; 0: all."""
-        left = images or sum(len(b.images) for b in self.batches)
+        left = images or self.count
         for b in self.batches:
             some, left = slice(0, left), max(0, left - len(b.images))
             if len(b.images[some]):
@@ -190,7 +195,7 @@ def _compress(run: Run, model: nn.Module, given: Kept, world: World) -> Compress
     if run.correction.correct != "none":
         require_deterministic(model, probe, world)
     sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed)
-    for told in statistics.warnings(sums, found.sites, basis, len(list(given.open()))):
+    for told in statistics.warnings(sums, found.sites, basis, given.count):
         warnings.warn(told, stacklevel=3)
     bases = solve(model, found.sites, sums, basis, run.seed, world)
     plan = plans.plan(spectra_of(bases, basis))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import tyro
 
 from dist_prune import cli
 from dist_prune.console import columns, hanging
-from dist_prune.flags import ConfigError
+from dist_prune.flags import ConfigError, did_you_mean
 from dist_prune.help import Program
 from dist_prune.recipes import RECIPES
 
@@ -149,8 +148,7 @@ def find(name: str) -> Command:
         return COMMANDS[name]
     if name in RECIPES:
         raise ConfigError(f"{name!r} is a recipe, not a command: dist-prune run {name}")
-    close = difflib.get_close_matches(name, COMMANDS, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"commands: {', '.join(COMMANDS)}"
+    hint = did_you_mean(name, COMMANDS, f"commands: {', '.join(COMMANDS)}")
     raise ConfigError(f"unknown command {name!r}; {hint}")
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 
 class ConfigError(ValueError):
     """A setting that cannot be; the message names the flag."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What may have been meant by a name that is not known: close ones as a question, or `otherwise`."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def require(holds: bool, message: str) -> None:

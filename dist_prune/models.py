@@ -133,16 +133,23 @@ def _from_file(arch: str, classes: int) -> nn.Module:
 
 def is_timms(arch: str) -> bool:
     """Whether `build` takes the network from timm; a name that torchvision knows, too, is torchvision's."""
-    others = (*CIFAR_DEPTHS, "mnist", *torchvision.models.list_models(module=torchvision.models))
-    if arch.partition(":")[0].endswith(".py") or arch in others or importlib.util.find_spec("timm") is None:
+    if (
+        arch.partition(":")[0].endswith(".py")
+        or arch in _without_timm()
+        or importlib.util.find_spec("timm") is None
+    ):
         return False
     import timm  # noqa: PLC0415  an optional extra
 
     return bool(timm.is_model(arch))
 
 
+def _without_timm() -> list[str]:
+    return [*CIFAR_DEPTHS, "mnist", *torchvision.models.list_models(module=torchvision.models)]
+
+
 def _from_timm(arch: str, classes: int) -> nn.Module:
-    known = [*CIFAR_DEPTHS, "mnist", *torchvision.models.list_models(module=torchvision.models)]
+    known = _without_timm()
     hint = "timm is not installed (the `timm` extra), so its names were not searched"
     if importlib.util.find_spec("timm") is not None:
         import timm  # noqa: PLC0415  an optional extra

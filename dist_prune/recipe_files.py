@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 import types
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import tomli_w
 
 from dist_prune.config import Run, to_dict
-from dist_prune.flags import ConfigError
+from dist_prune.flags import ConfigError, did_you_mean
 from dist_prune.settings import changed, settings
 
 BASE = "recipe"  # the key that names the recipe on which a file builds
@@ -85,8 +84,7 @@ def _values(content: Mapping[str, Any], table: str = "") -> dict[str, Any]:
 
 
 def _hint(name: str, known: list[str], what: str) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"{what}: {', '.join(known)}"
+    return did_you_mean(name, known, f"{what}: {', '.join(known)}")
 
 
 def _converted(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401  any value of any type

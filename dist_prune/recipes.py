@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from dist_prune.config import (
     Run,
 )
 from dist_prune.console import columns
-from dist_prune.flags import ConfigError
+from dist_prune.flags import ConfigError, did_you_mean
 from dist_prune.help import Program, page
 from dist_prune.recipe_files import is_file, keys_of, read_recipe
 from dist_prune.training_config import IterationConfig, TrainingConfig, TuningConfig
@@ -112,8 +111,7 @@ def find(name: str) -> Run:
         return read_recipe(Path(name), RECIPES)
     if name in RECIPES:
         return RECIPES[name]
-    close = difflib.get_close_matches(name, RECIPES, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"recipes: {', '.join(RECIPES)}, or a .toml file"
+    hint = did_you_mean(name, RECIPES, f"recipes: {', '.join(RECIPES)}, or a .toml file")
     raise ConfigError(f"unknown recipe {name!r}; {hint}")
 
 

@@ -209,6 +209,14 @@ def test_too_few_rows_are_warned_of() -> None:
         compress(perceptron(), noise(12), "uniform:0.5", method="pca")
 
 
+def test_probes_are_counted_by_image() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(perceptron(), noise(12), "uniform:0.5", method="hessian-global", correct="none")
+    with pytest.warns(UserWarning, match="16 probes for 24 dimensions"):
+        compress(perceptron(), noise(12, batches=1), "uniform:0.5", method="hessian-global", correct="none")
+
+
 def test_options_reach_their_places() -> None:
     model, batches = perceptron(), noise(12)
     assert compress(model, batches, "uniform:0.3", sites="2", round_to=4).plan.ranks == {"2": 8}

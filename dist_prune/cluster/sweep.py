@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from dist_prune.checkpoint import is_intact
 from dist_prune.config import DATA_FREE, Run, require_complete, to_dict
-from dist_prune.flags import ConfigError
+from dist_prune.flags import ConfigError, did_you_mean
 from dist_prune.recipes import parse
 from dist_prune.settings import settings
 from dist_prune.statistics import origin
@@ -127,10 +126,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     key = key.removeprefix("--").replace("_", "-")
     known = sorted(settings().keys() - NOT_SWEPT)
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=3)
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else "keys are the flags of a run without their dashes"
-        )
+        hint = did_you_mean(key, known, "keys are the flags of a run without their dashes")
         raise ConfigError(f"--sweep {text}: there is no {key!r} to sweep over; {hint}")
     if not equals or not all(values.split(",")):
         raise ConfigError(f"--sweep {text}: expected values, such as seed=0,1,2")
