@@ -138,6 +138,8 @@ class MethodConfig:
     """Training images the statistics see; 0: all."""
     statistics: Path | None = None
     """Take the statistics from this file, of an earlier run's directory, instead of collecting them."""
+    statistics_bf16: bool = False
+    """Run the network in bfloat16 autocast for the statistics; products stay float32, sums float64."""
     chunk_mb: int = 128
     """Input side: memory for patches at a time, MiB."""
 
@@ -154,6 +156,13 @@ class MethodConfig:
         _require(not wrong_side, f"--method {self.method} is of outputs; on --side input use pca or hessian-local")
         unused = self.statistics is not None and self.method in DATA_FREE
         _require(not unused, f"--statistics: --method {self.method} uses none; leave it out")
+        rough = self.statistics_bf16 and (self.probing or self.method in DATA_FREE)
+        _require(not rough, "--statistics-bf16: goes with pca, whitened-svd, gradient, fisher and hessian-local")
+
+    @property
+    def probing(self) -> bool:
+        """Whether curvature comes from trials along random directions."""
+        return self.method == "hessian-global" or self.sampled
 
     def _require_fitting(self, flag: str, given: bool, method: Method, why: str) -> None:
         _require(not given or self.method == method, f"--{flag} goes with --method {method}; {why}")

@@ -169,8 +169,9 @@ class _Sum:
         return (weight.mT @ rows.flatten(2)).reshape(site.groups, self.view.width, *rows.shape[2:])
 
     def _by_image(self, rows: Tensor) -> Tensor:
-        """(g·k, entries, positions) → (g, k, images, all positions of the image)."""
+        """(g·k, entries, positions) → (g, k, images, all positions of the image), float32 or wider."""
         entries = len(self.pending[0][1]) // self.images
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return rows.reshape(self.view.site.groups, -1, rows.shape[1] // entries, entries * rows.shape[2])
 
 
@@ -183,6 +184,7 @@ def collect_curvature(
     objective: Objective,
     means: Mapping[str, Tensor] | None = None,
     watch: Watch = unwatched,
+    bf16: bool = False,
 ) -> dict[str, Tensor]:
     """Mean over all images and draws of `step`, for all sites, from one forward and `draws` backwards a batch.
 
@@ -195,6 +197,7 @@ def collect_curvature(
         objective: what is differentiated.
         means: site name → mean row (g, k); without it rows are not centred (`fisher` does not use them).
         watch: hands over the batches.
+        bf16: run the network in bfloat16 autocast, forward and backward; `step` is given float32.
 
     Returns:
         site name → (g, k, k), float64, symmetrised, equal on all ranks.
@@ -213,7 +216,7 @@ def collect_curvature(
             stack.callback(each.module.register_forward_hook(each.forward).remove)
         for batch in watch(batches, kept):
             if len(batch.images):
-                _differentiate(model, sums, batch, int(number), objective)
+                _differentiate(model, sums, batch, int(number), objective, bf16)
             images += len(batch.images)
             number += 1
     _require_sound(sums, world)
@@ -225,10 +228,14 @@ def collect_curvature(
     return {name: (total + total.mT) / scale for name, total in totals.items()}
 
 
-def _differentiate(model: nn.Module, sums: list[_Sum], batch: Batch, number: int, objective: Objective) -> None:
+def _differentiate(
+    model: nn.Module, sums: list[_Sum], batch: Batch, number: int, objective: Objective, bf16: bool
+) -> None:
     for each in sums:
         each.begin(number, len(batch.images))
-    losses = list(objective(logits_of(model(batch.images)), batch))
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+        logits = logits_of(model(batch.images))
+    losses = list(objective(logits.float() if bf16 else logits, batch))
     for loss in losses:
         torch.autograd.backward(loss, retain_graph=loss is not losses[-1])
 

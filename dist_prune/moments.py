@@ -205,6 +205,7 @@ def collect_moments(
     batches: Iterable[Tensor],
     world: World,
     watch: Watch = unwatched,
+    bf16: bool = False,
 ) -> dict[str, Moments]:
     """Moments of all sites from one forward pass over this rank's batches, summed over the ranks.
 
@@ -214,6 +215,7 @@ def collect_moments(
         batches: images (N, 3, H, W) of this rank; N may be 0 and may differ between ranks.
         world: the ranks to sum over.
         watch: hands over the batches.
+        bf16: run the network in bfloat16 autocast; what its layers return is then summed as exactly as else.
 
     Returns:
         site name → moments, equal on all ranks.
@@ -224,7 +226,8 @@ def collect_moments(
     with accumulating(model, views, world.device) as accumulators, evaluating(model), full_float32():
         for images in watch(batches, accumulators):
             if len(images):
-                model(images)
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+                    model(images)
     return sum_moments({name: a.moments() for name, a in accumulators.items()}, world)
 
 
@@ -246,8 +249,9 @@ def accumulating(
 def _feed(view: View, accumulator: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         source = view.source(inputs[0], y).detach()
-        for chunk in view.chunks(y, len(y)):
-            accumulator.add(view.rows(module, source[chunk]))
+        with torch.autocast(y.device.type, enabled=False):  # the network's, not ours
+            for chunk in view.chunks(y, len(y)):
+                accumulator.add(view.rows(module, source[chunk]))
 
     return hook
 

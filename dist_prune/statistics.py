@@ -84,20 +84,20 @@ def collect(
         return Statistics()
     views = [View(site, method.side, method.chunk_mb << 20) for site in sites]
     passes = passes or Passes()
-    watch = passes.watch
+    watch, bf16 = passes.watch, method.statistics_bf16
     if method.method == "fisher":
-        return _fisher(model, views, batches(0), world, _objective(method, seed), watch)
+        return _fisher(model, views, batches(0), world, _objective(method, seed), watch, bf16)
     moments = passes.once(
-        lambda: collect_moments(model, views, (batch.images for batch in batches(0)), world, watch)
+        lambda: collect_moments(model, views, (batch.images for batch in batches(0)), world, watch, bf16)
     )
     means = {name: m.mean for name, m in moments.items()}
-    if method.method == "hessian-global" or method.sampled:
+    if method.probing:
         gather = collect_sampled if method.sampled else collect_global
         probing = Probing(LOSSES[method.loss], seed, method.rank_loss)
         return Statistics(moments, gather(model, views, batches(method.probes), world, probing, means, watch))
     if method.method in STEPS:
         step, objective = STEPS[method.method], _objective(method, seed)
-        curvature = collect_curvature(model, views, batches(0), world, step, objective, means, watch)
+        curvature = collect_curvature(model, views, batches(0), world, step, objective, means, watch, bf16)
         return Statistics(moments, curvature)
     return Statistics(moments)
 
@@ -115,6 +115,7 @@ def _fisher(
     world: World,
     objective: Objective,
     watch: Watch,
+    bf16: bool,
 ) -> Statistics:
     """Moments and gradients from one pass: the metric needs no mean."""
     with accumulating(model, views, world.device) as accumulators, full_float32():
@@ -122,14 +123,13 @@ def _fisher(
         def both(batches: Iterable[T], sums: Mapping[str, Sums]) -> Iterable[T]:
             return watch(batches, {**sums, **{f"moments/{name}": a for name, a in accumulators.items()}})
 
-        curvature = collect_curvature(model, views, batches, world, STEPS["fisher"], objective, watch=both)
+        curvature = collect_curvature(model, views, batches, world, STEPS["fisher"], objective, None, both, bf16)
     return Statistics(sum_moments({name: a.moments() for name, a in accumulators.items()}, world), curvature)
 
 
 def warnings(statistics: Statistics, sites: Sequence[Site], method: MethodConfig, images: int) -> list[str]:
     """What leaves directions undetermined: fewer rows, or fewer probes, than dimensions; sites named."""
     told = []
-    probing = method.method == "hessian-global" or method.sampled
     for site in sites:
         width = View(site, method.side).width
         rows = int(statistics.moments[site.name].count) if site.name in statistics.moments else width
@@ -139,7 +139,7 @@ def warnings(statistics: Statistics, sites: Sequence[Site], method: MethodConfig
                 f"raise --statistics-images"
             )
         probes = min(method.probes, images) // site.groups
-        if probing and probes < width:
+        if method.probing and probes < width:
             told.append(
                 f"{site.name}: {probes} probes for {width} dimensions, the Hessian is rank-deficient; "
                 f"raise --probes"
@@ -195,7 +195,6 @@ def load(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: 
 def origin(method: MethodConfig, model_digest: str, data_digest: str, image: Any, seed: int) -> dict[str, Any]:  # noqa: ANN401
     """What statistics depend on, beyond rounding: plain types, to be compared."""
     random = method.method not in ("pca", "whitened-svd", "gradient")
-    probing = method.method == "hessian-global" or method.sampled
     return {
         "model": model_digest,
         "images": data_digest,
@@ -205,7 +204,8 @@ def origin(method: MethodConfig, model_digest: str, data_digest: str, image: Any
         "loss": method.loss if random else None,
         "sampled": method.sampled,
         "rank_loss": method.rank_loss,
-        "draws": method.draws if random and not probing else None,
-        "probes": method.probes if probing else None,
+        "draws": method.draws if random and not method.probing else None,
+        "probes": method.probes if method.probing else None,
+        "bf16": method.statistics_bf16 or None,
         "seed": seed if random else None,
     }

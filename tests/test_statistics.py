@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_prune import statistics
 from dist_prune.bases import solve
 from dist_prune.checkpoint import CheckpointError
 from dist_prune.config import MethodConfig
+from dist_prune.curvature import differentiating
 from dist_prune.data import Batch
 from dist_prune.flags import ConfigError
 from dist_prune.moments import Moments, StatisticsError
@@ -72,6 +73,55 @@ def test_every_method_compresses_and_is_exact_at_full_rank(method: MethodConfig,
     assert all(torch.isfinite(b.spectrum).all() for b in bases.values())
 
 
+def test_a_bf16_forward_is_summed_as_exactly_as_any(world: World) -> None:
+    """Outputs and gradients are bfloat16 numbers; products of them are not."""
+    method, model = MethodConfig("fisher", loss="mse", statistics_bf16=True), network()
+    found = statistics.collect(model, SITES, batches, world, method, 0)
+    plain = statistics.collect(model, SITES, batches, world, replace(method, statistics_bf16=False), 0)
+    for site in SITES:
+        rows, slopes = seen_in_bf16(model, site.name)
+        moments, fisher = found.moments[site.name], found.curvature[site.name]
+        grouped = rows.unflatten(0, (site.groups, -1))
+        expected = torch.stack([torch.cov(group.flatten(1), correction=0) for group in grouped])
+        torch.testing.assert_close(moments.covariance, expected, rtol=1e-5, atol=1e-6)
+        slopes = slopes.unflatten(0, (site.groups, -1)).flatten(2)
+        torch.testing.assert_close(fisher, slopes @ slopes.mT / IMAGES, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments.covariance, plain.moments[site.name].covariance, rtol=0.05, atol=0.01)
+        assert not torch.allclose(moments.covariance, plain.moments[site.name].covariance, rtol=1e-6)
+
+
+def seen_in_bf16(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """A layer's outputs, and the gradients of the drawn objective, over all images, (C, images·positions)."""
+    module, seen, slopes = model.get_submodule(name), [], []
+    objective = statistics.Objective("mse")
+    for batch in batches(0):
+        outputs: list[Tensor] = []
+        handle = module.register_forward_hook(lambda _m, _x, y, kept=outputs: kept.append(y))
+        with differentiating(model), torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch.images.requires_grad_())
+        handle.remove()
+        for loss in objective(logits.float(), batch):
+            (slope,) = torch.autograd.grad(loss, outputs[0])
+        assert slope.dtype == outputs[0].dtype == torch.bfloat16
+        seen.append(outputs[0].detach().double().transpose(0, 1).flatten(1))
+        slopes.append(slope.double().transpose(0, 1).flatten(1))
+    return torch.cat(seen, 1), torch.cat(slopes, 1)
+
+
+@pytest.mark.parametrize("kind", ["pca", "hessian-local", "gradient"])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_bf16_statistics_are_near_the_others(kind: str, side: str, world: World) -> None:
+    method = MethodConfig(kind, side=side, loss="mse", statistics_bf16=True)  # type: ignore[arg-type]
+    found = statistics.collect(network(), SITES, batches, world, method, 0)
+    plain = statistics.collect(network(), SITES, batches, world, replace(method, statistics_bf16=False), 0)
+    for site in SITES:
+        near = [(found.moments[site.name].covariance, plain.moments[site.name].covariance)]
+        near += [(found.curvature[site.name], plain.curvature[site.name])] if plain.curvature else []
+        for rough, exact in near:
+            assert rough.dtype == torch.float64
+            assert (rough - exact).norm() < 0.03 * exact.norm()
+
+
 @pytest.mark.parametrize("method", METHODS[:11], ids=lambda m: f"{m.method}-{m.side}-{m.loss}")
 def test_statistics_come_back_from_disk_bit_for_bit(method: MethodConfig, world: World, tmp_path: Path) -> None:
     found = statistics.collect(network(), SITES, batches, world, method, seed=0)
@@ -93,6 +143,7 @@ def test_statistics_come_back_from_disk_bit_for_bit(method: MethodConfig, world:
         ({"images": "other"}, "images: b there, other here"),
         ({"image": {"crop": 7}}, "image: {'crop': 6} there, {'crop': 7} here"),
         ({"side": "input"}, "side: output there, input here"),
+        ({"bf16": True}, "bf16: None there, True here"),
         ({"seed": 4, "draws": 3}, "draws: 1 there, 3 here; seed: 0 there, 4 here"),
     ],
 )
@@ -155,6 +206,8 @@ def test_too_few_rows_and_probes_are_told_with_the_site(world: World) -> None:
         ({"method": "random", "statistics": Path("x")}, "--method random uses none; leave it out"),
         ({"method": "fisher", "damping": 0.0}, "--damping 0.0: expected above 0"),
         ({"probes": 0}, "--probes 0"),
+        ({"method": "hessian-global", "statistics_bf16": True}, "--statistics-bf16: goes with pca"),
+        ({"method": "weight-svd", "statistics_bf16": True}, "--statistics-bf16: goes with pca"),
     ],
 )
 def test_flags_that_do_not_fit_the_method_say_what_to_do(settings: dict[str, object], message: str) -> None:
