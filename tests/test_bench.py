@@ -59,7 +59,7 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(build("resnet20", 10).state_dict(), tmp_path / "dense.pt")
     given = ["--data", tmp_path / "data", "--weights", tmp_path / "dense.pt", "--runs", tmp_path / "runs"]
-    asked = ["--seeds", 0, "--budgets", 0.584, "--peers", "--tuned", "--tuning-images", 20]
+    asked = ["--seeds", 0, "--budgets", 0.584, "--peers", "--tuned", 0, "--tuning-images", 20]
     words = [*given, *asked, "--output", tmp_path / "quality.json"]
     command = [sys.executable, "-m", "tests.bench.quality", *map(str, words)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=880)

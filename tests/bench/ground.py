@@ -53,8 +53,13 @@ class Ground:
         return score(found, len(self.dataset.val), self.world, self.reference)
 
     def tune(self, network: nn.Module, seed: int, distill: str, epochs: int, images: int = 0) -> Metrics:
-        """Train `network`, in place, as the recipe does, and measure it; `images` 0: all."""
-        how = replace(RECIPE.tuning, epochs=epochs, batch_size=PER_STEP, distill=distill)
+        """Train `network`, in place, as the recipe does, and measure it; `images` 0: all.
+
+        In bfloat16 and channels last: on processors with tensor tiles twice as fast, for all networks alike.
+        """
+        how = replace(
+            RECIPE.tuning, epochs=epochs, batch_size=PER_STEP, distill=distill, bf16=True, channels_last=True
+        )
         balance(network)
         split, shape = self.training(images, seed), RECIPE.images
         stream = training_stream(split, SPEC, self.world, PER_STEP, shape.threads, seed, shape.augment)

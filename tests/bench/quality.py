@@ -1,12 +1,12 @@
 """What compression costs in accuracy at a given share of the MACs: this project's ways against others.
 
-    uv run python -m tests.bench.quality --data DIR --weights FILE [--distilled] [--peers] [--tuned]
+    uv run python -m tests.bench.quality --data DIR --weights FILE [--distilled] [--peers] [--tuned SEED …]
 
 DIR is a CIFAR-10 folder of JPEGs (train/ and val/), FILE a ResNet-20 state dict. Every cell of this project is a
 run of launch/local.py, started as a user starts it, once for each seed: the seed chooses the training images that
 statistics and correction see. `--peers` adds methods of others, at as many MACs; `--tuned` the same two epochs of
-fine-tuning of every network, from labels alone and with distillation from the dense network. Figures are of the
-whole validation set. What is finished in the folder `--runs` is not repeated.
+fine-tuning of the networks of these seeds, from labels alone and with distillation from the dense network. Figures
+are of the whole validation set. What is finished in the folder `--runs` is not repeated.
 """
 
 from __future__ import annotations
@@ -173,11 +173,11 @@ def results(way: Way | Peer, options: argparse.Namespace) -> list[dict[str, Any]
 def tunings(way: Way | Peer, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Metrics after each kind of fine-tuning, one a seed; as many processes at a time as there are ranks."""
     cells = [
-        (folder_of(way, seed, options), seed, how, options) for how in TUNING.values() for seed in options.seeds
+        (folder_of(way, seed, options), seed, how, options) for how in TUNING.values() for seed in options.tuned
     ]
     with ProcessPoolExecutor(options.ranks, get_context("spawn")) as pool:
         found = list(pool.map(tuned, cells))
-    count = len(options.seeds)
+    count = len(options.tuned)
     return {name: found[i * count : (i + 1) * count] for i, name in enumerate(TUNING)}
 
 
@@ -212,7 +212,8 @@ def rows(way: Way | Peer, options: argparse.Namespace) -> Iterator[Row]:
     for stage in stages:
         drops, divergences = compared([one[stage] for one in found], dense)
         after = tunings(way, options) if options.tuned and stage == stages[-1] else {}
-        spreads = {name: compared(metrics, dense) for name, metrics in after.items()}
+        before = [top1 for top1, seed in zip(dense, options.seeds, strict=True) if seed in options.tuned]
+        spreads = {name: compared(metrics, before) for name, metrics in after.items()}
         yield Row(
             way.stages[stage],
             macs,
@@ -234,7 +235,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def show(found: Sequence[Row], seeds: Sequence[int]) -> str:
+def show(found: Sequence[Row], options: argparse.Namespace) -> str:
     """The table."""
     extra = [name for name in TUNING if any(name in row.tuned for row in found)]
     cells = []
@@ -242,8 +243,13 @@ def show(found: Sequence[Row], seeds: Sequence[int]) -> str:
         after = [f"{t[0]:.2f} ± {t[1]:.2f}" if (t := r.tuned.get(name)) else "" for name in extra]
         plain = [f"{r.macs:.3f}", f"{r.drop:.2f} ± {r.drop_std:.2f}", f"{r.kl:.3f} ± {r.kl_std:.3f}"]
         cells.append([r.way, *plain, *after])
-    heads = ["way", "MACs", f"top-1 drop, pp, seeds {', '.join(map(str, seeds))}", "KL to dense"]
-    return table([*heads, *(f"drop, {name}" for name in extra)], cells)
+    heads = ["way", "MACs", f"top-1 drop, pp, {seeds_of(options.seeds)}", "KL to dense"]
+    return table([*heads, *(f"drop, {name}, {seeds_of(options.tuned)}" for name in extra)], cells)
+
+
+def seeds_of(seeds: Sequence[int]) -> str:
+    """In words."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def main() -> None:
@@ -253,10 +259,12 @@ def main() -> None:
     for budget in options.budgets:
         for way in ways(budget, options):
             found += rows(way, options)
-            print(show(found, options.seeds), flush=True)
-    given = [f"--{name}" for name in ("distilled", "peers", "tuned") if getattr(options, name)]
+            print(show(found, options), flush=True)
+    given = [f"--{name}" for name in ("distilled", "peers") if getattr(options, name)]
+    given += [" ".join(["--tuned", *map(str, options.tuned)])] if options.tuned else []
     content = {"command": " ".join([COMMAND, *given]), "machine": machine(), "ranks": options.ranks}
-    write_json(options.output, content | {"seeds": list(options.seeds), "rows": [asdict(row) for row in found]})
+    seeds = {"seeds": list(options.seeds), "tuned": list(options.tuned)}
+    write_json(options.output, content | seeds | {"rows": [asdict(row) for row in found]})
 
 
 def parsed() -> argparse.Namespace:
@@ -271,11 +279,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(RATIOS), choices=list(RATIOS))
     parser.add_argument("--distilled", action="store_true", help="from more images, then distilled, too")
     parser.add_argument("--peers", action="store_true", help="methods of others, too")
-    parser.add_argument("--tuned", action="store_true", help="fine-tune every network: about ten minutes each")
+    parser.add_argument("--tuned", type=int, nargs="*", default=[], help="seeds to fine-tune: minutes a network")
     parser.add_argument("--tuning-images", type=int, default=0, help="0: all")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("more", nargs="*", help="after --: flags for every run")
     options = parser.parse_args()
+    if unknown := set(options.tuned) - set(options.seeds):
+        parser.error(f"--tuned {seeds_of(sorted(unknown))}: not among --seeds")
     for name in ("data", "weights", "runs"):
         setattr(options, name, getattr(options, name).resolve())
     return options
