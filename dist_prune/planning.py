@@ -12,6 +12,7 @@ from dist_prune.budget import budget_of, cheaper_ranks
 from dist_prune.config import Run
 from dist_prune.flags import Rule, parse_rule
 from dist_prune.latency import LatencyTable
+from dist_prune.layers import layers_of
 from dist_prune.ranks import Plan, cost, make_plan, require_reachable, undecided
 from dist_prune.report import plan_table
 from dist_prune.rounds import rounds
@@ -95,7 +96,7 @@ class Planner:
         """
         before, after = self.survey, cost(self.survey, plan)
         lines = [
-            plan_table(before, plan, shares, unit),
+            plan_table(layers_of(before, {}), plan, shares, unit),
             f"MACs {before.macs / 1e6:.1f} M → {after.macs / 1e6:.1f} M ({after.macs / before.macs:.3f}), "
             f"parameters {before.params / 1e6:.2f} M → {after.params / 1e6:.2f} M "
             f"({after.params / before.params:.3f})",

@@ -26,7 +26,6 @@ from dist_prune.figures import prediction_figure, spectrum_figure
 from dist_prune.layers import Layer
 from dist_prune.progress import Meter
 from dist_prune.ranks import Plan
-from dist_prune.sites import Survey
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "safetensors", "tensorboard")
@@ -165,19 +164,27 @@ def points_of(lines: bytes) -> list[dict[str, Any]]:
 
 def plan_markdown(layers: Sequence[Layer], plan: Plan) -> str:
     """What happens to each layer, as a table in Markdown."""
-    known = {layer.name: layer for layer in layers}
     lines = ["| layer | shape | rank | MACs | weights | |", "|---|---|---:|---:|---:|---|"]
-    for choice in plan.choices:
-        layer, shape, costs = known.get(choice.site), "", ["", ""]
-        if layer is not None:
-            shape = layer.shape
-            costs = [
-                f"{si(before)} → {si(after)}" if choice.rank else si(before)
-                for before, after in zip(layer.costs(None), layer.costs(choice.rank), strict=True)
-            ]
-        rank = f"{choice.rank}/{layer.outputs}" if choice.rank and layer else "dense"
-        lines.append(f"| {' | '.join([f'`{choice.site}`', shape, rank, *costs, choice.reason])} |")
+    for choice, (site, *cells) in zip(plan.choices, plan_rows(layers, plan), strict=True):
+        lines.append(f"| {' | '.join([f'`{site}`', *cells, choice.reason])} |")
     return "\n".join(lines)
+
+
+def plan_rows(layers: Sequence[Layer], plan: Plan) -> list[list[str]]:
+    """Of each site of a plan its name, shape, rank, and what it costs before → after: MACs, weights."""
+    known, rows = {layer.name: layer for layer in layers}, []
+    for choice in plan.choices:
+        layer = known.get(choice.site)
+        if layer is None:
+            rows.append([choice.site, "", "dense", "", ""])
+            continue
+        rank = "dense" if choice.rank is None else f"{choice.rank}/{layer.outputs}"
+        before, after = layer.costs(None), layer.costs(choice.rank)
+        costs = [
+            si(a) if choice.rank is None else f"{si(a)} → {si(b)}" for a, b in zip(before, after, strict=True)
+        ]
+        rows.append([layer.name, layer.shape, rank, *costs])
+    return rows
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -191,27 +198,18 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(headers), "  ".join("─" * w for w in widths), *map(line, rows)])
 
 
-def plan_table(survey: Survey, plan: Plan, shares: Mapping[str, float] | None = None, unit: str = "") -> str:
+def plan_table(
+    layers: Sequence[Layer], plan: Plan, shares: Mapping[str, float] | None = None, unit: str = ""
+) -> str:
     """What happens to each layer: shape, rank, cost before → after, share of the dense forward time.
 
     Predicted losses are of `unit`; columns of which nothing is known are left out.
     """
-    sites = {site.name: site for site in survey.sites}
-    rows = []
-    for choice in plan.choices:
-        site = sites.get(choice.site)
-        time_share = f"{shares[choice.site]:.1f} %" if shares and choice.site in shares else ""
-        if site is None:
-            rows.append([choice.site, "", "dense", "", "", "", "", choice.reason])
-            continue
-        macs, weights = site.macs, site.dense_weights
-        after = (macs, weights)
-        if choice.rank is not None:
-            after = (site.factored_macs(choice.rank), site.factored_weights(choice.rank))
-        rank = "dense" if choice.rank is None else f"{choice.rank}/{site.outputs}"
-        costs = [f"{si(macs)} → {si(after[0])}", f"{si(weights)} → {si(after[1])}"]
-        loss = "" if choice.loss is None else f"{choice.loss:.3g}"
-        rows.append([site.name, site.shape, rank, *costs, time_share, loss, choice.reason])
+    times = {site: f"{share:.1f} %" for site, share in (shares or {}).items()}
+    rows = [
+        [*row, times.get(choice.site, ""), "" if choice.loss is None else f"{choice.loss:.3g}", choice.reason]
+        for choice, row in zip(plan.choices, plan_rows(layers, plan), strict=True)
+    ]
     headers = ["site", "shape", "rank", "MACs", "weights", "time", f"predicted {unit}".strip(), "why dense"]
     said = [index for index in range(len(headers)) if index < 3 or any(row[index] for row in rows)]
     return table([headers[i] for i in said], [[row[i] for i in said] for row in rows])

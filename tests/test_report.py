@@ -89,7 +89,7 @@ def test_a_number_that_rounds_to_a_thousand_takes_the_next_unit(number: float) -
 def test_the_plan_shows_cost_before_and_after_and_why_a_layer_stays() -> None:
     found = surveyed()
     plan = Plan((Choice("0", 2), Choice("1", None, "costs no less"), Choice("3", 4), Choice("9", None, "skipped")))
-    rows = plan_table(found, plan, {"0": 12.345}).splitlines()
+    rows = plan_table(layers_of(found, {}), plan, {"0": 12.345}).splitlines()
     assert len({len(line.partition("why")[0]) for line in rows[:1]}) == 1
     conv, grouped, linear, skipped = rows[2:]
     assert conv.split() == ["0", "8×3·3×3", "2/8", "7.78k", "→", "2.52k", "216", "→", "70", "12.3", "%"]
