@@ -58,7 +58,7 @@ class Batch:
 def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
     """(N, 3, H, W) uint8 → (N, 3, H, W) float32: (pixels/255 − mean)/std, on the device of `pixels`."""
     mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (spec.mean, spec.std))
-    return (pixels.float() / 255 - mean) / std
+    return pixels.float().div_(255).sub_(mean).div_(std)  # in place: new pages cost more than the arithmetic
 
 
 @dataclass(eq=False)
@@ -206,8 +206,7 @@ class Stream:
         except RuntimeError as error:
             raise self._explain(error) from error
         indices, device = parts["indices"].flatten().long(), self.world.device
-        images = parts["pixels"].permute(0, 3, 1, 2).contiguous()
-        return Batch(images, self._labels[indices].to(device), indices.to(device))
+        return Batch(parts["pixels"], self._labels[indices].to(device), indices.to(device))
 
     def _explain(self, error: RuntimeError) -> Exception:
         """Find the file that DALI stumbled over, as its message may not name it."""
@@ -256,7 +255,7 @@ def _dali() -> tuple[ModuleType, ModuleType]:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Encoded files → HWC uint8, as nodes of a DALI graph."""
+    """Encoded files → CHW uint8, as nodes of a DALI graph."""
 
     dali: ModuleType
     spec: ImageSpec
@@ -265,12 +264,26 @@ class _Decoder:
     def centred(self, encoded: DataNode) -> DataNode:
         """Resize and cut as torchvision's Resize + CenterCrop: sizes floored, corners rounded to even."""
         sides, pixels = self._sides(encoded), self._decode(self.dali.fn.decoders.image, encoded)
-        if self.spec.resize:
-            sides = sides * self.spec.resize // self.dali.fn.reductions.min(sides)
-            pixels = self._resized(pixels, self.dali.fn.cast(sides, dtype=self.dali.types.FLOAT))
+        if not self.spec.resize:
+            return self._planar(self._cut(pixels, self._central(sides)))
+        resized = sides * self.spec.resize // self.dali.fn.reductions.min(sides)
+        corner, scale = self._central(resized), self._float(sides) / self._float(resized)
+        # the part that is kept, in pixels of the file: what a centre crop would cut off is never computed
+        part = {"roi_start": corner * scale, "roi_end": (corner + self.spec.crop) * scale}
+        return self._planar(self._resized(pixels, **part))
+
+    def _planar(self, pixels: DataNode, **mirror: DataNode) -> DataNode:
+        """HWC → CHW, mirrored on the way."""
+        as_they_are = {"dtype": self.dali.types.UINT8, "mean": [0.0], "std": [1.0], "output_layout": "CHW"}
+        return cast("DataNode", self.dali.fn.crop_mirror_normalize(pixels, **as_they_are, **mirror))
+
+    def _central(self, sides: DataNode) -> DataNode:
         spare = sides - self.spec.crop
         half = spare // 2
-        return self._cut(pixels, half + (spare - 2 * half) * (half - half // 2 * 2))
+        return half + (spare - 2 * half) * (half - half // 2 * 2)
+
+    def _float(self, numbers: DataNode) -> DataNode:
+        return cast("DataNode", self.dali.fn.cast(numbers, dtype=self.dali.types.FLOAT))
 
     def augmented(self, encoded: DataNode, augment: Augment) -> DataNode:
         """Cut at random: an area of any size where the spec resizes, else a shift over a black border."""
@@ -278,14 +291,14 @@ class _Decoder:
         if self.spec.resize:
             area, ratio = list(augment.area), list(augment.ratio)
             cut = partial(fn.decoders.image_random_crop, random_area=area, random_aspect_ratio=ratio)
-            pixels = self._resized(self._decode(cut, encoded), [crop, crop])
+            pixels = self._resized(self._decode(cut, encoded))
         else:
             places = self._sides(encoded) + (2 * augment.pad - crop + 1)
             place = self.dali.math.floor(fn.random.uniform(range=[0.0, 1.0], shape=[2]) * places)
             pixels = self._cut(
                 self._decode(fn.decoders.image, encoded), place - augment.pad, out_of_bounds_policy="pad"
             )
-        return fn.flip(pixels, horizontal=fn.random.coin_flip()) if augment.flip else pixels
+        return self._planar(pixels, **{"mirror": fn.random.coin_flip()} if augment.flip else {})
 
     def _sides(self, encoded: DataNode) -> DataNode:
         fn = self.dali.fn
@@ -296,11 +309,11 @@ class _Decoder:
         like_pillow = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
         return decoder(encoded, device=self.place, output_type=self.dali.types.RGB, **like_pillow)
 
-    def _resized(self, pixels: DataNode, size: DataNode | list[int]) -> DataNode:
+    def _resized(self, pixels: DataNode, **part: DataNode) -> DataNode:
         kinds = {"bilinear": self.dali.types.INTERP_LINEAR, "bicubic": self.dali.types.INTERP_CUBIC}
         kind = kinds[self.spec.interpolation]
         how = {"interp_type": kind, "antialias": True, "subpixel_scale": False}
-        return cast("DataNode", self.dali.fn.resize(pixels, size=size, **how))
+        return cast("DataNode", self.dali.fn.resize(pixels, size=[self.spec.crop] * 2, **how, **part))
 
     def _cut(self, pixels: DataNode, corner: DataNode, **policy: str) -> DataNode:
         start, side = self.dali.fn.cast(corner, dtype=self.dali.types.INT32), self.spec.crop

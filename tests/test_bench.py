@@ -49,6 +49,23 @@ def test_the_curvature_comparison_runs(tmp_path: Path) -> None:
     assert len(names) == 6
 
 
+def test_the_comparison_of_loaders_runs(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for i in range(5):
+            save(tmp_path / "data" / part / str(i % 2) / f"{i}.jpg", picture(240 + i, 230, i))
+    output = tmp_path / "loading.json"
+    words = ["tests.bench.loading", "--quick", "--data", str(tmp_path / "data"), "--output", str(output)]
+    done = subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["command"].startswith("uv run python -m tests.bench.loading --quick --data DIR")
+    names = [row["name"] for row in found["rows"]]
+    parts = ("training", "validation")
+    assert names[:2] == [f"DALI, {part} ÷ torchvision, {part}, cpu seconds" for part in parts]
+    assert len(names) == 7
+    assert all(row["ratio"] > 0 and row["name"] in done.stdout for row in found["rows"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_quality_comparison_runs(tmp_path: Path) -> None:

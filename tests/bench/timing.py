@@ -44,6 +44,11 @@ class Pair:
             name, statistics.median(ratios), min(ratios), max(ratios), target, f"{detail}; medians {medians}"
         )
 
+    def rates(self) -> str:
+        """How often a second, where the seconds are of one piece of work."""
+        ours, plain = (1 / statistics.median(seconds) for seconds in (self.ours, self.plain))
+        return f"{ours:.4g} against {plain:.4g}"
+
 
 def interleaved(
     ours: Callable[[], object], plain: Callable[[], object], rounds: int, device: torch.device, clock: str = "wall"
@@ -122,8 +127,9 @@ def report(rows: Sequence[Row], command: str) -> dict[str, Any]:
 
 
 def command_line(module: str) -> str:
-    """How this program was called."""
-    return " ".join(["uv run python -m", module, *sys.argv[1:]])
+    """How this program was called, without the folders of this machine."""
+    words = ["DIR" if Path(word).is_dir() else word for word in sys.argv[1:]]
+    return " ".join(["uv run python -m", module, *words])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
