@@ -83,6 +83,7 @@ class Stream:
         count, ranks = len(self.split), self.world.size
         if count < ranks:
             raise DataError(f"{count} images in {self.split.root} for {ranks} ranks: use at most {count} ranks")
+        _dali()  # found missing now, not when the first batch is wanted
         self._labels = torch.tensor(self.split.labels)
         self._position = 0  # batches of this epoch already delivered
         self._checkpoint: str | None = None
@@ -250,7 +251,10 @@ def _dali() -> tuple[ModuleType, ModuleType]:
     try:
         return importlib.import_module("nvidia.dali"), importlib.import_module("nvidia.dali.plugin.pytorch")
     except ImportError as error:
-        raise ImportError("reading images needs NVIDIA DALI: install nvidia-dali-cuda120") from error
+        raise DataError(
+            f"reading images needs NVIDIA DALI, which cannot be imported ({error}): install nvidia-dali-cuda120; "
+            f"dist_prune.compress does without"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -321,5 +321,5 @@ def test_an_image_that_is_too_small_is_named(tmp_path: Path) -> None:
 
 def test_without_dali_the_package_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
-    with pytest.raises(ImportError, match="install nvidia-dali"):
-        next(iter(evaluation_stream(flat(tmp_path, 2), SMALL, One(), 1, 1)))
+    with pytest.raises(DataError, match="install nvidia-dali"):
+        evaluation_stream(flat(tmp_path, 2), SMALL, One(), 1, 1)

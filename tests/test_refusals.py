@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +179,24 @@ def test_more_ranks_than_images(bench: Bench, tmp_path: Path) -> None:
     done = bench.commands(*bench.words(tmp_path / "run", **flags), ranks=3)
     assert done.codes == [2, 2, 2]
     assert len(done.errors) == 1 and "2 images in" in done.errors[0] and "use at most 2 ranks" in done.errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def without_dali(*words: str) -> int:
+    """The program where DALI is not installed."""
+    from dist_prune.cli import main
+
+    sys.modules.update({"nvidia.dali": None})  # type: ignore[dict-item]  importing it is an ImportError
+    return main(list(words))
+
+
+def test_without_dali_nothing_is_begun(bench: Bench, tmp_path: Path) -> None:
+    words = bench.words(tmp_path / "run")
+    done = bench.commands(*words, ranks=2, function="tests.test_refusals:without_dali")
+    assert done.codes == [2, 2]
+    assert len(done.errors) == 1
+    assert done.errors[0].startswith("error: reading images needs NVIDIA DALI, which cannot be imported")
+    assert "install nvidia-dali-cuda120" in done.errors[0]
     assert not (tmp_path / "run").exists()
 
 
