@@ -37,20 +37,27 @@ TARGETS = {"fisher": 1.2, "gradient": 1.2, "hessian-local": 1.4}
 def against_backward(setting: Setting, kind: str) -> Row:
     """One curvature pass over all sites against forward + backward of the same batches."""
     with joined(setting.device) as world:
-        model, data = network(setting).eval(), _batch(setting, setting.forward_size)
-        views, batches = _views(model, data), [data] * max(1, setting.batches // 2)
-        means = _means(model, views, data, world)
-        objective = Objective("task" if kind == "gradient" else "kl")
-        ours = partial(collect_curvature, model, views, batches, world, STEPS[kind], objective, means)
-        plain = partial(_forward_backward, model, batches)
+        data = batch_of(setting, setting.forward_size)
+        ours, plain = both_passes(world, network(setting), [data] * max(1, setting.batches // 2), kind)
         taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
     return taken.row(f"{kind} ÷ forward + backward", TARGETS[kind], setting.describe(setting.forward_size))
+
+
+def both_passes(
+    world: World, model: nn.Module, batches: list[Batch], kind: str, bf16: bool = False
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A curvature pass over all sites, and forward + backward; of the same batches."""
+    views = _views(model.eval(), batches[0])
+    means = _means(model, views, batches[0], world)
+    objective = Objective("task" if kind == "gradient" else "kl")
+    ours = partial(collect_curvature, model, views, batches, world, STEPS[kind], objective, means, bf16=bf16)
+    return ours, partial(_forward_backward, model, batches, bf16)
 
 
 def against_one_site_at_a_time(setting: Setting) -> Row:
     """All sites in closed form against all sites one by one, at the same images."""
     with joined(setting.device) as world:
-        model, data = network(setting).eval(), _batch(setting, setting.forward_size)
+        model, data = network(setting).eval(), batch_of(setting, setting.forward_size)
         views = _views(model, data)
         means = _means(model, views, data, world)
         few = [view for view in views if view.site.name in SITES]
@@ -119,13 +126,15 @@ def _peak(setting: Setting, collect: bool) -> int:
         return bytes_so_far(world.device) - before
 
 
-def _forward_backward(model: nn.Module, batches: list[Batch]) -> None:
+def _forward_backward(model: nn.Module, batches: list[Batch], bf16: bool) -> None:
     for data in batches:
-        torch.autograd.backward(F.cross_entropy(model(data.images), data.labels))
+        with torch.autocast(data.images.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(data.images)
+        torch.autograd.backward(F.cross_entropy(logits.float(), data.labels))
         model.zero_grad()
 
 
-def _batch(setting: Setting, size: int) -> Batch:
+def batch_of(setting: Setting, size: int) -> Batch:
     images = images_of(setting, size)
     index = torch.arange(len(images), device=images.device)
     return Batch(images, index, index)

@@ -146,7 +146,7 @@ class Bare:
     """What one writes without this project: DDP, SGD, a cosine, cross-entropy; nothing reported or checked."""
 
     def __init__(self, model: nn.Module, settings: TrainingConfig, steps: int) -> None:
-        self.replica = DistributedDataParallel(model.train())
+        self.replica, self.bf16 = DistributedDataParallel(model.train()), settings.bf16
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             lr=settings.lr,
@@ -158,7 +158,9 @@ class Bare:
 
     def epoch(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            loss = F.cross_entropy(self.replica(batch.images), batch.labels)
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.replica(batch.images)
+            loss = F.cross_entropy(logits.float(), batch.labels)
             self.optimizer.zero_grad()
             torch.autograd.backward(loss)
             self.optimizer.step()

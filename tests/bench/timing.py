@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,16 +54,24 @@ class Pair:
 
 
 def interleaved(
-    ours: Callable[[], object], plain: Callable[[], object], rounds: int, device: torch.device, clock: str = "wall"
+    ours: Callable[[], object],
+    plain: Callable[[], object],
+    rounds: int,
+    device: torch.device,
+    clock: str = "wall",
+    until: float = math.inf,
 ) -> Pair:
     """Time both in turns, A B, B A, …, after one call of each to warm up: drifts of the machine cancel.
 
     The `cpu` clock counts what this process computes, so that others on the machine matter less. Where the
-    process waits, for a GPU or for other ranks, only `wall` is true.
+    process waits, for a GPU or for other ranks, only `wall` is true. After the moment `until` of
+    `time.monotonic` no round begins but the first.
     """
     seconds(ours, device, clock), seconds(plain, device, clock)
     taken: dict[Callable[[], object], list[float]] = {ours: [], plain: []}
     for index in range(rounds):
+        if index and time.monotonic() > until:
+            break
         for function in (ours, plain) if index % 2 == 0 else (plain, ours):
             taken[function].append(seconds(function, device, clock))
     return Pair(tuple(taken[ours]), tuple(taken[plain]), clock)
@@ -89,9 +100,20 @@ def machine() -> dict[str, Any]:
         "cores": torch.multiprocessing.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "python": platform.python_version(),
     }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, where nvidia-smi is there to tell."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return next(iter(told.stdout.splitlines()), None)
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,119 @@
+"""All that a GPU changes, in one command: passes, training, decoding and latency, in bf16 and float32.
+
+    uv run python -m tests.bench.gpu [--device cpu] [--quick] [--parts NAME …] [--seconds N] [--output FILE]
+
+Made for one CUDA device and ten minutes; with `--device cpu` the same parts run on the CPU, smaller, and what
+needs a GPU says so. Synthetic images and random weights, but for `bases`, where a network is trained on
+scikit-learn's digits. Neither DALI nor weights nor data are needed; without DALI the part `decoding` says that it
+was not measured.
+
+Both sides of every ratio are taken in turns. A fraction is of what this device was measured to do at best, see
+`ceilings.py`. Results are written after every part. A part that fails is told, the others go on, and the exit
+status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_prune.world import World, joined
+from tests.bench.ceilings import Ceilings, measure_ceilings
+from tests.bench.decoding import decoding
+from tests.bench.figures import Figure, has_failed, kept_going, missing, told
+from tests.bench.phases import Bench, Scale, curvature_pass, fine_tuning, statistics_pass
+from tests.bench.roughness import bases_of_rough_passes
+from tests.bench.shapes import rounded_ranks, whole_networks
+from tests.bench.timing import command_line, machine, write_json
+
+RESULT = Path(__file__).parent / "results" / "gpu.json"
+CUDA = Scale()
+CPU = Scale(("resnet18",), 112, 8, 2, 3, 1024, 256 << 20, (1, 8), 1797, 6, 128)
+QUICK = Scale(("resnet18",), 32, 2, 1, 1, 64, 1 << 20, (1, 2), 100, 1, 32)
+
+Part = Callable[[Bench], Iterator[Figure]]
+PARTS: dict[str, tuple[Part, float]] = {  # and the seconds it may begin new rounds in
+    "statistics": (statistics_pass, 100),
+    "bases": (bases_of_rough_passes, 60),
+    "curvature": (curvature_pass, 70),
+    "decoding": (decoding, 40),
+    "fine-tuning": (fine_tuning, 60),
+    "latency": (whole_networks, 60),
+    "rounding": (rounded_ranks, 60),
+}
+LEAST_S = 15.0  # no part is begun with less time left
+
+
+def measure(world: World, scale: Scale, names: Sequence[str], end: float, keep: Callable[..., None]) -> bool:
+    """Run the parts, handing all figures so far to `keep` after each; whether none failed."""
+    found: dict[str, list[Figure]] = {}
+    ceilings = measure_ceilings(world.device, scale.product, scale.copied)
+    found["ceilings"] = list(ceilings.figures())
+    for name in names:
+        found[name] = list(kept_going(name, partial(_part, world, scale, ceilings, name, end)))
+        keep(found)
+    return not any(has_failed(figure) for figures in found.values() for figure in figures)
+
+
+def _part(world: World, scale: Scale, ceilings: Ceilings, name: str, end: float) -> Iterator[Figure]:
+    function, budget = PARTS[name]
+    now = time.monotonic()
+    if end - now < LEAST_S:
+        yield missing(name, "no time was left: raise --seconds, or choose --parts")
+        return
+    print(f"{name} …", file=sys.stderr, flush=True)
+    gc.collect()  # of a part that broke off
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    yield from function(Bench(world, scale, ceilings, min(now + budget, end)))
+
+
+def content(scale: Scale, found: dict[str, list[Figure]]) -> dict[str, Any]:
+    """For programs."""
+    return {
+        "command": command_line("tests.bench.gpu"),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "scale": asdict(scale),
+        "parts": {part: [asdict(f) | {"verdict": f.verdict} for f in figures] for part, figures in found.items()},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="does it run at all? Writes only to --output")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
+    parser.add_argument("--seconds", type=float, default=540, help="in which parts are begun; default: 540")
+    parser.add_argument("--output", type=Path, help=f"default on a GPU: results/{RESULT.name}")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    scale = QUICK if options.quick else CUDA if options.device == "cuda" else CPU
+    output = options.output or (RESULT if options.device == "cuda" and not options.quick else None)
+    found: dict[str, list[Figure]] = {}
+
+    def keep(so_far: dict[str, list[Figure]]) -> None:
+        found.update(so_far)
+        if output:
+            write_json(output, content(scale, so_far))
+
+    with joined(options.device) as world:
+        sound = measure(world, scale, options.parts, end, keep)
+    print(told(found))
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Parts of the GPU benchmark that time whole networks: compressed against dense, and what rounding ranks does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.bases import solve
+from dist_prune.config import MethodConfig
+from dist_prune.flags import parse_rule
+from dist_prune.latency import sample_calls
+from dist_prune.projection import rebuild
+from dist_prune.ranks import Plan, cost, make_plan
+from dist_prune.sites import Survey, evaluating, survey
+from dist_prune.spectra import Spectra, spectra_of
+from dist_prune.statistics import Statistics
+from dist_prune.takeaway.speed import timed_passes
+from tests.bench.ceilings import Precision, tensor_cores
+from tests.bench.figures import Figure
+from tests.bench.phases import Bench, subject
+
+T = TypeVar("T", nn.Module, Tensor)
+
+RULE, BUDGET = "uniform:0.5", "budget:macs=0.5"
+ROUNDINGS = (1, 4, 8, 16, 32)
+
+
+def whole_networks(bench: Bench) -> Iterator[Figure]:
+    """Time of the compressed network ÷ the dense one's, eager, and how much of the saved MACs is saved in time."""
+    cuda = bench.device.type == "cuda"
+    kinds: tuple[Precision, ...] = ("tf32" if cuda else "float32", "bf16")
+    for arch in bench.scale.archs:
+        dense, images = subject(bench, arch, "float32")
+        found = survey(dense, images[:1])
+        plan = make_plan(parse_rule(RULE), found, 8 if cuda else 1)
+        compressed, macs = rebuild(dense, plan), cost(found, plan).macs / found.macs
+        for precision in kinds:
+            with tensor_cores(precision):
+                yield from _timed(bench, arch, (dense, compressed), images[:1], precision, macs)
+
+
+def _timed(
+    bench: Bench, arch: str, pair: tuple[nn.Module, nn.Module], image: Tensor, precision: Precision, macs: float
+) -> Iterator[Figure]:
+    dense, compressed = (for_inference(network, precision) for network in pair)
+    batches = [for_inference(image.repeat(n, 1, 1, 1), precision) for n in bench.scale.latency_batches]
+    with evaluating(dense), evaluating(compressed):
+        passes = timed_passes("eager", dense, compressed, batches)
+    for taken in passes:
+        name = f"{arch}, {RULE}, {precision}, batch {taken.batch}"
+        times = f"{taken.compressed:.4g} against {taken.dense:.4g} ms; MACs ratio {macs:.3f}"
+        low, high = 1 / taken.fastest, 1 / taken.slowest
+        yield Figure(f"{name}: time ratio", 1 / taken.speedup, "×", low, high, detail=times)
+        saving = (1 - 1 / taken.speedup) / (1 - macs)
+        yield Figure(f"{name}: part of the MACs' saving", saving, target=0.8, at_least=True)
+
+
+def rounded_ranks(bench: Bench) -> Iterator[Figure]:
+    """One budget of MACs with ranks in multiples of more and more: all timed in turns with the dense network."""
+    arch = bench.scale.archs[-1]
+    dense, images = subject(bench, arch, "float32")
+    found = survey(dense, images[:1])
+    spectra = worth(bench, dense, found)
+    plans = [make_plan(parse_rule(BUDGET), found, step, spectra=spectra) for step in ROUNDINGS]
+    networks = [for_inference(rebuild(dense, plan), "bf16").eval() for plan in plans]
+    networks.insert(0, for_inference(dense, "bf16").eval())
+    batch = for_inference(images[: max(bench.scale.latency_batches)], "bf16")
+    with torch.no_grad():
+        plain, *others = sample_calls([lambda n=network: n(batch) for network in networks], batch.device, 5)
+    for step, plan, samples in zip(ROUNDINGS, plans, others, strict=True):
+        ratios = sorted(a / b for a, b in zip(samples, plain, strict=True))
+        name = f"{arch}, {BUDGET}, bf16, batch {len(batch)}, multiples of {step}: time ratio"
+        yield Figure(name, median(ratios), "×", ratios[0], ratios[-1], detail=described(plan, found))
+
+
+def for_inference(given: T, precision: Precision) -> T:
+    """As one would run it: bfloat16 weights and images, NHWC; or as it is."""
+    return given.to(dtype=torch.bfloat16, memory_format=torch.channels_last) if precision == "bf16" else given
+
+
+def described(plan: Plan, found: Survey) -> str:
+    """MACs and predicted loss of a plan."""
+    assert plan.loss is not None
+    macs = cost(found, plan).macs / found.macs
+    return f"MACs ratio {macs:.3f}, {len(plan.ranks)} layers factored, predicted relative loss {plan.loss:.4g}"
+
+
+def worth(bench: Bench, model: nn.Module, found: Survey) -> Spectra:
+    """By the weights alone: random ones, as ranks are all that matters here."""
+    method = MethodConfig("weight-svd")
+    spectra = spectra_of(solve(model, found.sites, Statistics(), method, 0, bench.world), method)
+    assert spectra is not None
+    return spectra
