@@ -218,7 +218,7 @@ def collect_sampled(
                 for view in views:
                     sums[view] += _products(model, view, batch, dense, probing, means[view.site.name]).cpu()
     world.sum_(*sums.values())
-    return {view.site.name: _least_squares(*both) for view, both in sums.items()}
+    return {view.site.name: _least_squares(*both).to(world.device) for view, both in sums.items()}
 
 
 def _products(model: nn.Module, view: View, batch: Batch, dense: Tensor, probing: Probing, mean: Tensor) -> Tensor:

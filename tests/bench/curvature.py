@@ -91,12 +91,12 @@ def at_equal_error(setting: Setting) -> Row:
         closed_s = seconds(
             lambda: collect_curvature(model, views, [part], world, step, Objective("kl"), means),
             setting.place,
-            "cpu",
+            setting.clock(),
         )
         sampled_s = seconds(
             lambda: collect_sampled(model, chosen, [part], world, Probing(LOSSES["kl"]), means),
             setting.place,
-            "cpu",
+            setting.clock(),
         )
     images = [(_error(closed[n], exact[n]) / _error(sampled[n], exact[n])) ** 2 for n in exact]
     times = closed_s / (sampled_s * len(views) / len(chosen))

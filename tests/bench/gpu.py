@@ -4,8 +4,8 @@
 
 Made for one CUDA device and ten minutes; with `--device cpu` the same parts run on the CPU, smaller, and what
 needs a GPU says so. Synthetic images and random weights, but for `bases`, where a network is trained on
-scikit-learn's digits. Neither DALI nor weights nor data are needed; without DALI the part `decoding` says that it
-was not measured.
+scikit-learn's digits. Neither weights nor data are needed, and of the packages in pyproject.toml neither DALI (the
+part `decoding` then says that it was not measured) nor submitit, jinja2, tomli-w and the extras.
 
 Both sides of every ratio are taken in turns. A fraction is of what this device was measured to do at best, see
 `ceilings.py`. Results are written after every part. A part that fails is told, the others go on, and the exit
@@ -33,13 +33,13 @@ from tests.bench.decoding import decoding
 from tests.bench.figures import Figure, has_failed, kept_going, missing, told
 from tests.bench.phases import Bench, Scale, curvature_pass, fine_tuning, statistics_pass
 from tests.bench.roughness import bases_of_rough_passes
-from tests.bench.shapes import rounded_ranks, whole_networks
+from tests.bench.shapes import graphed_networks, rounded_ranks, whole_networks
 from tests.bench.timing import command_line, machine, write_json
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 CUDA = Scale()
 CPU = Scale(("resnet18",), 112, 8, 2, 3, 1024, 256 << 20, (1, 8), 1797, 6, 128)
-QUICK = Scale(("resnet18",), 32, 2, 1, 1, 64, 1 << 20, (1, 2), 100, 1, 32)
+QUICK = Scale(("resnet18",), 32, 2, 1, 1, 64, 1 << 20, (1, 2), 40, 1, 32)
 
 Part = Callable[[Bench], Iterator[Figure]]
 PARTS: dict[str, tuple[Part, float]] = {  # and the seconds it may begin new rounds in
@@ -48,7 +48,8 @@ PARTS: dict[str, tuple[Part, float]] = {  # and the seconds it may begin new rou
     "curvature": (curvature_pass, 70),
     "decoding": (decoding, 40),
     "fine-tuning": (fine_tuning, 60),
-    "latency": (whole_networks, 60),
+    "latency": (whole_networks, 50),
+    "latency in CUDA graphs": (graphed_networks, 50),
     "rounding": (rounded_ranks, 60),
 }
 LEAST_S = 15.0  # no part is begun with less time left
