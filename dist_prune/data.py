@@ -58,7 +58,7 @@ class Batch:
 def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
     """(N, 3, H, W) uint8 → (N, 3, H, W) float32: (pixels/255 − mean)/std, on the device of `pixels`."""
     mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (spec.mean, spec.std))
-    return pixels.float().div_(255).sub_(mean).div_(std)  # in place: new pages cost more than the arithmetic
+    return pixels.div(255).sub_(mean).div_(std)  # in place: new pages cost more than the arithmetic
 
 
 @dataclass(eq=False)

@@ -67,7 +67,7 @@ def test_the_comparison_of_loaders_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_quality_comparison_runs(tmp_path: Path) -> None:
     for part, count in (("train", 6), ("val", 3)):
         for label in range(10):
@@ -79,7 +79,7 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
     asked = ["--seeds", 0, "--budgets", 0.584, "--peers", "--tuned", 0, "--tuning-images", 20]
     words = [*given, *asked, "--output", tmp_path / "quality.json"]
     command = [sys.executable, "-m", "tests.bench.quality", *map(str, words)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=880)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [row["way"].split(",")[0] for row in found] == [
