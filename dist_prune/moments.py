@@ -258,13 +258,23 @@ def _feed(view: View, accumulator: Accumulator) -> Callable[[nn.Module, tuple[Te
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Matrix products in true float32: TF32 keeps 10 bits, too few for small eigenvalues."""
-    before = torch.get_float32_matmul_precision()
+    """Matrix products in true float32: TF32 keeps 10 bits, too few for small eigenvalues.
+
+    torch has two settings for this. Where the newer one was used alone, asking for the older one is an error.
+    """
+    newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in newer]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "highest"
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(older)
+        for setting, precision in zip(newer, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def sum_moments(local: Mapping[str, Moments], world: World) -> dict[str, Moments]:

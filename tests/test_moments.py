@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dist_prune.moments import Accumulator, StatisticsError, collect_moments
+from dist_prune.moments import Accumulator, StatisticsError, collect_moments, full_float32
 from dist_prune.sites import View, input_rows, output_rows, survey, weight_of
 from dist_prune.world import World
-from tests.ranks import run_ranks
+from tests.ranks import run_alone, run_ranks
 
 
 def network() -> nn.Module:
@@ -142,3 +142,31 @@ def test_output_covariance_follows_from_the_input_covariance(world: World) -> No
         weight = weight_of(model.get_submodule(site.name), site)
         expected = weight @ inputs[site.name].covariance @ weight.mT
         torch.testing.assert_close(outputs[site.name].covariance, expected, rtol=1e-9, atol=1e-12)
+
+
+def restored_float32() -> None:
+    """What a user set is put back, whichever of torch's two settings it was."""
+    matmul = torch.backends.cuda.matmul
+
+    def state() -> tuple[str, str]:
+        try:
+            return matmul.fp32_precision, torch.get_float32_matmul_precision()
+        except RuntimeError:
+            return matmul.fp32_precision, "refused"
+
+    for choose, expected in (
+        (lambda: None, ("none", "highest")),
+        (lambda: torch.set_float32_matmul_precision("high"), ("tf32", "high")),
+        (lambda: setattr(matmul, "fp32_precision", "ieee"), ("ieee", "high")),
+        (lambda: torch.set_float32_matmul_precision("highest"), ("ieee", "highest")),
+        (lambda: setattr(matmul, "fp32_precision", "tf32"), ("tf32", "refused")),
+    ):
+        choose()
+        assert state() == expected
+        with full_float32():
+            assert state() == ("ieee", "highest")
+        assert state() == expected
+
+
+def test_products_are_true_float32_and_the_users_setting_is_put_back() -> None:
+    run_alone(restored_float32)
