@@ -12,7 +12,8 @@ import tyro
 
 from dist_prune.checkpoint import CheckpointError
 from dist_prune.console import columns, hanging
-from dist_prune.record import Record, accuracy_interval, difference_interval, read_run
+from dist_prune.evaluate import Metrics
+from dist_prune.record import Record, accuracy_interval, difference_interval, paired_interval, read_run
 from dist_prune.report import table
 from dist_prune.rundir import IRRELEVANT
 
@@ -23,7 +24,8 @@ ABSENT = "–"
 class Comparison:
     """Compare finished runs: settings, accuracy, cost, ranks, time.
 
-    Accuracies come with 95 % intervals (binomial), differences are to the first run.
+    Accuracies come with 95 % intervals (binomial). Differences are to the first run; their intervals are paired
+    where both runs saw the same validation images.
 
     Example: dist-prune compare runs/pca runs/fisher
     """
@@ -100,15 +102,37 @@ def accuracies(runs: Sequence[Record]) -> list[list[str]]:
         rows.append([f"{stage}: top-1 %", *(f"{m.top1:.2f}" if m else ABSENT for m in found)])
         rows.append(["  95 %", *(f"{i[0]:.2f} … {i[1]:.2f}" if i else ABSENT for i in intervals)])
         base = first.get(stage)
-        if base and any(m != base for m in found):
-            gaps = [m and (m.top1 - base.top1, *difference_interval(base, m)) for m in found[1:]]
-            rows.append(["  to A, points", "", *(f"{g[0]:+.2f}" if g else ABSENT for g in gaps)])
-            rows.append(["  95 %", "", *(f"{g[1]:+.2f} … {g[2]:+.2f}" if g else ABSENT for g in gaps)])
+        if base and any(m and m != base for m in found):
+            rows += differences(runs, stage)
         if any(m and m.kl is not None for m in found):
             rows.append(
                 ["  KL to dense", *(ABSENT if m is None or m.kl is None else f"{m.kl:.4f}" for m in found)]
             )
     return rows
+
+
+def differences(runs: Sequence[Record], stage: str) -> list[list[str]]:
+    """Top-1 of a stage less the first run's, which has it, and the intervals: all paired, or none."""
+    changes = [changed(runs[0], run, stage) for run in runs[1:]]
+    paired = all(c for c, run in zip(changes, runs[1:], strict=True) if stage in run.stages)
+    pairs = zip(runs[1:], changes if paired else [None] * len(changes), strict=True)
+    gaps, bounds = zip(
+        *(difference(runs[0].stages[stage], run.stages.get(stage), c) for run, c in pairs), strict=True
+    )
+    return [["  to A, points", "", *gaps], [f"  95 %{', paired' if paired else ''}", "", *bounds]]
+
+
+def difference(base: Metrics, other: Metrics | None, change: tuple[int, int] | None) -> tuple[str, str]:
+    """In points, and its interval: paired if it is known which images changed."""
+    if other is None:
+        return ABSENT, ABSENT
+    low, high = paired_interval(*change, other.images) if change else difference_interval(base, other)
+    return f"{other.top1 - base.top1:+.2f}", f"{low:+.2f} … {high:+.2f}"
+
+
+def changed(first: Record, other: Record, stage: str) -> tuple[int, int] | None:
+    """See `Answers.changed`; None where one of the runs kept no answers."""
+    return first.answers.changed(other.answers, stage) if first.answers and other.answers else None
 
 
 def costs(runs: Sequence[Record]) -> list[list[str]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_prune import checkpoint
+from dist_prune.answers import ANSWERS, Answers
+from dist_prune.answers import save as save_answers
 from dist_prune.export import Description, save_compressed
 from dist_prune.job import STAGES, Job
 from dist_prune.pages import page
@@ -31,6 +33,8 @@ def finish(job: Job) -> None:
         job.chosen,
     )
     job.world.from_first(lambda: save_compressed(job.folder, job.compressed, description))
+    answers = Answers(job.dataset.val.digest(), job.right)
+    job.world.from_first(lambda: save_answers(job.folder / ANSWERS, answers))
     result = outcome(job)
     job.world.from_first(lambda: draw(job, result))
     job.world.from_first(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_prune import checkpoint, layers, models, rundir, sensitivity, timm_images
 from dist_prune.checkpoint import CheckpointError, Snapshot
@@ -53,6 +53,7 @@ class Job:
     unlabelled: Split | None = None  # --calibrate-data
     done: list[str] = field(default_factory=list)  # names of stages
     metrics: dict[str, Metrics] = field(default_factory=dict)
+    right: dict[str, Tensor] = field(default_factory=dict)  # by stage, which validation images
     plan: Plan | None = None
     target: Plan | None = None  # where the rounds of an iterative run end; else the plan itself
     network: nn.Module | None = None  # the compressed one, as soon as there is one
@@ -103,6 +104,7 @@ class Job:
             "shares": self.shares,
             "done": self.done,
             "metrics": {stage: asdict(m) for stage, m in self.metrics.items()},
+            "right": self.right,
             "seconds": self.report.elapsed(),
             "warnings": self.report.warnings,
             "points": self.report.written(),
@@ -118,6 +120,7 @@ class Job:
         # What was said while it was taken up comes after.
         self.report.warnings = [*state.get("warnings", []), *self.report.warnings]
         self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
+        self.right = state.get("right", {})
         self.report.rewind(state["points"])
         if state["plan"] is not None:
             self.plan = Plan.from_json(state["plan"])

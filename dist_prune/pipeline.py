@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from dist_prune import batchnorm, checkpoint, correction, models, rundir, sensitivity
+from dist_prune.answers import right
 from dist_prune.compression import gather, stages
 from dist_prune.config import CorrectionConfig, Run, require_complete, to_dict
 from dist_prune.data import Everything, evaluation_stream, normalise
 from dist_prune.distillation import distill
 from dist_prune.ending import finish, finished
-from dist_prune.evaluate import Metrics, predict, score
+from dist_prune.evaluate import Metrics, Predictions, predict, score
 from dist_prune.job import (
     STAGES,
     Job,
@@ -172,7 +173,7 @@ def baseline(job: Job) -> None:
     """The dense network on the validation images: figures, and logits for the divergence."""
     job.world.require_same("parameters (dense)", fingerprint(job.dense))
     with job.report.phase("baseline"):
-        metrics = score(job.reference, len(job.dataset.val), job.world)
+        metrics = judged(job, "dense", job.reference)
     told(job, "dense", metrics)
 
 
@@ -183,10 +184,18 @@ def measured(stage: str) -> Callable[[Job], None]:
         job.world.require_same(f"parameters ({stage})", fingerprint(job.compressed))
         with job.report.phase(f"evaluate {stage}"):
             found = predict(job.compressed, watched_validation(job))
-            metrics = score(found, len(job.dataset.val), job.world, job.reference)
+            metrics = judged(job, stage, found, job.reference)
         told(job, stage, metrics)
 
     return measure
+
+
+def judged(job: Job, stage: str, found: Predictions, dense: Predictions | None = None) -> Metrics:
+    """Metrics over all ranks; which images were got right is kept."""
+    images = len(job.dataset.val)
+    metrics = score(found, images, job.world, dense)
+    job.right[stage] = right(found, images, job.world)
+    return metrics
 
 
 def told(job: Job, stage: str, metrics: Metrics) -> None:

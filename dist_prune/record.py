@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_prune.answers import ANSWERS, Answers
+from dist_prune.answers import load as load_answers
 from dist_prune.checkpoint import CheckpointError
 from dist_prune.evaluate import Metrics
 from dist_prune.ranks import Plan, PlanError
@@ -21,7 +23,8 @@ Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
 class Record:
     """What a run was told, and what came of it.
 
-    `settings` and `environment` are config.json's, `result` is result.json, `stages` its figures by stage.
+    `settings` and `environment` are config.json's, `result` is result.json, `stages` its figures by stage,
+    `answers` None for a run of an earlier version, which kept none.
     """
 
     folder: Path
@@ -30,6 +33,7 @@ class Record:
     result: Mapping[str, Any]
     stages: Mapping[str, Metrics]
     plan: Plan
+    answers: Answers | None
 
 
 def read_run(folder: Path) -> Record:
@@ -44,9 +48,10 @@ def read_run(folder: Path) -> Record:
             f"{folder}: its run is not finished (no result.json); go on with it by --run-dir {folder} --resume"
         )
     config, result, plan = (read_json(folder / name) for name in (CONFIG, "result.json", "plan.json"))
+    answers = load_answers(folder / ANSWERS) if (folder / ANSWERS).exists() else None
     try:
         choices, stages = Plan.from_json(plan["choices"]), stages_of(result)
-        return Record(folder, config["run"], config["environment"], result, stages, choices)
+        return Record(folder, config["run"], config["environment"], result, stages, choices, answers)
     except (KeyError, TypeError, PlanError) as error:
         raise CheckpointError(f"{folder}: damaged, or of another version of this program ({error!r})") from error
 
@@ -107,7 +112,7 @@ def difference_interval(before: Metrics, after: Metrics) -> tuple[float, float]:
     """The 95 % interval, in points, of `after.top1 − before.top1`, as if found on different images.
 
     From both Wilson intervals (Newcombe 1998, method 10). On the same images the difference is known better than
-    that, by how much depends on the single answers; a run counts those against its own dense network only.
+    that: see `paired_interval`.
     """
     p, q = before.top1, after.top1
     (p_low, p_high), (q_low, q_high) = (accuracy_interval(m.top1, m.images) for m in (before, after))

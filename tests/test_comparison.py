@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from dist_prune.answers import ANSWERS, Answers, load, save
 from dist_prune.checkpoint import CheckpointError
 from dist_prune.comparison import main
 from dist_prune.evaluate import Metrics
-from dist_prune.record import accuracy_interval, difference_interval, read_run
+from dist_prune.record import accuracy_interval, difference_interval, paired_interval, read_run
 from tests.runs import Bench
 
 
@@ -26,6 +28,11 @@ def test_the_interval_of_a_difference_is_newcombes() -> None:
     # Newcombe 1998, table II, method 10: 56/70 − 48/80 is 0.0524 to 0.3339
     before, after = Metrics(60.0, 100, 0, 80), Metrics(80.0, 100, 0, 70)
     assert difference_interval(before, after) == pytest.approx((5.24, 33.39), abs=0.01)
+
+
+def right(folder: Path, stage: str) -> list[bool]:
+    """Which images that network gets right."""
+    return [bool(answer) for answer in load(folder / ANSWERS).right[stage]]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +59,28 @@ def test_what_differs_is_shown_and_nothing_else(
     assert ["tuned:", "top-1", "%", f"{a['tuned']['top1']:.2f}", "–"] in rows
     gap = b["projected"]["top1"] - a["projected"]["top1"]
     assert ["to", "A,", "points", f"{gap:+.2f}"] in rows
+    before, after = (torch.tensor(right(folder, "projected")) for folder in (runs[1], other))
+    assert [100 * answers.double().mean().item() for answers in (before, after)] == pytest.approx(
+        [r["projected"]["top1"] for r in (a, b)]
+    )
+    low, high = paired_interval(int((after & ~before).sum()), int((before & ~after).sum()), len(before))
+    assert ["95", "%,", "paired", f"{low:+.2f}", "…", f"{high:+.2f}"] in rows
     shares = [r["macs"]["compressed"] / r["macs"]["dense"] for r in (a, b)]
     assert ["of", "the", "dense", "network's", *(f"{share:.3f}" for share in shares)] in rows
     assert ["all", *(f"{sum(r['seconds'].values()):.1f}" for r in (a, b))] in rows
+
+
+def test_runs_on_other_images_are_not_paired(
+    runs: dict[int, Path], other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(other, tmp_path / "copy")
+    before = load(copy / ANSWERS)
+    save(copy / ANSWERS, Answers("of another list", before.right))
+    main([str(runs[1]), str(other), str(copy)])
+    assert "paired" not in capsys.readouterr().out
+    (copy / ANSWERS).unlink()  # as in a run of an earlier version
+    main([str(runs[1]), str(copy)])
+    assert "paired" not in capsys.readouterr().out
 
 
 def test_narrow_terminals_get_the_ends_of_long_settings(

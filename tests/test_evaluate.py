@@ -1,7 +1,8 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dist_prune.answers import right
 from dist_prune.data import Batch
 from dist_prune.evaluate import EvaluationError, Metrics, predict, score, time_sites
 from dist_prune.sites import survey
@@ -62,6 +63,20 @@ def test_metrics_are_the_definitions_on_any_number_of_ranks(size: int) -> None:
         assert found.images == IMAGES
         assert (found.gained, found.lost) == (expected.gained, expected.lost)
         assert expected.gained and expected.lost, "images that tell nothing"
+
+
+def answered(world: World) -> Tensor:
+    return right(predict(network(1), share(world.rank, world.size)), IMAGES, world)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_rank_knows_which_images_were_got_right(size: int) -> None:
+    batches = share(0, 1)
+    x, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels"))
+    expected = network(1).eval()(x).argmax(1) == labels
+    assert expected.any() and not expected.all()
+    for found in run_ranks(answered, size):
+        assert found.tolist() == expected.tolist()
 
 
 def test_a_network_does_not_diverge_from_itself(world: World) -> None:
