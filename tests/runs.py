@@ -44,6 +44,7 @@ FILES = {
     "config.json",
     "plan.json",
     "model.safetensors",
+    "answers.safetensors",
     "layers.json",
     "metrics.jsonl",
     "log.txt",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_prune.answers import ANSWERS
+from dist_prune.answers import load as load_answers
 from dist_prune.job import place_of
 from dist_prune.resume import Keeper, Standing
 from dist_prune.stopping import Flag
@@ -50,6 +52,8 @@ def test_a_killed_run_resumes_to_the_very_same_network(
     bench.commands.succeed(*bench.words(tmp_path / "undisturbed", epochs=EPOCHS), ranks=2)
     expected, found = result_of(tmp_path / "undisturbed"), result_of(folder)
     assert found["parameter_hash"] == expected["parameter_hash"]
+    whole, resumed = (load_answers(run / ANSWERS).right for run in (tmp_path / "undisturbed", folder))
+    assert {k: v.tolist() for k, v in resumed.items()} == {k: v.tolist() for k, v in whole.items()}
     assert [found[stage] for stage in STAGES] == [expected[stage] for stage in STAGES]
 
 
