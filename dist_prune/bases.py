@@ -7,7 +7,7 @@ without solving again.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,19 +126,35 @@ def solve(
     seed: int,
     world: World,
 ) -> dict[str, Basis]:
-    """Solve every site on rank 0 and give the answer to all, so that all hold the same bits.
+    """Solve every site on one rank and give the answer to all, so that all hold the same bits.
+
+    All ranks hold the same statistics; which of them solves a site changes no bit.
 
     Returns:
         site name → full basis, on the world's device.
     """
-    bases = {}
-    for site in sites:
-        if world.is_first:
-            bases[site.name] = _solve_one(model.get_submodule(site.name), site, statistics, method, seed)
+    views = [View(site, method.side) for site in sites]
+    owners = spread([view.site.groups * view.width**3 for view in views], world.size)
+    bases: dict[str, Basis] = {}
+    for view, owner in zip(views, owners, strict=True):
+        name = view.site.name
+        if owner == world.rank:
+            bases[name] = _solve_one(model.get_submodule(name), view.site, statistics, method, seed)
         else:
-            bases[site.name] = _blank(View(site, method.side), world.device)
-    world.broadcast_(*(t for b in bases.values() for t in (b.encode, b.decode, b.mean, b.spectrum)))
+            bases[name] = _blank(view, world.device)
+    for rank in sorted(set(owners)):
+        own = [bases[view.site.name] for view, owner in zip(views, owners, strict=True) if owner == rank]
+        world.broadcast_(*(t for b in own for t in (b.encode, b.decode, b.mean, b.spectrum)), source=rank)
     return bases
+
+
+def spread(costs: Sequence[float], ranks: int) -> list[int]:
+    """Which rank does each piece of work: the longest first, each to the rank that has least to do."""
+    owners, loads = [0] * len(costs), [0.0] * ranks
+    for place in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        owners[place] = loads.index(min(loads))
+        loads[owners[place]] += costs[place]
+    return owners
 
 
 def _solve_one(module: nn.Module, site: Site, statistics: Statistics, method: MethodConfig, seed: int) -> Basis:

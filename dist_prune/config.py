@@ -303,7 +303,7 @@ class Run:
     save_recipe: Path | None = None
     """Write these settings into a TOML file, to be used in place of a recipe's name, and stop."""
     timeout: float = 1800.0
-    """Seconds a collective may wait for a rank before the run ends; allow for rank 0's solves."""
+    """Seconds a collective may wait for a rank before the run ends; allow for the widest layer's solve."""
 
     @property
     def keeps_to_dense(self) -> bool:

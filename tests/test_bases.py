@@ -2,12 +2,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_prune.bases import at_random, by_fisher, by_gradient, by_weight, eigenbasis, principal, solve, whitened
+from dist_prune.bases import (
+    at_random,
+    by_fisher,
+    by_gradient,
+    by_weight,
+    eigenbasis,
+    principal,
+    solve,
+    spread,
+    whitened,
+)
 from dist_prune.config import MethodConfig
 from dist_prune.moments import Accumulator, Moments
 from dist_prune.sites import describe
 from dist_prune.statistics import Statistics
-from dist_prune.world import World, digest
+from dist_prune.world import World
 from tests.ranks import run_ranks
 
 
@@ -155,25 +165,41 @@ def test_random_directions_differ_by_seed_only() -> None:
     assert not torch.allclose(at_random(like, 1).encode, at_random(like, 2).encode)
 
 
-def solve_on(world: World, method: str) -> list[Tensor]:
-    """Every rank but the first has useless statistics: only rank 0's may count."""
+LAYERS = {"0": (7, 6), "1": (6, 30), "2": (30, 20), "3": (20, 6)}  # inputs, outputs
+CUBES = [outputs**3 for _, outputs in LAYERS.values()]
+
+
+def solve_on(world: World, method: str) -> dict[str, list[Tensor]]:
+    """Every rank has statistics only of the layers that are its share: no other may be solved there."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, 6)).double()
-    stats = moments(1) if world.is_first else moments(1, seed=9)
-    found = solve(
-        model,
-        [describe("0", model[0])],
-        Statistics({"0": stats}, {"0": positive(1, 6)}),
-        MethodConfig(method=method),
-        0,
-        world,
-    )["0"]
-    return [found.encode, found.decode, found.mean, found.spectrum]
+    model = nn.Sequential(*(nn.Linear(*shape) for shape in LAYERS.values())).double()
+    owners = dict(zip(LAYERS, spread(CUBES, world.size), strict=True))
+    own = {name: outputs for name, (_, outputs) in LAYERS.items() if owners[name] == world.rank}
+    statistics = Statistics(
+        {name: moments(1, outputs) for name, outputs in own.items()},
+        {name: positive(1, outputs) for name, outputs in own.items()},
+    )
+    sites = [describe(name, layer) for name, layer in model.named_children()]
+    found = solve(model, sites, statistics, MethodConfig(method=method), 0, world)
+    return {name: [b.encode, b.decode, b.mean, b.spectrum] for name, b in found.items()}
 
 
-@pytest.mark.parametrize("method", ["pca", "fisher", "random"])
-def test_all_ranks_get_rank_0s_bits(method: str) -> None:
-    first, *others = run_ranks(solve_on, 3, method)
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert digest(nn.Linear(2, 2))
+def solve_all(world: World) -> list[dict[str, list[Tensor]]]:
+    return [solve_on(world, method) for method in ("pca", "fisher", "random")]
+
+
+def test_layers_are_shared_out_and_any_number_of_ranks_gets_the_same_bits(world: World) -> None:
+    alone = solve_all(world)
+    assert [list(found) for found in alone] == 3 * [list(LAYERS)]
+    for found in (*run_ranks(solve_all, 2), *run_ranks(solve_all, 3)):
+        for mine, theirs in zip(alone, found, strict=True):
+            pairs = ((a, b) for name in LAYERS for a, b in zip(mine[name], theirs[name], strict=True))
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_longest_work_is_shared_out_first() -> None:
+    assert spread(CUBES, 1) == [0, 0, 0, 0]
+    assert spread(CUBES, 2) == [1, 0, 1, 1]
+    assert spread(CUBES, 3) == [2, 0, 1, 2]
+    assert spread([1, 1], 5) == [0, 1]
+    assert spread([], 2) == []

@@ -66,6 +66,34 @@ def test_the_comparison_of_loaders_runs(tmp_path: Path) -> None:
     assert all(row["ratio"] > 0 and row["name"] in done.stdout for row in found["rows"])
 
 
+def test_the_comparison_of_solves_and_pass_runs(tmp_path: Path) -> None:
+    output = tmp_path / "eigen.json"
+    words = [sys.executable, "-m", "tests.bench.eigen", "--quick", "--output", str(output)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    eight, many, few = json.loads(output.read_text())["rows"]
+    assert eight["name"] == "resnet18, 8 ranks, 1,281,167 images: solves ÷ pass"
+    assert many["ratio"] == pytest.approx(
+        8 * eight["ratio"], rel=1e-6
+    )  # the widest layer alone is the share of both
+    assert few["ratio"] == pytest.approx(128.1167 * eight["ratio"], rel=1e-6)
+
+
+def test_the_profile_names_what_each_phase_spends_most_in(tmp_path: Path) -> None:
+    output = tmp_path / "profiles.json"
+    words = [sys.executable, "-m", "tests.bench.profiles", "--quick", "--output", str(output)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    phases = ["statistics, pca", "statistics, fisher", "correction", "fine-tuning"]
+    assert [row["phase"] for row in rows] == [phase for phase in phases for _ in range(5)]
+    for phase in phases:
+        shares = [row["share"] for row in rows if row["phase"] == phase]
+        assert shares == sorted(shares, reverse=True)
+        assert 0.3 < sum(shares) < 1
+    assert {"aten::convolution_backward"} <= {row["name"] for row in rows if row["phase"] == "fine-tuning"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_quality_comparison_runs(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from dist_prune.report import table
 from dist_prune.sites import View, bias_of, evaluating, survey, weight_of
 from dist_prune.spectra import spectra_of
 from dist_prune.takeaway.speed import Engine, Pass, Speed, measure_speed
-from tests.bench.timing import command_line, machine, write_json
+from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "latency.json"
 ENGINES: tuple[Engine, ...] = ("eager", "compile", "onnxruntime")
@@ -155,10 +154,7 @@ def main() -> None:
 
 def content(setting: Setting, found: dict[str, Speed], rows: Sequence[Row]) -> dict[str, Any]:
     """For programs: the rows, and below them each site with the reason for its time."""
-    return {
-        "command": command_line("tests.bench.latency"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    return heading(command_line("tests.bench.latency")) | {
         "setting": asdict(setting),
         "rows": [asdict(row) for row in rows],
         "sites": {rule: [asdict(site) for site in speed.sites] for rule, speed in found.items()},

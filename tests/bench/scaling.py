@@ -12,19 +12,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from dist_prune.bases import eigenbasis, solve
+from dist_prune.bases import principal, solve, spread
 from dist_prune.config import MethodConfig, TrainingConfig
 from dist_prune.data import Batch
 from dist_prune.finetune import Trainer
-from dist_prune.moments import accumulating, collect_moments
+from dist_prune.moments import Moments, accumulating, collect_moments
 from dist_prune.report import table
 from dist_prune.sites import Site, View, evaluating, survey
 from dist_prune.statistics import Statistics
@@ -49,10 +50,10 @@ class Volume:
 
     statistics_summed: int  # once
     shifts_sent: int  # once, by rank 0
-    bases_sent: int  # once, by rank 0
+    bases_sent: int  # once, each by the rank that solved it
     gradients_summed: int  # each step
     weights_sent: int  # once, by rank 0
-    widths: tuple[int, ...]  # of the matrices that rank 0 solves
+    widths: tuple[int, ...]  # of the matrices that are solved, shared out over the ranks
 
 
 def volume(model: nn.Module, sites: Sequence[Site]) -> Volume:
@@ -85,14 +86,24 @@ def seconds(
 ) -> dict[str, float]:
     """Rank 0's seconds by phase: its share of the images, its solves, its part in collectives.
 
-    A ring moves 2(n−1)/n of a buffer through each rank: nothing for one, and the measured constant for two.
+    A ring moves 2(n−1)/n of a summed buffer through each rank: nothing for one, and the measured constant for two.
+    What is broadcast passes each rank once.
     """
     per_byte = constants.byte * 2 * (ranks - 1) / ranks
     return {
         "statistics": constants.moments * images / ranks + per_byte * volume.statistics_summed,
-        "bases": sum(constants.solve[k] for k in volume.widths),
+        "bases": solving(volume.widths, constants.solve, ranks)[0]
+        + (ranks > 1) * constants.byte * volume.bases_sent,
         "finetune": steps * (batch * constants.step + per_byte * volume.gradients_summed),
     }
+
+
+def solving(widths: Sequence[int], solve: Mapping[int, float], ranks: int) -> list[float]:
+    """Seconds that each rank solves matrices, when one of width k takes `solve[k]`."""
+    taken = [0.0] * ranks
+    for width, rank in zip(widths, spread([k**3 for k in widths], ranks), strict=True):
+        taken[rank] += solve[width]
+    return taken
 
 
 # ── held against runs ──────────────────────────────────────────────────────────────────────────────────────
@@ -110,6 +121,9 @@ class Setting:
 
 
 QUICK = Setting(pixels=32, images=8, steps=1, batch=2, rounds=1)
+
+
+Rounds = list[tuple[dict[str, float], dict[str, float]]]  # seconds by phase: predicted, measured
 
 
 class Counting(World):
@@ -178,7 +192,7 @@ def bench(world: World, setting: Setting) -> Bench:
     return Bench(world, setting, model, survey(model, torch.zeros(1, 3, setting.pixels, setting.pixels)).sites)
 
 
-def compare(world: World, setting: Setting) -> list[tuple[dict[str, float], dict[str, float]]]:
+def compare(world: World, setting: Setting) -> Rounds:
     """Rounds of constants, what they foretell, and what was then measured: (predicted, measured) by phase."""
     work = bench(world, setting)
     found = volume(work.model, work.sites)
@@ -201,15 +215,25 @@ def calibrate(work: Bench, trainer: Trainer, found: Volume) -> Constants:
     byte = clocked(lambda: [world.sum_(buffer) for _ in range(4)]) / (4 * buffer.nbytes)
     count, steps = max(setting.batch, setting.images // 4), max(1, setting.steps // 3)
     step = clocked(lambda: work.train(trainer, steps)) / (steps * setting.batch)
-    solves = {k: clocked(lambda k=k: _solve(k)) for k in sorted(set(found.widths))}  # type: ignore[misc]
+    solves = clocked_solves(found.widths)
     if world.size > 1:  # the gradients' sums are in the steps already
         step -= byte * found.gradients_summed / setting.batch
     return Constants(clocked(lambda: work.alone(count)) / count, step, solves, byte if world.size > 1 else 0.0)
 
 
-def _solve(width: int) -> None:
-    rows = torch.randn(2 * width, width, dtype=torch.float64)
-    eigenbasis((rows.T @ rows)[None], torch.zeros(1, width, dtype=torch.float64))
+def clocked_solves(widths: Iterable[int]) -> dict[int, float]:
+    """Seconds of one solve of each width."""
+    place = torch.device("cpu")
+    return {k: clocked(partial(principal, falling(k, place))) for k in sorted(set(widths))}
+
+
+def falling(width: int, device: torch.device) -> Moments:
+    """Statistics whose covariance has eigenvalues of about 1/i, as those of layers do."""
+    rows = torch.randn(2 * width, width, dtype=torch.float64, device=device)
+    mix = torch.randn(width, width, dtype=torch.float64, device=device) / width**0.5
+    rows = rows / torch.arange(1, width + 1, device=device).sqrt() @ mix
+    count, zero = rows.new_tensor(2.0 * width), rows.new_zeros(1, width)
+    return Moments(count, zero, rows.sum(0)[None], (rows.mT @ rows)[None])
 
 
 def measure(work: Bench, trainer: Trainer) -> dict[str, float]:
@@ -228,18 +252,30 @@ def measure(work: Bench, trainer: Trainer) -> dict[str, float]:
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Measured ÷ predicted: the whole run, and each phase, of one rank and of two."""
-    found = []
-    for size in (1, 2):
-        pairs = run_ranks(compare, size, setting, deadline_s=1500, timeout_s=600)[0]
-        for phase in ("all", *pairs[0][0]):
-            ours = [_of(measured, phase) for _, measured in pairs]
-            told = [_of(predicted, phase) for predicted, _ in pairs]
-            ratios = [a / b for a, b in zip(ours, told, strict=True)]
-            detail = f"{statistics.median(ours):.3g} s of processor, foretold {statistics.median(told):.3g} s"
-            name = f"{size} rank(s), {phase}: measured ÷ predicted"
-            found.append(Row(name, statistics.median(ratios), min(ratios), max(ratios), 1.2, detail))
-    return found
+    """Each phase's efficiency, then measured ÷ predicted: the whole run, and each phase, of one and two ranks."""
+    alone, two = (run_ranks(compare, size, setting, deadline_s=1500, timeout_s=600)[0] for size in (1, 2))
+    found = [efficiency(phase, alone, two) for phase in alone[0][0]]
+    return found + [foretold(size, p, t) for size, t in ((1, alone), (2, two)) for p in ("all", *alone[0][0])]
+
+
+def efficiency(phase: str, alone: Rounds, two: Rounds) -> Row:
+    """Seconds of two ranks ÷ those of one for the same work: 1 ÷ the efficiency, which is in the detail."""
+    work = 1 if phase == "finetune" else 2  # every rank has batches of its own, but a share of images and layers
+    ratios = [work * b[phase] / a[phase] for (_, a), (_, b) in zip(alone, two, strict=True)]
+    told = [work * b[phase] / a[phase] for (a, _), (b, _) in zip(alone, two, strict=True)]
+    median = statistics.median(ratios)
+    detail = f"efficiency {1 / median:.2f}, foretold {1 / statistics.median(told):.2f}"
+    return Row(f"2 ranks ÷ 1 rank, {phase}: seconds for the same", median, min(ratios), max(ratios), 1.2, detail)
+
+
+def foretold(size: int, phase: str, rounds: Rounds) -> Row:
+    """Measured ÷ predicted seconds of a phase."""
+    ours = [_of(measured, phase) for _, measured in rounds]
+    told = [_of(predicted, phase) for predicted, _ in rounds]
+    ratios = [a / b for a, b in zip(ours, told, strict=True)]
+    detail = f"{statistics.median(ours):.3g} s of processor, foretold {statistics.median(told):.3g} s"
+    name = f"{size} rank(s), {phase}: measured ÷ predicted"
+    return Row(name, statistics.median(ratios), min(ratios), max(ratios), 1.2, detail)
 
 
 def _of(phases: dict[str, float], phase: str) -> float:
@@ -253,7 +289,7 @@ def outlook(arch: str, rate: float) -> str:
     """Volumes at 8, 64 and 512 GPUs, at `rate` training images per second and GPU."""
     model = torchvision.models.get_model(arch, weights=None).eval()
     found = volume(model, survey(model, torch.zeros(1, 3, 224, 224)).sites)
-    solves = {k: clocked(lambda k=k: _solve(k)) for k in set(found.widths)}  # type: ignore[misc]
+    solves = clocked_solves(found.widths)
     cells = []
     for n in RANKS:
         ring = 2 * (n - 1) / n
@@ -263,7 +299,7 @@ def outlook(arch: str, rate: float) -> str:
                 str(n),
                 f"{ring * found.statistics_summed / 1e6:.0f} MB",
                 f"{found.bases_sent / 1e6:.0f} MB",
-                f"{sum(solves[k] for k in found.widths):.1f} s",
+                f"{max(solving(found.widths, solves, n)):.1f} s",
                 str(steps),
                 f"{ring * found.gradients_summed / 1e6:.0f} MB",
                 f"{n * rate * IMAGE_BYTES / 1e9:.1f} GB/s",

@@ -198,10 +198,18 @@ MEASUREMENTS: tuple[Callable[[Setting], Row], ...] = (
 )
 
 
+Measurements = Sequence[Callable[[Setting], Row]]
+
+
 def run(
-    doc: str | None, module: str, measurements: Sequence[Callable[[Setting], Row]], result: Path, cpu: Setting
+    doc: str | None,
+    module: str,
+    measurements: Measurements,
+    result: Path,
+    cpu: Setting,
+    quick: Measurements | None = None,
 ) -> None:
-    """A benchmark's command line: measure, print the table, write it to `result`."""
+    """A benchmark's command line: measure, print the table, write it to `result`; `quick` may be fewer."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, help="of both sides of every comparison")
@@ -212,7 +220,8 @@ def run(
     full = CUDA if options.device == "cuda" else cpu
     setting = replace(QUICK, device=options.device) if options.quick else full
     setting = replace(setting, rounds=options.rounds or setting.rounds)
-    rows = [measure(setting) for measure in measurements]
+    chosen = quick if options.quick and quick else measurements
+    rows = [measure(setting) for measure in chosen]
     print(table(rows))
     output = options.output or (None if options.quick else result)
     if output:

@@ -138,14 +138,14 @@ def _line(row: Row, width: int) -> str:
     )
 
 
+def heading(command: str) -> dict[str, Any]:
+    """What every result begins with: the command, the day (UTC) and the machine."""
+    return {"command": command, "date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+
+
 def report(rows: Sequence[Row], command: str) -> dict[str, Any]:
-    """The rows for programs, with the command, the day (UTC) and the machine."""
-    return {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "rows": [asdict(row) for row in rows],
-    }
+    """The rows for programs, below a heading."""
+    return heading(command) | {"rows": [asdict(row) for row in rows]}
 
 
 def command_line(module: str) -> str:
