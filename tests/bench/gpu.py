@@ -38,7 +38,7 @@ from tests.bench.timing import command_line, machine, write_json
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 CUDA = Scale()
-CPU = Scale(("resnet18",), 112, 8, 2, 3, 1024, 256 << 20, (1, 8), 1797, 6, 128)
+CPU = Scale(("resnet18",), 112, 8, 2, 3, 1024, 256 << 20, (1, 8), 640, 10, 128)
 QUICK = Scale(("resnet18",), 32, 2, 1, 1, 64, 1 << 20, (1, 2), 40, 1, 32)
 
 Part = Callable[[Bench], Iterator[Figure]]

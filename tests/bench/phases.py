@@ -78,13 +78,13 @@ class Bench:
         return self.scale.batches * self.scale.images
 
 
-def subject(bench: Bench, arch: str, precision: Precision) -> tuple[nn.Module, Tensor]:
-    """A network with random weights and a batch of noise; in bf16 both are laid out NHWC, as one would."""
+def subject(bench: Bench, arch: str, channels_last: bool = False) -> tuple[nn.Module, Tensor]:
+    """A network with random weights and a batch of noise."""
     torch.manual_seed(0)
     scale = bench.scale
     model = build(arch, 1000).to(bench.device)
     images = torch.randn(scale.images, 3, scale.side, scale.side, device=bench.device)
-    if precision != "bf16":
+    if not channels_last:
         return model, images
     laid_out: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return laid_out, images.contiguous(memory_format=torch.channels_last)
@@ -94,23 +94,29 @@ def subject(bench: Bench, arch: str, precision: Precision) -> tuple[nn.Module, T
 
 
 def statistics_pass(bench: Bench) -> Iterator[Figure]:
-    """Moments of all sites against the forward pass of the same precision."""
+    """Moments of all sites against the forward pass of the same precision and layout.
+
+    `--statistics-bf16` leaves the layout as it is, so what channels last would gain stands beside it.
+    """
+    layouts: list[tuple[Precision, bool]] = [*((precision, False) for precision in ALL_PRECISIONS), ("bf16", True)]
     for arch in bench.scale.archs:
-        for precision in ALL_PRECISIONS:
+        for precision, channels_last in layouts:
+            name = f"{arch}, {precision}{', channels last' if channels_last else ''}"
             if precision in precisions(bench.device):
                 with tensor_cores(precision):
-                    yield from _statistics(bench, arch, precision)
+                    yield from _statistics(bench, name, precision, *subject(bench, arch, channels_last))
             else:
-                yield missing(f"{arch}, {precision}", NO_TF32)
+                yield missing(name, NO_TF32)
 
 
-def _statistics(bench: Bench, arch: str, precision: Precision) -> Iterator[Figure]:
-    model, images = subject(bench, arch, precision)
+def _statistics(
+    bench: Bench, name: str, precision: Precision, model: nn.Module, images: Tensor
+) -> Iterator[Figure]:
     views = [View(site) for site in survey(model, images[:1]).sites]
     batches, bf16 = [images] * bench.scale.batches, precision == "bf16"
     ours = partial(collect_moments, model, views, batches, bench.world, bf16=bf16)
     plain = partial(forward, model, batches, bf16)
-    taken, name = bench.compared(ours, plain), f"{arch}, {precision}"
+    taken = bench.compared(ours, plain)
     yield rate(f"{name}: forward", bench.count, taken.plain)
     yield rate(f"{name}: statistics pass", bench.count, taken.ours)
     yield ratio(f"{name}: statistics pass ÷ forward", taken, 1.10)
@@ -157,7 +163,7 @@ def _peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 def curvature_pass(bench: Bench) -> Iterator[Figure]:
     """Each kind of curvature, of all sites, against forward + backward."""
     for precision in (p for p in precisions(bench.device) if p != "tf32"):
-        model, images = subject(bench, bench.scale.archs[0], precision)
+        model, images = subject(bench, bench.scale.archs[0])
         index = torch.arange(len(images), device=bench.device)
         batches = [Batch(images, index, index)] * max(1, bench.scale.batches // 2)
         for kind in TARGETS:
@@ -199,7 +205,7 @@ def fine_tuning(bench: Bench) -> Iterator[Figure]:
         steps = step_work(bench, arch, precision).times(bench.scale.batches)
         yield steps.fraction(f"{name}: fine-tuning", median(taken.ours), bench.ceilings)
     yield Figure(f"{arch}: seconds, bf16 and channels last ÷ neither", times["bf16"] / times["float32"], "×")
-    model, _ = subject(bench, arch, "float32")
+    model, _ = subject(bench, arch)
     proof = seconds(lambda: fingerprint(model), bench.device, "wall")
     yield Figure(f"{arch}: proof that ranks hold the same, once an epoch", proof, "s")
 
@@ -209,14 +215,14 @@ def step_work(bench: Bench, arch: str, precision: Precision) -> Work:
     kind: Precision = (
         "tf32" if bench.device.type == "cuda" and precision == "float32" else precision
     )  # as torch is
-    flops = forward_work(*subject(bench, arch, precision), kind).flops
+    flops = forward_work(*subject(bench, arch), kind).flops
     return Work({p: 3 * count for p, count in flops.items()})
 
 
 def _trained(bench: Bench, arch: str, precision: Precision) -> Pair:
     """Seconds of `batches` steps, ours and bare; the proof at an epoch's end is not in them."""
     fast, scale = precision == "bf16", bench.scale
-    model, images = subject(bench, arch, precision)
+    model, images = subject(bench, arch, channels_last=fast)
     labels = torch.arange(len(images), device=bench.device)
     batches = [Batch(images, labels, labels)] * scale.batches
     settings = TrainingConfig(

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from dist_prune import statistics
 from dist_prune.bases import Basis, solve
 from dist_prune.config import MethodConfig
 from dist_prune.data import Batch
@@ -26,6 +25,7 @@ from dist_prune.models import build
 from dist_prune.projection import project
 from dist_prune.ranks import Choice, Plan
 from dist_prune.sites import Site, survey
+from dist_prune.statistics import Statistics, collect
 from dist_prune.training_config import TrainingConfig
 from dist_prune.world import World
 from tests.bench.ceilings import Precision, precisions, tensor_cores
@@ -42,18 +42,23 @@ def bases_of_rough_passes(bench: Bench) -> Iterator[Figure]:
     found = Found(dense, seen, unseen, bench.world)
     reference = score(predict(dense, unseen), len(unseen[0].labels), bench.world)
     yield Figure(f"{ARCH} on digits: top-1", reference.top1, "%", detail="what the rest is measured on")
-    exact = {method.method: found.bases(method, "float32") for method in METHODS}
+    exact = {method: found.gathered(method, "float32") for method in METHODS}
+    bases = {method: found.bases(method, sums) for method, sums in exact.items()}
+    before = {method: found.divergence(directions) for method, directions in bases.items()}
+    covariances = {name: moments.covariance for name, moments in exact[METHODS[0]].moments.items()}
     for precision in ALL_PRECISIONS[1:]:
         if precision not in precisions(bench.device):
             yield missing(f"{precision} forward", NO_TF32)
             continue
-        yield from found.pca_figures(precision, exact["pca"])
         for method in METHODS:
-            rough = found.bases(method, precision)
-            detail = f"{found.divergence(rough):.6g} nats against {found.divergence(exact[method.method]):.6g}"
-            change = found.divergence(rough) / found.divergence(exact[method.method]) - 1
-            name = f"{precision} forward, {method.method}: KL to dense at half the ranks, change"
-            yield Figure(name, 100 * change, "%", detail=detail)
+            name = f"{precision} forward, {method.method}"
+            rough = found.bases(method, found.gathered(method, precision))
+            if method.method == "pca":
+                yield from turned(name, rough, bases[method], covariances)
+            after = found.divergence(rough)
+            detail = f"{after:.6g} nats against {before[method]:.6g}"
+            change = 100 * (after / before[method] - 1)
+            yield Figure(f"{name}: KL to dense at half the ranks, change", change, "%", detail=detail)
 
 
 @dataclass(frozen=True)
@@ -70,37 +75,37 @@ class Found:
         """All convolutions: the last layer has ten outputs, of which none can be left out."""
         return survey(self.dense, self.seen[0].images[:1]).select("@conv").sites
 
-    def statistics(self, method: MethodConfig, precision: Precision) -> statistics.Statistics:
+    def gathered(self, method: MethodConfig, precision: Precision) -> Statistics:
         """From the images seen."""
         method = replace(method, statistics_bf16=precision == "bf16")
         with tensor_cores(precision):
-            return statistics.collect(self.dense, self.sites, lambda _: self.seen, self.world, method, 0)
+            return collect(self.dense, self.sites, lambda _: self.seen, self.world, method, 0)
 
-    def bases(self, method: MethodConfig, precision: Precision) -> Mapping[str, Basis]:
+    def bases(self, method: MethodConfig, gathered: Statistics) -> dict[str, Basis]:
         """Of all sites."""
-        gathered = self.statistics(method, precision)
         return solve(self.dense, self.sites, gathered, method, 0, self.world)
 
     def divergence(self, bases: Mapping[str, Basis]) -> float:
         """KL to the dense network, on images unseen, when all sites keep half their directions."""
         plan = Plan(tuple(Choice(site.name, site.outputs // 2) for site in self.sites))
-        compressed = project(self.dense, self.sites, dict(bases), plan, "output")
+        compressed = project(self.dense, self.sites, bases, plan, "output")
         dense, count = predict(self.dense, self.unseen), sum(len(batch.labels) for batch in self.unseen)
         found = score(predict(compressed, self.unseen), count, self.world, dense).kl
         assert found is not None
         return found
 
-    def pca_figures(self, precision: Precision, exact: Mapping[str, Basis]) -> Iterator[Figure]:
-        """Of the worst site: energy that its directions fail to keep, and how far they turned."""
-        covariances = {n: m.covariance for n, m in self.statistics(METHODS[0], "float32").moments.items()}
-        rough = self.bases(METHODS[0], precision)
-        lost = {n: 1 - kept_energy(rough[n], c) / kept_energy(exact[n], c) for n, c in covariances.items()}
-        turned = {name: distance(rough[name], exact[name]) for name in covariances}
-        for what, values in (("energy lost", lost), ("subspace distance", turned)):
-            worst = max(values, key=lambda name: values[name])
-            middle = sorted(values.values())[len(values) // 2]
-            detail = f"worst of {len(values)} sites, {worst}; median {middle:.3g}"
-            yield Figure(f"{precision} forward, pca: {what} at half the ranks", values[worst], detail=detail)
+
+def turned(
+    name: str, rough: Mapping[str, Basis], exact: Mapping[str, Basis], covariances: Mapping[str, Tensor]
+) -> Iterator[Figure]:
+    """Of the worst site: energy that its directions fail to keep, and how far they turned."""
+    lost = {n: 1 - kept_energy(rough[n], c) / kept_energy(exact[n], c) for n, c in covariances.items()}
+    turns = {n: distance(rough[n], exact[n]) for n in covariances}
+    for what, values in (("energy lost", lost), ("subspace distance", turns)):
+        worst = max(values, key=lambda name: values[name])
+        middle = sorted(values.values())[len(values) // 2]
+        detail = f"worst of {len(values)} sites, {worst}; median {middle:.3g}"
+        yield Figure(f"{name}: {what} at half the ranks", values[worst], detail=detail)
 
 
 def kept_energy(basis: Basis, covariance: Tensor) -> float:

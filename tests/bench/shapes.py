@@ -67,7 +67,7 @@ def _compared(bench: Bench, engine: Engine) -> Iterator[Figure]:
     cuda = bench.device.type == "cuda"
     kinds: tuple[Precision, ...] = ("tf32" if cuda else "float32", "bf16")
     for arch in bench.scale.archs:
-        dense, images = subject(bench, arch, "float32")
+        dense, images = subject(bench, arch)
         found = survey(dense, images[:1])
         plan = make_plan(parse_rule(RULE), found, 8 if cuda else 1)
         compressed, macs = rebuild(dense, plan), cost(found, plan).macs / found.macs
@@ -97,7 +97,7 @@ def _timed(
 def rounded_ranks(bench: Bench) -> Iterator[Figure]:
     """One budget of MACs with ranks in multiples of more and more: all timed in turns with the dense network."""
     arch = bench.scale.archs[-1]
-    dense, images = subject(bench, arch, "float32")
+    dense, images = subject(bench, arch)
     found = survey(dense, images[:1])
     spectra = worth(bench, dense, found)
     plans = [make_plan(parse_rule(BUDGET), found, step, spectra=spectra) for step in ROUNDINGS]
