@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -107,6 +108,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _driver() -> str | None:
     """The version of NVIDIA's driver, where nvidia-smi is there to tell."""
     if shutil.which("nvidia-smi") is None:
