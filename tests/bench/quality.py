@@ -262,6 +262,7 @@ def main() -> None:
             print(show(found, options), flush=True)
     given = [f"--{name}" for name in ("distilled", "peers") if getattr(options, name)]
     given += [" ".join(["--tuned", *map(str, options.tuned)])] if options.tuned else []
+    given += [] if options.budgets == list(RATIOS) else [" ".join(["--budgets", *map(str, options.budgets)])]
     content = {"command": " ".join([COMMAND, *given]), "machine": machine(), "ranks": options.ranks}
     seeds = {"seeds": list(options.seeds), "tuned": list(options.tuned)}
     write_json(options.output, content | seeds | {"rows": [asdict(row) for row in found]})
