@@ -16,7 +16,7 @@ u·z with u normal. Gradients start at the first site: no weight's gradient is e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,8 @@ def gradient_step(a: Tensor, g: Tensor) -> Tensor:
 
 def fisher_step(_a: Tensor, g: Tensor) -> Tensor:
     """Σ_n Σ_p g_p g_pᵀ."""
-    return g.flatten(2) @ g.flatten(2).mT
+    g = g.flatten(2)  # once: it copies
+    return g @ g.mT
 
 
 def hessian_step(a: Tensor, g: Tensor) -> Tensor:
@@ -147,8 +148,8 @@ class _Sum:
     def _add(self) -> None:
         """All calls of the layer have their gradients: add the batch, some images at a time."""
         for chunk in self.view.chunks(self.pending[0][1], self.images):
-            gradients = torch.cat([self._gradients(g[chunk]) for _, g in self.pending], -1)
-            rows = torch.cat([self._rows(source[chunk]) for source, _ in self.pending], -1)
+            gradients = _joined([self._gradients(g[chunk]) for _, g in self.pending])
+            rows = _joined([self._rows(source[chunk]) for source, _ in self.pending])
             step = self.step(rows, gradients)
             self.total += step
             sound = torch.isfinite(step.sum()) | (self.spoiled >= 0)
@@ -173,6 +174,11 @@ class _Sum:
         entries = len(self.pending[0][1]) // self.images
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return rows.reshape(self.view.site.groups, -1, rows.shape[1] // entries, entries * rows.shape[2])
+
+
+def _joined(calls: Sequence[Tensor]) -> Tensor:
+    """The positions of all calls of a layer; of a single one nothing is copied."""
+    return calls[0] if len(calls) == 1 else torch.cat(list(calls), -1)
 
 
 def collect_curvature(
