@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -170,29 +171,40 @@ def results(way: Way | Peer, options: argparse.Namespace) -> list[dict[str, Any]
     return found
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One network to be fine-tuned, in one way."""
+
+    folder: Path
+    seed: int
+    distill: str
+    options: argparse.Namespace
+
+    @property
+    def kept(self) -> Path:
+        """Where its metrics are, once it was tuned: beside the network."""
+        return self.folder / f"tuned-{self.distill}-{self.options.tuning_images}.json"
+
+
 def tunings(way: Way | Peer, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Metrics after each kind of fine-tuning, one a seed; as many processes at a time as there are ranks."""
-    cells = [
-        (folder_of(way, seed, options), seed, how, options) for how in TUNING.values() for seed in options.tuned
-    ]
-    with ProcessPoolExecutor(options.ranks, get_context("spawn")) as pool:
-        found = list(pool.map(tuned, cells))
-    count = len(options.tuned)
-    return {name: found[i * count : (i + 1) * count] for i, name in enumerate(TUNING)}
+    cells = {
+        name: [Cell(folder_of(way, seed, options), seed, distill, options) for seed in options.tuned]
+        for name, distill in TUNING.items()
+    }
+    if missing := [cell for some in cells.values() for cell in some if not cell.kept.is_file()]:
+        with ProcessPoolExecutor(options.ranks, get_context("spawn")) as pool:
+            list(pool.map(tune, missing))
+    return {name: [json.loads(cell.kept.read_text()) for cell in some] for name, some in cells.items()}
 
 
-def tuned(cell: tuple[Path, int, str, argparse.Namespace]) -> dict[str, Any]:
-    """Metrics of one network after fine-tuning; kept beside it."""
-    folder, seed, distill, options = cell
-    kept = folder / f"tuned-{distill}-{options.tuning_images}.json"
-    if not kept.is_file():
-        torch.set_num_threads(1)
-        with joined("cpu") as world:
-            at = ground(options.data, options.weights, options.arch, world)
-            metrics = at.tune(network_in(folder), seed, distill, EPOCHS, options.tuning_images)
-        write_json(kept, asdict(metrics))
-    content: dict[str, Any] = json.loads(kept.read_text())
-    return content
+def tune(cell: Cell) -> None:
+    """Fine-tune one network, and keep its metrics."""
+    torch.set_num_threads(1)
+    with joined("cpu") as world:
+        at = ground(cell.options.data, cell.options.weights, cell.options.arch, world)
+        metrics = at.tune(network_in(cell.folder), cell.seed, cell.distill, EPOCHS, cell.options.tuning_images)
+    write_json(cell.kept, asdict(metrics))
 
 
 def network_in(folder: Path) -> nn.Module:
@@ -240,11 +252,16 @@ def show(found: Sequence[Row], options: argparse.Namespace) -> str:
     extra = [name for name in TUNING if any(name in row.tuned for row in found)]
     cells = []
     for r in found:
-        after = [f"{t[0]:.2f} ± {t[1]:.2f}" if (t := r.tuned.get(name)) else "" for name in extra]
-        plain = [f"{r.macs:.3f}", f"{r.drop:.2f} ± {r.drop_std:.2f}", f"{r.kl:.3f} ± {r.kl_std:.3f}"]
+        after = [told(*t[:2], options.tuned) if (t := r.tuned.get(name)) else "" for name in extra]
+        plain = [f"{r.macs:.3f}", told(r.drop, r.drop_std, options.seeds), told(r.kl, r.kl_std, options.seeds, 3)]
         cells.append([r.way, *plain, *after])
     heads = ["way", "MACs", f"top-1 drop, pp, {seeds_of(options.seeds)}", "KL to dense"]
     return table([*heads, *(f"drop, {name}, {seeds_of(options.tuned)}" for name in extra)], cells)
+
+
+def told(mean: float, deviation: float, seeds: Sequence[int], digits: int = 2) -> str:
+    """With the deviation where there are several seeds."""
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(seeds) > 1 else "")
 
 
 def seeds_of(seeds: Sequence[int]) -> str:
@@ -263,9 +280,16 @@ def main() -> None:
     given = [f"--{name}" for name in ("distilled", "peers") if getattr(options, name)]
     given += [" ".join(["--tuned", *map(str, options.tuned)])] if options.tuned else []
     given += [] if options.budgets == list(RATIOS) else [" ".join(["--budgets", *map(str, options.budgets)])]
-    content = {"command": " ".join([COMMAND, *given]), "machine": machine(), "ranks": options.ranks}
-    seeds = {"seeds": list(options.seeds), "tuned": list(options.tuned)}
-    write_json(options.output, content | seeds | {"rows": [asdict(row) for row in found]})
+    content = {
+        "command": " ".join([COMMAND, *given]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "ranks": options.ranks,
+        "seeds": list(options.seeds),
+        "tuned": list(options.tuned),
+        "rows": [asdict(row) for row in found],
+    }
+    write_json(options.output, content)
 
 
 def parsed() -> argparse.Namespace:
