@@ -24,8 +24,7 @@ ABSENT = "–"
 class Comparison:
     """Compare finished runs: settings, accuracy, cost, ranks, time.
 
-    Accuracies come with 95 % intervals (binomial). Differences are to the first run; their intervals are paired
-    where both runs saw the same validation images.
+    Intervals are of 95 %; those of differences, to the first run, are paired on the same images.
 
     Example: dist-prune compare runs/pca runs/fisher
     """

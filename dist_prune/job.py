@@ -253,7 +253,7 @@ def resharded(job: Job, found: Snapshot) -> Snapshot | None:
             f"on from the end of its last epoch"
         )
     boundary = newest_checkpoint(job, whole=True)
-    again = "nothing" if boundary == found else f"what was done between it and {place_of(found.common)}"
+    again = "nothing" if found.whole else f"what was done between it and {place_of(found.common)}"
     job.report.say(f"resharding: {before} → {now}, from the last boundary; {again} is done again")
     return boundary and replace(boundary, own={})
 

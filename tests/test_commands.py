@@ -157,7 +157,11 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, capsys: pytest
 
     assert {"run", "plan", "check", "compare"} <= {*completed("")}
     assert completed("run", "--method", "fi") == ["fisher"]
-    assert {*completed("plan", "--statis")} == {"--statistics", "--statistics-images"}
+    assert {*completed("plan", "--statis")} == {
+        "--statistics",
+        "--statistics-bf16",
+        "--statistics-images",
+    }
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

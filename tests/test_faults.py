@@ -59,6 +59,14 @@ def test_another_batch_size_is_refused_and_allowed_where_asked_to(
     assert int(told[2]) == 4 * int(told[1]) > 0
 
 
+def test_from_a_checkpoint_at_a_boundary_nothing_is_done_again(bench: Bench, left: Path, tmp_path: Path) -> None:
+    folder = copied(left, tmp_path / "run")
+    for path in (folder / "checkpoints").glob("*-mid.pt*"):
+        path.unlink()
+    done = bench.commands.succeed(*bench.words(folder, **FLAGS, resume=True, reshard=True, batch_size=5), ranks=2)
+    assert "from the last boundary; nothing is done again" in done.out
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_other_images_are_refused(bench: Bench, left: Path, tmp_path: Path, part: str) -> None:
     folder, data = copied(left, tmp_path / "run"), Path(shutil.copytree(bench.data, tmp_path / "images"))
