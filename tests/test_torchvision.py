@@ -36,7 +36,7 @@ TOO_LARGE = {
 SIZES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224, "vit_h_14": 28}
 SIZES |= {f"swin_{size}": 224 for size in "tsb"}  # smaller images are padded to whole windows, and the attention's
 SIZES |= {f"swin_v2_{size}": 256 for size in "tsb"}  # own products, which no site has, exceed half of all MACs
-WIDEST = 600  # sites with wider rows are projected but not corrected: that takes minutes for some
+WIDEST = 600  # wider sites are projected but not corrected: that takes minutes for some
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
@@ -110,7 +110,8 @@ def correct(
     ]
     metrics = {s.name: torch.eye(s.width, dtype=torch.float64).expand(s.groups, -1, -1) for s in sites}
     solver = Solver("regression", dampings=(float("inf"),))
-    walk = Correction(program, model, compressed, pairs, metrics, solver, world, positions=64, widest=WIDEST)
+    widest = max(WIDEST, min(s.inputs + s.width for s in sites))  # at least one is
+    walk = Correction(program, model, compressed, pairs, metrics, solver, world, positions=64, widest=widest)
     outcomes = list(walk.run(sites))
     assert [o.site for o in outcomes] == [n for n in program.stops if n in {o.site for o in outcomes}]
     assert outcomes
