@@ -112,12 +112,14 @@ def accuracies(runs: Sequence[Record]) -> list[list[str]]:
 
 def differences(runs: Sequence[Record], stage: str) -> list[list[str]]:
     """Top-1 of a stage less the first run's, which has it, and the intervals: all paired, or none."""
-    changes = [changed(runs[0], run, stage) for run in runs[1:]]
-    paired = all(c for c, run in zip(changes, runs[1:], strict=True) if stage in run.stages)
-    pairs = zip(runs[1:], changes if paired else [None] * len(changes), strict=True)
-    gaps, bounds = zip(
-        *(difference(runs[0].stages[stage], run.stages.get(stage), c) for run, c in pairs), strict=True
-    )
+    base, others = runs[0].stages[stage], runs[1:]
+    changes = [changed(runs[0], run, stage) for run in others]
+    paired = all(change for change, run in zip(changes, others, strict=True) if stage in run.stages)
+    cells = [
+        difference(base, run.stages.get(stage), change if paired else None)
+        for change, run in zip(changes, others, strict=True)
+    ]
+    gaps, bounds = zip(*cells, strict=True)
     return [["  to A, points", "", *gaps], [f"  95 %{', paired' if paired else ''}", "", *bounds]]
 
 

@@ -252,7 +252,7 @@ def resharded(job: Job, found: Snapshot) -> Snapshot | None:
             f"--resume: the run was left by {before}, this is {now}: start it as it was, or add --reshard to go "
             f"on from the end of its last epoch"
         )
-    boundary = newest_checkpoint(job, whole=True)
+    boundary = found if found.whole else newest_checkpoint(job, whole=True)
     again = "nothing" if found.whole else f"what was done between it and {place_of(found.common)}"
     job.report.say(f"resharding: {before} → {now}, from the last boundary; {again} is done again")
     return boundary and replace(boundary, own={})

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from tests.bench.figures import Figure, has_failed, kept_going, missing, told
 from tests.bench.phases import Bench, Scale, curvature_pass, fine_tuning, statistics_pass
 from tests.bench.roughness import bases_of_rough_passes
 from tests.bench.shapes import graphed_networks, rounded_ranks, whole_networks
-from tests.bench.timing import command_line, machine, write_json
+from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 CUDA = Scale()
@@ -82,10 +81,7 @@ def _part(world: World, scale: Scale, ceilings: Ceilings, name: str, end: float)
 
 def content(scale: Scale, found: dict[str, list[Figure]]) -> dict[str, Any]:
     """For programs."""
-    return {
-        "command": command_line("tests.bench.gpu"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    return heading(command_line("tests.bench.gpu")) | {
         "scale": asdict(scale),
         "parts": {part: [asdict(f) | {"verdict": f.verdict} for f in figures] for part, figures in found.items()},
     }

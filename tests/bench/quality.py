@@ -19,7 +19,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from dist_prune.report import table
 from dist_prune.world import joined
 from tests.bench import peers
 from tests.bench.ground import ground, macs_of
-from tests.bench.timing import machine, write_json
+from tests.bench.timing import heading, write_json
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "quality.json"
@@ -280,10 +279,7 @@ def main() -> None:
     given = [f"--{name}" for name in ("distilled", "peers") if getattr(options, name)]
     given += [" ".join(["--tuned", *map(str, options.tuned)])] if options.tuned else []
     given += [] if options.budgets == list(RATIOS) else [" ".join(["--budgets", *map(str, options.budgets)])]
-    content = {
-        "command": " ".join([COMMAND, *given]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    content = heading(" ".join([COMMAND, *given])) | {
         "ranks": options.ranks,
         "seeds": list(options.seeds),
         "tuned": list(options.tuned),
