@@ -89,7 +89,10 @@ class Lock:
                 self._beat(beat)
 
     def _beat(self, beat: int) -> None:
-        self._owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beat": beat}))
+        """Renamed into place, so that no newcomer reads an empty file; not flushed, as it ends with the host."""
+        aside = self._owner.with_name(f".{OWNER}.{os.getpid()}")
+        aside.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beat": beat}))
+        aside.rename(self._owner)
 
 
 def _named(owner: dict[str, Any]) -> str:

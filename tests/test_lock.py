@@ -110,6 +110,19 @@ def test_whether_an_owner_counts_does_not_depend_on_clocks(
         Lock(tmp_path).release()
 
 
+def test_a_newcomer_never_finds_a_beat_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_kernel: None
+) -> None:
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.0)
+    with held_on_another_host(tmp_path) as holder:
+        found = {read_of(tmp_path / OWNER, "pid") for _ in range(5000)}
+    assert found == {holder.pid}
+
+
+def read_of(path: Path, key: str) -> object:
+    return json.loads(path.read_text() or "{}").get(key)
+
+
 @pytest.mark.parametrize("left", ["", "{", "[]", '{"host": "another"}'])
 def test_a_file_of_the_owner_s_that_is_cut_off_keeps_nobody_out(
     tmp_path: Path, no_kernel: None, left: str
