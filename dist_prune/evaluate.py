@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.data import Batch
+from dist_prune.latency import now
 from dist_prune.models import logits_of
 from dist_prune.probes import kl
 from dist_prune.sites import Site, evaluating
@@ -135,26 +135,20 @@ def _time_once(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dict[
     spent = {site.name: 0.0 for site in sites}
 
     def start(name: str) -> Callable[..., None]:
-        return lambda *_: spent.update({name: spent[name] - _now(images)})
+        return lambda *_: spent.update({name: spent[name] - now(images.device)})
 
     def stop(name: str) -> Callable[..., None]:
-        return lambda *_: spent.update({name: spent[name] + _now(images)})
+        return lambda *_: spent.update({name: spent[name] + now(images.device)})
 
     modules = [(site.name, model.get_submodule(site.name)) for site in sites]
     hooks = [m.register_forward_pre_hook(start(name)) for name, m in modules]
     hooks += [m.register_forward_hook(stop(name)) for name, m in modules]
     try:
         with evaluating(model):
-            begin = _now(images)
+            begin = now(images.device)
             model(images)
-            whole = _now(images) - begin
+            whole = now(images.device) - begin
     finally:
         for hook in hooks:
             hook.remove()
     return {name: 100 * seconds / whole for name, seconds in spent.items()}
-
-
-def _now(like: Tensor) -> float:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
-    return time.perf_counter()

@@ -175,15 +175,22 @@ def sample_calls(calls: Calls, device: torch.device, least: int = ROUNDS[0]) -> 
 
 def _sample(call: Callable[[], object], times: int, device: torch.device) -> float:
     """Seconds of one call, averaged over a few in a row; on CUDA until the device is done."""
-    started = _now(device)
+    started = now(device)
     for _ in range(times):
         call()
-    return max((_now(device) - started) / times, 1e-9)
+    return max((now(device) - started) / times, 1e-9)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, of no fixed beginning, when the device has done what it was given.
+
+    On the CPU with one thread they are this thread's own, so that others on the machine matter less: of wall
+    seconds, long calls would lose more to them than short ones.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
     return time.perf_counter()
 
 

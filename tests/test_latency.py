@@ -18,6 +18,7 @@ from dist_prune.recipes import parse
 from dist_prune.sites import Site, View, survey
 from dist_prune.world import World
 from tests.ranks import run_ranks
+from tests.spin import spin
 
 CPU = torch.device("cpu")
 
@@ -172,14 +173,14 @@ def test_samples_are_taken_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(latency, "SHAPE_S", 0.0)
     order = []
 
-    def sleeper(name: str, ms: float) -> Callable[[], None]:
+    def worker(name: str, ms: float) -> Callable[[], None]:
         def call() -> None:
             order.append(name)
-            time.sleep(1e-3 * (20 if len(order) < 4 else ms))  # the first calls are slow
+            spin(1e-3 * (20 if len(order) < 4 else ms))  # the first calls are slow
 
         return call
 
-    fast, slow = time_calls([sleeper("f", 3), sleeper("s", 6)], CPU)
+    fast, slow = time_calls([worker("f", 3), worker("s", 6)], CPU)
     assert 3e6 <= fast < slow
     assert slow >= 6e6
     assert "".join(order) == "fff" + "sss" + "fs" + "fsfsfs"
@@ -195,6 +196,17 @@ def test_short_calls_are_timed_several_in_a_row() -> None:
     (spent,) = time_calls([call], CPU)
     assert count > 100
     assert spent < 10**5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_thread_is_not_charged_for_what_others_do(threads: int) -> None:
+    """A wait stands for them. Where several threads share the work, only the wall's clock sees all of it."""
+    torch.set_num_threads(threads)
+    try:
+        (spent,) = time_calls([lambda: time.sleep(0.02)], CPU)
+    finally:
+        torch.set_num_threads(1)
+    assert (spent >= 2e7) == (threads > 1)
 
 
 def test_wider_pairs_take_longer_and_the_network_more_than_its_layers(tmp_path: Path) -> None:

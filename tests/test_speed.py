@@ -1,6 +1,5 @@
 """`dist-prune speed`: times are of the networks at hand, and reasons follow from what was measured."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from dist_prune.sites import survey
 from dist_prune.takeaway import timing
 from dist_prune.takeaway.pairtimes import _site_speed, _Times, time_pairs
 from dist_prune.takeaway.speed import Speed, measure_speed, timed_passes
+from tests.spin import spin
 
 IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 PLAN = Plan((Choice("conv1", None, "kept"), Choice("layer2.0.conv1", 4), Choice("layer3.2.conv2", 8)))
@@ -63,7 +63,7 @@ class Slow(nn.Module):
         self.linear, self.seconds = nn.Linear(3, 2), seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(self.seconds * len(x))
+        spin(self.seconds * len(x))
         return self.linear(x.mean((2, 3)))
 
 
@@ -116,11 +116,11 @@ def test_the_reason_is_what_was_measured_to_be_most_of_the_difference(reason: st
     assert found.reason == reason
 
 
-class Sleeping(nn.Conv2d):
+class Busy(nn.Conv2d):
     """A layer that takes 3 ms."""
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.003)
+        spin(0.003)
         return super().forward(x)
 
 
@@ -138,7 +138,7 @@ class Twice(nn.Module):
 def test_a_site_that_runs_twice_counts_twice() -> None:
     network = Twice()
     compressed = rebuild(network, Plan((Choice("conv", 4),)))
-    compressed.conv.expand = Sleeping(4, 8, 1)  # type: ignore[union-attr]
+    compressed.conv.expand = Busy(4, 8, 1)  # type: ignore[union-attr]
     (found,) = time_pairs(network, compressed, survey(network, IMAGE).sites, IMAGE)
     assert found.expand >= 6 > found.reduce
     assert found.pair >= 6 > found.dense

@@ -6,8 +6,7 @@ Synthetic images, random weights: speed does not depend on them. Ranks by `unifo
 the spectra of the weights; a budget that cannot be reached here is noted. Each engine runs both networks in turns,
 in one process; see `dist_prune.takeaway.speed`.
 
-On the CPU, with one thread, all times are of the processor, also those that the budget is reckoned with: others on
-the machine would slow long calls more than short ones.
+On the CPU one thread is used, and its own seconds are taken, see `dist_prune.latency.now`.
 
 `saving` is (1 − time ratio) ÷ (1 − MACs ratio): 1 where time follows MACs, 0 where nothing is gained. `low` and
 `high` are of the turns with the least and the greatest speed-up.
@@ -17,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,17 +128,6 @@ def told(rows: Sequence[Row]) -> str:
     return table(["", "MACs ratio", "time ratio", "saving (range)"], cells)
 
 
-@contextmanager
-def processor_time() -> Iterator[None]:
-    """While open, latency on the CPU is seconds of this process's processor."""
-    plain = latency._now
-    latency._now = lambda device: plain(device) if device.type == "cuda" else time.process_time()
-    try:
-        yield
-    finally:
-        latency._now = plain
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -159,8 +145,7 @@ def main() -> None:
     found, notes = {}, []
     for rule in setting.rules:
         try:
-            with processor_time():
-                found[rule] = measure(setting, rule)
+            found[rule] = measure(setting, rule)
         except PlanError as error:
             notes.append(str(error))
     rows = [row(rule, speed, one) for rule, speed in found.items() for one in speed.passes]
