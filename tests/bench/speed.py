@@ -80,7 +80,7 @@ def _statistics_time(setting: Setting, name: str) -> Row:
         batches = [images] * setting.batches
         ours, plain = _collector(model, batches, world), partial(forward, model, batches)
         taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
-    return taken.row(name, 1.15, setting.describe(setting.forward_size))
+    return taken.row(name, 1.10, setting.describe(setting.forward_size))
 
 
 def statistics_memory(setting: Setting) -> Row:
@@ -114,7 +114,7 @@ def step_alone(setting: Setting) -> Row:
     """The trainer against a bare DDP loop, in a world of one."""
     with joined(setting.device) as world:
         taken = train_both(world, setting)
-    return taken.row("fine-tuning ÷ bare DDP, 1 rank", 1.05, setting.describe(setting.train_size))
+    return taken.row("fine-tuning ÷ bare DDP, 1 rank", 1.03, setting.describe(setting.train_size))
 
 
 def step_two_ranks(setting: Setting) -> Row:
@@ -122,7 +122,7 @@ def step_two_ranks(setting: Setting) -> Row:
     size, images = min(setting.train_size, CPU.train_size), min(setting.images, CPU.images)
     on_cpu = replace(setting, device="cpu", train_size=size, images=images)
     pairs: list[Pair] = run_ranks(train_both, 2, on_cpu, deadline_s=1800, timeout_s=600)
-    return pairs[0].row("fine-tuning ÷ bare DDP, 2 ranks", 1.05, on_cpu.describe(on_cpu.train_size))
+    return pairs[0].row("fine-tuning ÷ bare DDP, 2 ranks", 1.03, on_cpu.describe(on_cpu.train_size))
 
 
 def train_both(world: World, setting: Setting) -> Pair:

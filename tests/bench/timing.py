@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from dist_prune.takeaway.speed import processor_name
+
 
 @dataclass(frozen=True)
 class Row:
@@ -97,7 +99,7 @@ def synchronise(device: torch.device) -> None:
 def machine() -> dict[str, Any]:
     """What the figures hold for: processor, cores, threads in use, GPU, versions."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": torch.multiprocessing.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -116,13 +118,6 @@ def _driver() -> str | None:
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     told = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     return next(iter(told.stdout.splitlines()), None)
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def table(rows: Sequence[Row]) -> str:
