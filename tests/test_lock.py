@@ -22,7 +22,7 @@ from tests.runs import Bench, curves, points, result_of
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "BEAT_S", 0.1)
-    monkeypatch.setattr(lock_module, "SILENT_S", 2.0)
+    monkeypatch.setattr(lock_module, "SILENT_S", 4.0)
 
 
 @contextmanager
