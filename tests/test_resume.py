@@ -135,7 +135,7 @@ def test_in_between_one_is_left_whenever_it_is_time(
     for _ in keeper.watched(range(40), lambda: Standing("on the way")):
         now += 1
         left.append(len(list(tmp_path.glob("????????-mid.pt"))))
-    assert [left.count(n) for n in range(4)] == [12, 12, 12, 4], "more than ten, and a batch for the ranks to agree"
+    assert [left.count(n) for n in range(4)] == [12, 12, 12, 4], "every 10 s, and a batch to agree"
 
 
 def test_an_existing_run_is_neither_mixed_with_nor_lost(bench: Bench, runs: dict[int, Path]) -> None:
