@@ -82,7 +82,7 @@ def compress(
         correct: as `--correct`: whether the layers are solved anew against the given network.
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
-        round_to: ranks are multiples of this; 0: 8 on CUDA, 1 on CPU.
+        round_to: ranks are multiples of this; 0: as `--round-to`.
 
     Raises:
         BatchesError: no batches, fewer than 8 images, or not what the network takes.

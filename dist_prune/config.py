@@ -180,7 +180,7 @@ class CompressionConfig:
     """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
     round_to: int = 0
-    """Ranks are multiples of this; 0: 8 on CUDA, 1 on CPU."""
+    """Ranks are multiples of this; 0: 8 on CUDA, on the CPU 16 where latency is the budget, else 1."""
     measure_sites: bool = False
     """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
 

@@ -5,6 +5,7 @@ The pass as a whole is measured too; what is no site takes the time that it took
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import platform
@@ -92,21 +93,58 @@ def measure(
     threads and version of torch, is read from `folder` (by default in `checkpoint.cache_folder`).
 
     Args:
-        model: the dense network; left as it was.
+        model: the dense network, its kernels laid out as they are to be timed; left as it was.
         ranks: of each site those that may be chosen, ascending.
         images: (N, 3, H, W): the batch to time, on the network's device.
         folder: of the cache.
     """
-    folder = folder or cache_folder() / "latency"
+    like = _Like(images.dtype, images.device, layout_of(model))
+    folder, images = folder or cache_folder() / "latency", like.laid_out(images)
     shapes = input_shapes(model, list(ranks), images)
-    whole = _kept(folder, [repr(model), *_place(images)], lambda: Timing(_time_whole(model, images)))
+    key = [repr(model), str(tuple(images.shape)), *like.key]
+    whole = _kept(folder, key, lambda: Timing(_time_whole(model, images)))
     timings = {}
     for site, allowed in ranks.items():
         module, chosen = model.get_submodule(site.name), candidates(allowed)
-        calls = [_timing(folder, module, site, chosen, images.new_empty(0), shape) for shape in shapes[site.name]]
+        calls = [_timing(folder, module, site, chosen, like, shape) for shape in shapes[site.name]]
         pairs = (sum(column) for column in zip(*(c.pairs for c in calls), strict=True))
         timings[site.name] = Timing(sum(c.dense for c in calls), chosen, tuple(pairs))
     return LatencyTable(whole.dense, timings)
+
+
+def layout_of(model: nn.Module) -> torch.memory_format:
+    """Channels last (NHWC) if that is how kernels lie in memory; those of 1×1 lie both ways."""
+    kernels = [weight for weight in model.parameters() if weight.dim() == 4 and not weight.is_contiguous()]
+    last = any(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """A copy whose kernels lie so; what they compute then does, too."""
+    laid_out: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return laid_out
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What inputs and layers have in common with the network and images that are timed."""
+
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.memory_format
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """The same, if it has height and width, in the network's layout."""
+        return x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
+
+    @property
+    def key(self) -> list[str]:
+        """What a time depends on, besides the layer and its input."""
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"{platform.node()} {platform.processor()} {torch.get_num_threads()} threads"
+        return [str(self.layout), str(self.dtype), device, torch.__version__]
 
 
 def _time_whole(model: nn.Module, images: Tensor) -> int:
@@ -115,18 +153,19 @@ def _time_whole(model: nn.Module, images: Tensor) -> int:
 
 
 def _timing(
-    folder: Path, module: nn.Module, site: Site, ranks: tuple[int, ...], like: Tensor, shape: tuple[int, ...]
+    folder: Path, module: nn.Module, site: Site, ranks: tuple[int, ...], like: _Like, shape: tuple[int, ...]
 ) -> Timing:
     """One call of a site with an input of this shape."""
 
     def timed() -> Timing:
-        x = torch.randn(shape, dtype=like.dtype, device=like.device)
-        layers = [module, *(factored_like(module, site, rank) for rank in ranks)]
+        x = like.laid_out(torch.randn(shape, dtype=like.dtype, device=like.device))
+        pairs = [factored_like(module, site, rank) for rank in ranks]
+        layers = [module, *(pair.to(memory_format=like.layout) for pair in pairs)]  # type: ignore[call-overload]
         with torch.no_grad():
-            dense, *pairs = time_calls([lambda layer=layer: layer(x) for layer in layers], like.device)  # type: ignore[misc]
-        return Timing(dense, ranks, tuple(pairs))
+            dense, *times = time_calls([lambda layer=layer: layer(x) for layer in layers], like.device)  # type: ignore[misc]
+        return Timing(dense, ranks, tuple(times))
 
-    key = [repr(module), str(shape), str(ranks), *_place(like)]
+    key = [repr(module), str(shape), str(ranks), *like.key]
     return _kept(folder, key, timed)
 
 
@@ -195,15 +234,6 @@ def now(device: torch.device) -> float:
 
 
 # ── on disk ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _place(like: Tensor) -> list[str]:
-    """What a time depends on, besides the layer and its input."""
-    if like.is_cuda:
-        device = torch.cuda.get_device_name(like.device)
-    else:
-        device = f"{platform.node()} {platform.processor()} {torch.get_num_threads()} threads"
-    return [str(tuple(like.shape)), str(like.dtype), device, torch.__version__]
 
 
 def _kept(folder: Path, key: list[str], measured: Callable[[], Timing]) -> Timing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from dist_prune import latency
@@ -113,15 +114,27 @@ class Planner:
 
 
 def planner(config: Run, found: Survey, world: World, latency: LatencyTable | None = None) -> Planner:
-    """For the run's flags; tensor cores want multiples of 8."""
+    """For the run's flags."""
     compression = config.compression
-    round_to = compression.round_to or (8 if world.device.type == "cuda" else 1)
     rule, side = parse_rule(compression.ranks), compression.basis.side
+    round_to = compression.round_to or usual_step(rule, world.device)
     return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency, config.repair)
+
+
+def usual_step(rule: Rule, device: torch.device) -> int:
+    """What ranks are multiples of: 8 for tensor cores; where time is what counts, 16 for registers of 512 bits.
+
+    A convolution on such a processor takes as long for 17 outputs as for 32.
+    """
+    if device.type == "cuda":
+        return 8
+    return 16 if rule.of == "latency" else 1
 
 
 def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:
     """As `planner`, with times where they are the budget: taken on rank 0, for a batch of `--eval-batch-size`.
+
+    Under `--channels-last` they are of that layout.
 
     Args:
         config: the run.
@@ -138,4 +151,5 @@ def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, im
         return plain
     ranks = {site: cheaper_ranks(View(site, plain.side), plain.round_to) for site in found.sites}
     images = image.expand(plain.batch, *image.shape[1:]).contiguous()
-    return planner(config, found, world, world.from_first(lambda: latency.measure(dense, ranks, images)))
+    timed = latency.channels_last(dense) if config.tuning.channels_last else dense
+    return planner(config, found, world, world.from_first(lambda: latency.measure(timed, ranks, images)))

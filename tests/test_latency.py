@@ -59,11 +59,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.timed: list[list[torch.Size]] = []
+        self.laid_out: list[bool] = []  # whether all outputs with height and width lay NHWC
 
     def __call__(self, calls: list[Callable[[], torch.Tensor]], device: torch.device) -> list[int]:
         assert device == CPU
         outputs = [call() for call in calls]
         self.timed.append([y.shape for y in outputs])
+        wide = [y for y in outputs if y.dim() == 4]
+        self.laid_out.append(all(y.is_contiguous(memory_format=torch.channels_last) for y in wide))
         if len(calls) == 1:
             return [10**6]
         return [10**4 * (len(calls) - i) for i in range(len(calls))]
@@ -102,6 +105,15 @@ def test_the_real_shapes_are_timed_dense_and_factored(clock: Clock, tmp_path: Pa
     assert all(shape == (4, 8, 8, 8) for shape in clock.timed[1])
     pairs = len(candidates(cheaper_ranks(View(survey(model, IMAGES[:1]).sites[0]), 1)))
     assert len(clock.timed[1]) == 1 + pairs == 1 + len(table.sites["0"].pairs)
+
+
+def test_the_layout_of_the_network_is_the_one_that_is_timed(clock: Clock, tmp_path: Path) -> None:
+    model = network()
+    plain = measure(model, ranks_of(model), IMAGES, tmp_path)
+    assert clock.laid_out == [True, *[False] * 4, True], "no output of the first and the last has a height"
+    measure(latency.channels_last(model), ranks_of(model), IMAGES, tmp_path)
+    assert clock.laid_out[6:] == [True] * 6, "measured anew"
+    assert measure(model, ranks_of(model), IMAGES, tmp_path) == plain and len(clock.timed) == 12
 
 
 def test_a_site_called_twice_takes_the_sum(clock: Clock, tmp_path: Path) -> None:
@@ -217,6 +229,33 @@ def test_wider_pairs_take_longer_and_the_network_more_than_its_layers(tmp_path: 
     timing = table.sites["1"]
     assert timing.pairs[0] < timing.pairs[-1]
     assert timing.pairs[0] < timing.dense < table.whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "step"),
+    [
+        (("--ranks", "budget:macs=0.5"), 1),
+        (("--ranks", "budget:latency=0.5"), 16),
+        (("--ranks", "budget:latency=0.5", "--round-to", "3"), 3),
+    ],
+)
+def test_where_time_counts_ranks_fill_a_processor_s_registers(
+    clock: Clock, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: tuple[str, ...], step: int
+) -> None:
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
+    model, run = network(), parse(["digits", *flags])
+    assert timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1]).round_to == step
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_in_channels_last_has_its_times_in_that_layout(
+    clock: Clock, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: bool
+) -> None:
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
+    model, words = network(), ["digits", "--ranks", "budget:latency=0.5", *(["--channels-last"] if last else [])]
+    timed_planner(parse(words), model, survey(model, IMAGES[:1]), world, IMAGES[:1])
+    assert clock.laid_out[1] == last
+    assert latency.layout_of(model) == torch.contiguous_format, "left as it was"
 
 
 def first_rank_only(world: World, folder: str) -> tuple[LatencyTable, int]:

@@ -12,10 +12,10 @@ from dist_prune.export import Description, save_compressed
 from dist_prune.models import build
 from dist_prune.projection import rebuild
 from dist_prune.ranks import Choice, Plan
-from dist_prune.sites import survey
+from dist_prune.sites import evaluating, survey
 from dist_prune.takeaway import timing
 from dist_prune.takeaway.pairtimes import _site_speed, _Times, time_pairs
-from dist_prune.takeaway.speed import Speed, measure_speed, timed_passes
+from dist_prune.takeaway.speed import ENGINES, Speed, measure_speed, timed_passes
 from tests.spin import spin
 
 IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -71,6 +71,16 @@ def test_a_pass_takes_what_the_network_takes() -> None:
     one, two = timed_passes("eager", Slow(0.02), Slow(0.002), [IMAGE, IMAGE.expand(2, -1, -1, -1)])
     assert one.dense >= 20 and one.compressed >= 2 and two.dense >= 40
     assert one.speedup > 1.5 and two.batch == 2
+
+
+def test_channels_last_is_the_same_network_laid_out_otherwise(dense: nn.Module) -> None:
+    laid_out, kernel = ENGINES["channels-last"](dense, IMAGE), dense.get_parameter("layer1.0.conv1.weight")
+    inside: list[Tensor] = []
+    laid_out.get_submodule("layer2").register_forward_hook(lambda _m, _x, y: inside.append(y))  # type: ignore[union-attr]
+    with evaluating(dense), evaluating(laid_out), torch.no_grad():  # type: ignore[arg-type]
+        torch.testing.assert_close(laid_out(IMAGE), dense(IMAGE))
+    assert inside[0].is_contiguous(memory_format=torch.channels_last)
+    assert kernel.is_contiguous(), "of a copy"
 
 
 @pytest.mark.slow

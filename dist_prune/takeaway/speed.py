@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dist_prune.latency import sample_calls
+from dist_prune.latency import channels_last, sample_calls
 from dist_prune.sites import evaluating, survey
 from dist_prune.takeaway.formats import OPSET, ExportError, onnx_session, require_onnx, write_onnx
 from dist_prune.takeaway.pairtimes import SiteSpeed, time_pairs
 
-Engine = Literal["eager", "compile", "onnxruntime"]
+Engine = Literal["eager", "channels-last", "compile", "onnxruntime"]
 Network = Callable[[Tensor], object]
 ROUNDS = 5  # samples of whole passes, at least
 
@@ -212,6 +212,7 @@ def _onnxruntime(network: nn.Module, images: Tensor) -> Network:
 
 ENGINES: dict[Engine, Callable[[nn.Module, Tensor], Network]] = {
     "eager": lambda network, _images: network,
+    "channels-last": lambda network, _images: channels_last(network),
     "compile": _compile,
     "onnxruntime": _onnxruntime,
 }

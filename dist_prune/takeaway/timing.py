@@ -37,7 +37,7 @@ class Timed:
     batches: tuple[int, ...] = (1, 8, 64)
     """Images a pass; sites are timed with the middle one."""
     engines: tuple[Engine, ...] = ("eager", "onnxruntime")
-    """What runs the networks; compile: torch.compile."""
+    """What runs the networks; channels-last: eager, laid out NHWC; compile: torch.compile."""
     device: str = "auto"
     """auto: CUDA where there is one; or cpu, cuda."""
     threads: int = 0

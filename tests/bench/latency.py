@@ -30,6 +30,7 @@ from dist_prune.budget import cheaper_ranks
 from dist_prune.config import MethodConfig
 from dist_prune.flags import parse_rule
 from dist_prune.models import build
+from dist_prune.planning import usual_step
 from dist_prune.projection import rebuild
 from dist_prune.ranks import Plan, PlanError, make_plan
 from dist_prune.report import table
@@ -39,7 +40,7 @@ from dist_prune.takeaway.speed import Engine, Pass, Speed, measure_speed
 from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "latency.json"
-ENGINES: tuple[Engine, ...] = ("eager", "compile", "onnxruntime")
+ENGINES: tuple[Engine, ...] = ("eager", "channels-last", "compile", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,9 @@ class Setting:
     rules: tuple[str, ...] = ("uniform:0.5", "budget:latency=0.7")
     device: str = "cpu"
 
-    @property
-    def round_to(self) -> int:
-        return 8 if self.device == "cuda" else 1
-
 
 CPU = Setting()
-CUDA = Setting(side=224, batches=(1, 8, 64, 256), engines=("eager", "compile"), device="cuda")
+CUDA = Setting(side=224, batches=(1, 8, 64, 256), engines=ENGINES[:3], device="cuda")
 QUICK = Setting("resnet20", 16, (1, 2), ("eager",), ("uniform:0.5", "uniform:0.25"))
 
 
@@ -77,9 +74,10 @@ class Row:
     high: float
 
 
-def planned(rule: str, dense: nn.Module, images: Tensor, round_to: int) -> Plan:
-    """The plan that a run with `--method weight-svd` would make on this device."""
+def planned(rule: str, dense: nn.Module, images: Tensor) -> Plan:
+    """The plan that a run with `--method weight-svd --channels-last` would make on this device."""
     parsed, found = parse_rule(rule), survey(dense, images[:1])
+    round_to = usual_step(parsed, images.device)
     weights = {site: dense.get_submodule(site.name) for site in found.sites}
     bases = {
         s.name: by_weight(weight_of(m, s).double(), bias_of(m, s).double(), "output") for s, m in weights.items()
@@ -88,7 +86,7 @@ def planned(rule: str, dense: nn.Module, images: Tensor, round_to: int) -> Plan:
     if parsed.of == "latency":
         ranks = {site: cheaper_ranks(View(site), round_to) for site in found.sites}
         with tempfile.TemporaryDirectory() as fresh:
-            times = latency.measure(dense, ranks, images, Path(fresh))
+            times = latency.measure(latency.channels_last(dense), ranks, images, Path(fresh))
     return make_plan(parsed, found, round_to, "output", spectra_of(bases, MethodConfig("weight-svd")), times)
 
 
@@ -99,7 +97,7 @@ def measure(setting: Setting, rule: str) -> Speed:
     image = torch.randn(1, 3, setting.side, setting.side, device=setting.device)
     images = image.expand(max(setting.batches), -1, -1, -1).contiguous()
     with evaluating(dense):
-        plan = planned(rule, dense, images, setting.round_to)
+        plan = planned(rule, dense, images)
     return measure_speed(dense, rebuild(dense, plan), image, setting.batches, setting.engines)
 
 
