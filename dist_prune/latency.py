@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -121,7 +122,12 @@ def layout_of(model: nn.Module) -> torch.memory_format:
 
 def channels_last(model: nn.Module) -> nn.Module:
     """A copy whose kernels lie so; what they compute then does, too."""
-    laid_out: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _laid_out(copy.deepcopy(model), torch.channels_last)
+
+
+def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The same network, its kernels laid out so in place."""
+    laid_out: nn.Module = model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's hints lack it
     return laid_out
 
 
@@ -159,10 +165,9 @@ def _timing(
 
     def timed() -> Timing:
         x = like.laid_out(torch.randn(shape, dtype=like.dtype, device=like.device))
-        pairs = [factored_like(module, site, rank) for rank in ranks]
-        layers = [module, *(pair.to(memory_format=like.layout) for pair in pairs)]  # type: ignore[call-overload]
+        layers = [module, *(_laid_out(factored_like(module, site, rank), like.layout) for rank in ranks)]
         with torch.no_grad():
-            dense, *times = time_calls([lambda layer=layer: layer(x) for layer in layers], like.device)  # type: ignore[misc]
+            dense, *times = time_calls([partial(layer, x) for layer in layers], like.device)
         return Timing(dense, ranks, tuple(times))
 
     key = [repr(module), str(shape), str(ranks), *like.key]

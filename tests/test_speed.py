@@ -75,9 +75,10 @@ def test_a_pass_takes_what_the_network_takes() -> None:
 
 def test_channels_last_is_the_same_network_laid_out_otherwise(dense: nn.Module) -> None:
     laid_out, kernel = ENGINES["channels-last"](dense, IMAGE), dense.get_parameter("layer1.0.conv1.weight")
+    assert isinstance(laid_out, nn.Module)
     inside: list[Tensor] = []
-    laid_out.get_submodule("layer2").register_forward_hook(lambda _m, _x, y: inside.append(y))  # type: ignore[union-attr]
-    with evaluating(dense), evaluating(laid_out), torch.no_grad():  # type: ignore[arg-type]
+    laid_out.get_submodule("layer2").register_forward_hook(lambda _m, _x, y: inside.append(y))
+    with evaluating(dense), evaluating(laid_out), torch.no_grad():
         torch.testing.assert_close(laid_out(IMAGE), dense(IMAGE))
     assert inside[0].is_contiguous(memory_format=torch.channels_last)
     assert kernel.is_contiguous(), "of a copy"
