@@ -1,4 +1,4 @@
-"""What several tests need: one thread, a size-1 world, and whole runs."""
+"""What several tests need: one thread, a size-1 world, a network's sites, and whole runs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from dist_prune.models import build
+from dist_prune.sites import Survey, survey
 from dist_prune.world import World, joined
 from tests.browser import Browser, browsing
 from tests.commands import shared_commands
@@ -32,6 +34,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
 def world() -> Iterator[World]:
     with joined("cpu") as alone:
         yield alone
+
+
+@pytest.fixture(scope="session")
+def resnet20() -> Survey:
+    return survey(build("resnet20", 10), torch.zeros(1, 3, 32, 32))
 
 
 @pytest.fixture(scope="session")

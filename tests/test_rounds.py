@@ -7,15 +7,9 @@ import torch
 from torch import nn
 
 from dist_prune.flags import Rule, parse_rule
-from dist_prune.models import build
 from dist_prune.ranks import Choice, Plan, cost, make_plan
 from dist_prune.rounds import rounds, shrunk_sites, still_factored
 from dist_prune.sites import Survey, survey
-
-
-@pytest.fixture(scope="module")
-def resnet20() -> Survey:
-    return survey(build("resnet20", 10), torch.zeros(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("step", [0.98, 0.9, 0.5, 0.01])
