@@ -282,6 +282,8 @@ class Run:
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
+    channels_last: bool = False
+    """Keep the network's kernels, and so what it computes, in NHWC memory layout; faster on most devices."""
     seed: int = 0
     """Seed of every random choice: subsets, draws, crops, initial weights."""
     run_dir: Path | None = None

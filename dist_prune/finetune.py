@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_prune.data import Batch
 from dist_prune.flags import ConfigError, Distillation
+from dist_prune.layout import lay_out, layout_of
 from dist_prune.models import logits_of
 from dist_prune.probes import kl
 from dist_prune.sites import evaluating
@@ -55,8 +56,8 @@ class Trainer:
         self.settings = settings
         self.world = world
         self.model = model
-        if settings.channels_last:
-            _lay_out_channels_last(model)
+        self.layout = layout_of(model)
+        lay_out(model, self.layout)  # 1×1 kernels, too
         # Batch norm's running statistics are averaged here, not overwritten by rank 0's as DDP would.
         trained = _synchronised(model) if settings.bn == "sync" else model
         self.replica = world.replicate(trained, broadcast_buffers=False)
@@ -117,8 +118,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, share: float, last: bool = False) -> Tensor:
         """Add the gradient of `share` of the batch's loss; the `last` of a step sums it over ranks."""
-        if self.settings.channels_last:
-            batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+        batch = replace(batch, images=batch.images.contiguous(memory_format=self.layout))
         with nullcontext() if last else self.replica.no_sync():
             with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.settings.bf16):
                 logits = logits_of(self.forward(batch.images))
@@ -339,11 +339,3 @@ def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     wide = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     flat = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     return [{"params": wide, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-
-
-def _lay_out_channels_last(model: nn.Module) -> None:
-    """NHWC for every kernel, in place; by copy: `contiguous` leaves 1×1 kernels in strides that DDP warns of."""
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            laid_out = torch.empty_like(parameter.data, memory_format=torch.channels_last)
-            parameter.data = laid_out.copy_(parameter.data)

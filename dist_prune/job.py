@@ -22,6 +22,7 @@ from dist_prune.evaluate import Metrics, Predictions, predict, time_sites
 from dist_prune.finetune import require_possible
 from dist_prune.flags import ConfigError
 from dist_prune.images import Dataset, Split, check_files, list_unlabelled, open_dataset, write_digits
+from dist_prune.layout import lay_out
 from dist_prune.lock import Lock
 from dist_prune.mnist import has_idx, unpack
 from dist_prune.planning import Planner, planner, timed_planner
@@ -308,12 +309,15 @@ def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
     world.from_first(lambda: models.fill(dense, network.arch, network.classes, network.weights))
     dense = dense.to(world.device)
     world.broadcast_(*dense.state_dict().values())
+    if config.channels_last:
+        lay_out(dense, torch.channels_last)
     image = probe(config, world, 1)
     try:
         found = survey(dense, image)
     except RuntimeError as error:
         size = " × ".join(map(str, image.shape[1:]))
-        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see --crop ({error})") from error
+        see = "--crop and --channels-last" if config.channels_last else "--crop"
+        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({error})") from error
     if found.classes != network.classes:
         raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
     return dense, found

@@ -5,7 +5,6 @@ The pass as a whole is measured too; what is no site takes the time that it took
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import platform
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from dist_prune.checkpoint import cache_folder, name_of, write_text
 from dist_prune.knapsack import Ints
+from dist_prune.layout import layout_of
 from dist_prune.sites import Site, evaluating, factored_like
 
 Calls = Sequence[Callable[[], object]]
@@ -113,24 +113,6 @@ def measure(
     return LatencyTable(whole.dense, timings)
 
 
-def layout_of(model: nn.Module) -> torch.memory_format:
-    """Channels last (NHWC) if that is how kernels lie in memory; those of 1×1 lie both ways."""
-    kernels = [weight for weight in model.parameters() if weight.dim() == 4 and not weight.is_contiguous()]
-    last = any(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """A copy whose kernels lie so; what they compute then does, too."""
-    return _laid_out(copy.deepcopy(model), torch.channels_last)
-
-
-def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
-    """The same network, its kernels laid out so in place."""
-    laid_out: nn.Module = model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's hints lack it
-    return laid_out
-
-
 @dataclass(frozen=True)
 class _Like:
     """What inputs and layers have in common with the network and images that are timed."""
@@ -165,7 +147,7 @@ def _timing(
 
     def timed() -> Timing:
         x = like.laid_out(torch.randn(shape, dtype=like.dtype, device=like.device))
-        layers = [module, *(_laid_out(factored_like(module, site, rank), like.layout) for rank in ranks)]
+        layers = [module, *(factored_like(module, site, rank) for rank in ranks)]
         with torch.no_grad():
             dense, *times = time_calls([partial(layer, x) for layer in layers], like.device)
         return Timing(dense, ranks, tuple(times))

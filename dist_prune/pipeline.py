@@ -150,6 +150,7 @@ def train_dense(job: Job) -> None:
         config.network,
         config.images,
         config.pretrain,
+        config.channels_last,
         config.seed,
         job.world.size,
         torch.__version__,

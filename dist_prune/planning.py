@@ -134,8 +134,6 @@ def usual_step(rule: Rule, device: torch.device) -> int:
 def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:
     """As `planner`, with times where they are the budget: taken on rank 0, for a batch of `--eval-batch-size`.
 
-    Under `--channels-last` they are of that layout.
-
     Args:
         config: the run.
         dense: the network, on the world's device.
@@ -151,5 +149,4 @@ def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, im
         return plain
     ranks = {site: cheaper_ranks(View(site, plain.side), plain.round_to) for site in found.sites}
     images = image.expand(plain.batch, *image.shape[1:]).contiguous()
-    timed = latency.channels_last(dense) if config.tuning.channels_last else dense
-    return planner(config, found, world, world.from_first(lambda: latency.measure(timed, ranks, images)))
+    return planner(config, found, world, world.from_first(lambda: latency.measure(dense, ranks, images)))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.bases import Basis
+from dist_prune.layout import lay_out, layout_of
 from dist_prune.ranks import Plan
 from dist_prune.sites import Factored, Site, bias_of, describe, factored_like, weight_of, with_replaced
 
@@ -136,6 +137,7 @@ def _product(pair: Factored) -> nn.Module:
         layer = nn.Conv2d(reduce.in_channels, outputs, **geometry)
     assert isinstance(reduce.weight, Tensor) and isinstance(expand.bias, Tensor)
     layer.to(reduce.weight.device, reduce.weight.dtype)
+    lay_out(layer, layout_of(reduce))
     _set(layer, weight)
     with torch.no_grad():
         layer.get_parameter("bias").copy_(expand.bias)

@@ -57,7 +57,8 @@ RECIPES: dict[str, Run] = {
         DataConfig(threads=8, eval_batch_size=256),
         CompressionConfig(sites="@stride1"),
         CorrectionConfig(calibrate_images=10_000),
-        tuning=TuningConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, channels_last=True, distill="0.9,4"),
+        tuning=TuningConfig(epochs=3, batch_size=128, lr=0.02, bf16=True, distill="0.9,4"),
+        channels_last=True,
     ),
 }
 RECIPES["resnet50-imagenet"] = replace(

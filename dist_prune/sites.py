@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_prune.layout import lay_out, layout_of
 from dist_prune.models import logits_of
 
 
@@ -222,7 +223,7 @@ def describe(name: str, module: nn.Module, rows: int = 0) -> Site:
 
 
 def weight_of(module: nn.Module, site: Site) -> Tensor:
-    """The weight of the site's layer, or of one of its factors, as a matrix (g, outputs/g, inputs), a view."""
+    """The weight of the site's layer, or of one of its factors, as a matrix (g, outputs/g, inputs), to read."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().reshape(site.groups, weight.shape[0] // site.groups, -1)
@@ -327,7 +328,7 @@ class Factored(nn.Sequential):
 
 
 def factored_like(module: nn.Module, site: Site, rank: int) -> Factored:
-    """An uninitialised factored pair in the place of `module`, of the same device and type.
+    """An uninitialised factored pair in the place of `module`, of the same device, type and layout.
 
     Raises:
         SiteError: a rank that the site does not allow or not a multiple of the groups.
@@ -338,7 +339,9 @@ def factored_like(module: nn.Module, site: Site, rank: int) -> Factored:
     weight = module.weight
     assert isinstance(weight, Tensor)
     pair = _linear_pair(module, rank) if isinstance(module, nn.Linear) else _conv_pair(module, rank)
-    return pair.to(weight.device, weight.dtype)
+    pair.to(weight.device, weight.dtype)
+    lay_out(pair, layout_of(module))
+    return pair
 
 
 def _linear_pair(module: nn.Linear, rank: int) -> Factored:

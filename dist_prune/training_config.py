@@ -39,8 +39,6 @@ class TrainingConfig:
     and saved. 0: no average, the last weights are."""
     bf16: bool = False
     """Forward in bfloat16 autocast."""
-    channels_last: bool = False
-    """NHWC memory layout, faster on tensor cores."""
     compile: bool = False
     """Train through torch.compile."""
 

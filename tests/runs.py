@@ -33,6 +33,13 @@ def tiny(num_classes):
 def five(num_classes):
     return tiny(5)
 
+class Viewed(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+def viewing(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), Viewed(), nn.Linear(4 * 4 * 4, num_classes))
+
 def dense_only(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
 """

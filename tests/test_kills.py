@@ -17,6 +17,7 @@ EVERYTHING: dict[str, object] = {
     "distill_steps": 7,
     "distill_batch_size": 4,
     "ema": 0.9,
+    "channels_last": True,
     "accumulate": 2,
     "save_minutes": 0,
     "eval_batch_size": 4,

@@ -13,6 +13,7 @@ from torch import nn
 from dist_prune import latency
 from dist_prune.budget import cheaper_ranks
 from dist_prune.latency import LatencyTable, Timing, candidates, input_shapes, measure, time_calls
+from dist_prune.layout import channels_last
 from dist_prune.planning import timed_planner
 from dist_prune.recipes import parse
 from dist_prune.sites import Site, View, survey
@@ -111,7 +112,7 @@ def test_the_layout_of_the_network_is_the_one_that_is_timed(clock: Clock, tmp_pa
     model = network()
     plain = measure(model, ranks_of(model), IMAGES, tmp_path)
     assert clock.laid_out == [True, *[False] * 4, True], "no output of the first and the last has a height"
-    measure(latency.channels_last(model), ranks_of(model), IMAGES, tmp_path)
+    measure(channels_last(model), ranks_of(model), IMAGES, tmp_path)
     assert clock.laid_out[6:] == [True] * 6, "measured anew"
     assert measure(model, ranks_of(model), IMAGES, tmp_path) == plain and len(clock.timed) == 12
 
@@ -245,17 +246,6 @@ def test_where_time_counts_ranks_fill_a_processor_s_registers(
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     model, run = network(), parse(["digits", *flags])
     assert timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1]).round_to == step
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_a_run_in_channels_last_has_its_times_in_that_layout(
-    clock: Clock, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: bool
-) -> None:
-    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
-    model, words = network(), ["digits", "--ranks", "budget:latency=0.5", *(["--channels-last"] if last else [])]
-    timed_planner(parse(words), model, survey(model, IMAGES[:1]), world, IMAGES[:1])
-    assert clock.laid_out[1] == last
-    assert latency.layout_of(model) == torch.contiguous_format, "left as it was"
 
 
 def first_rank_only(world: World, folder: str) -> tuple[LatencyTable, int]:

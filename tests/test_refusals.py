@@ -98,6 +98,10 @@ BAD: dict[str, tuple[Case, str]] = {
     "no such function": (with_network("tyni"), "has no function 'tyni'; it has"),
     "another number of outputs": (with_network("five"), "has 5 outputs, --classes is 4"),
     "another input size": (with_network("dense_only"), "does not take images of 3 × 16 × 16, see --crop"),
+    "a layout it cannot have": (
+        lambda bench, path: with_network("viewing")(bench, path) | {"channels_last": True},
+        "does not take images of 3 × 16 × 16, see --crop and --channels-last (view size is not compatible",
+    ),
     "another number of classes": (with_flags(classes=5, weights="none"), "--weights none leaves nothing"),
     "classes of the data": (
         with_flags(classes=5, **{"weights": "none", "pretrain.epochs": 1}),

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dist_prune.latency import channels_last, sample_calls
+from dist_prune.latency import sample_calls
+from dist_prune.layout import channels_last
 from dist_prune.sites import evaluating, survey
 from dist_prune.takeaway.formats import OPSET, ExportError, onnx_session, require_onnx, write_onnx
 from dist_prune.takeaway.pairtimes import SiteSpeed, time_pairs

@@ -15,6 +15,7 @@ from dist_prune.evaluate import Metrics, Predictions, predict, score
 from dist_prune.finetune import Loss, Trainer, steps_of, taught
 from dist_prune.images import Dataset, Split, open_dataset
 from dist_prune.job import limited
+from dist_prune.layout import lay_out
 from dist_prune.projection import balance
 from dist_prune.recipes import RECIPES
 from dist_prune.sites import survey
@@ -57,10 +58,9 @@ class Ground:
 
         In bfloat16 and channels last: on processors with tensor tiles twice as fast, for all networks alike.
         """
-        how = replace(
-            RECIPE.tuning, epochs=epochs, batch_size=PER_STEP, distill=distill, bf16=True, channels_last=True
-        )
+        how = replace(RECIPE.tuning, epochs=epochs, batch_size=PER_STEP, distill=distill, bf16=True)
         balance(network)
+        lay_out(network, torch.channels_last)
         split, shape = self.training(images, seed), RECIPE.images
         stream = training_stream(split, SPEC, self.world, PER_STEP, shape.threads, seed, shape.augment)
         trainer = Trainer(network, how, epochs * steps_of(how, len(stream)), self.world, self._loss(how))

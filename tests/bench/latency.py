@@ -29,6 +29,7 @@ from dist_prune.bases import by_weight
 from dist_prune.budget import cheaper_ranks
 from dist_prune.config import MethodConfig
 from dist_prune.flags import parse_rule
+from dist_prune.layout import channels_last
 from dist_prune.models import build
 from dist_prune.planning import usual_step
 from dist_prune.projection import rebuild
@@ -86,7 +87,7 @@ def planned(rule: str, dense: nn.Module, images: Tensor) -> Plan:
     if parsed.of == "latency":
         ranks = {site: cheaper_ranks(View(site), round_to) for site in found.sites}
         with tempfile.TemporaryDirectory() as fresh:
-            times = latency.measure(latency.channels_last(dense), ranks, images, Path(fresh))
+            times = latency.measure(channels_last(dense), ranks, images, Path(fresh))
     return make_plan(parsed, found, round_to, "output", spectra_of(bases, MethodConfig("weight-svd")), times)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_prune.data import Batch
 from dist_prune.finetune import Trainer
+from dist_prune.layout import lay_out
 from dist_prune.models import build
 from dist_prune.moments import collect_moments
 from dist_prune.sites import View, evaluating, survey
@@ -84,10 +85,10 @@ def subject(bench: Bench, arch: str, channels_last: bool = False) -> tuple[nn.Mo
     scale = bench.scale
     model = build(arch, 1000).to(bench.device)
     images = torch.randn(scale.images, 3, scale.side, scale.side, device=bench.device)
-    if not channels_last:
-        return model, images
-    laid_out: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return laid_out, images.contiguous(memory_format=torch.channels_last)
+    if channels_last:
+        lay_out(model, torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    return model, images
 
 
 # ── statistics ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,7 +97,7 @@ def subject(bench: Bench, arch: str, channels_last: bool = False) -> tuple[nn.Mo
 def statistics_pass(bench: Bench) -> Iterator[Figure]:
     """Moments of all sites against the forward pass of the same precision and layout.
 
-    `--statistics-bf16` leaves the layout as it is, so what channels last would gain stands beside it.
+    `--statistics-bf16` leaves the layout as it is, so what `--channels-last` gains stands beside it.
     """
     layouts: list[tuple[Precision, bool]] = [*((precision, False) for precision in ALL_PRECISIONS), ("bf16", True)]
     for arch in bench.scale.archs:
@@ -225,9 +226,7 @@ def _trained(bench: Bench, arch: str, precision: Precision) -> Pair:
     model, images = subject(bench, arch, channels_last=fast)
     labels = torch.arange(len(images), device=bench.device)
     batches = [Batch(images, labels, labels)] * scale.batches
-    settings = TrainingConfig(
-        epochs=scale.rounds + 1, batch_size=scale.images, lr=0.01, warmup=0, bf16=fast, channels_last=fast
-    )
+    settings = TrainingConfig(epochs=scale.rounds + 1, batch_size=scale.images, lr=0.01, warmup=0, bf16=fast)
     trainer = Trainer(copy.deepcopy(model), settings, settings.epochs * scale.batches, bench.world)
     bare = Bare(model, settings, trainer.steps)
     return bench.compared(lambda: next(trainer.epoch(batches, scale.batches)), partial(bare.epoch, batches))

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_prune.data import Batch
 from dist_prune.finetune import Trainer
+from dist_prune.layout import channels_last
 from dist_prune.moments import collect_moments
 from dist_prune.sites import View, evaluating, survey
 from dist_prune.training_config import TrainingConfig
@@ -170,7 +171,7 @@ class Bare:
 def network(setting: Setting) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.resnet18().to(setting.place)
-    return model.to(memory_format=torch.channels_last) if setting.channels_last else model  # type: ignore[call-overload]
+    return channels_last(model) if setting.channels_last else model
 
 
 def images_of(setting: Setting, size: int) -> Tensor:

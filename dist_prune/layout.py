@@ -1,0 +1,27 @@
+"""How kernels and images lie in memory: channels first (NCHW), as torch has them, or channels last (NHWC)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def layout_of(model: nn.Module) -> torch.memory_format:
+    """Channels last if that is how kernels lie in memory; those of 1×1 lie both ways."""
+    kernels = [weight for weight in model.parameters() if weight.dim() == 4 and not weight.is_contiguous()]
+    last = any(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Every kernel so, in place; what convolutions return then lies so, too, whatever they are given."""
+    model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's hints lack it
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """A copy that lies so."""
+    laid_out = copy.deepcopy(model)
+    lay_out(laid_out, torch.channels_last)
+    return laid_out
