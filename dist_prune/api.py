@@ -140,9 +140,9 @@ def gathered(batches: Iterable[Any]) -> Iterator[Batch]:
     """Batches as the statistics want them: labels −1 where there are none, images numbered.
 
     Raises:
-        BatchesError: none, too few images, not tensors, or of several shapes.
+        BatchesError: none, too few images, not tensors, of several shapes, or some with labels and some without.
     """
-    seen, shape = 0, None
+    seen, shape, labelled = 0, None, None
     for item in batches:
         parts = item if isinstance(item, tuple | list) and len(item) in (1, 2) else (item,)
         images, labels = (*parts, None)[:2]
@@ -156,6 +156,9 @@ def gathered(batches: Iterable[Any]) -> Iterator[Batch]:
         shape = shape or images.shape[1:]
         if images.shape[1:] != shape:
             raise BatchesError(f"images of {tuple(shape)} and {tuple(images.shape[1:])}; expected one size")
+        if labelled not in (None, labels is not None):
+            raise BatchesError("some batches have labels and some have none; expected all alike")
+        labelled = labels is not None
         if labels is None:
             labels = torch.full((len(images),), -1)
         if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():

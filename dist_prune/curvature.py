@@ -80,17 +80,8 @@ class Objective:
     seed: int = 0
 
     def __call__(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """One scalar for each backward.
-
-        Raises:
-            StatisticsError: the task loss of images without labels.
-        """
+        """One scalar for each backward."""
         if self.loss == "task":
-            if bool((batch.labels < 0).any()):
-                raise StatisticsError(
-                    "the task loss needs labels and these images have none; "
-                    "use --method fisher, hessian-local or pca"
-                )
             yield F.cross_entropy(logits, batch.labels, reduction="sum")
         elif self.draws:
             yield from (self._drawn(logits, batch, f"draw {i}") for i in range(self.draws))
@@ -98,6 +89,17 @@ class Objective:
             shares = torch.ones_like(logits) if self.loss == "mse" else logits.detach().softmax(1).sqrt()
             outputs = logits if self.loss == "mse" else logits.log_softmax(1)
             yield from (shares * outputs).sum(0)
+
+    def require_labels(self, batch: Batch) -> None:
+        """Refuse images that the loss cannot be told of; the host waits for the answer.
+
+        Raises:
+            StatisticsError: the task loss of images without labels.
+        """
+        if self.loss == "task" and not (batch.labels >= 0).all():
+            raise StatisticsError(
+                "the task loss needs labels and these images have none; use --method fisher, hessian-local or pca"
+            )
 
     def _drawn(self, logits: Tensor, batch: Batch, purpose: str) -> Tensor:
         if self.loss == "kl":
@@ -221,6 +223,8 @@ def collect_curvature(
         for each in sums:
             stack.callback(each.module.register_forward_hook(each.forward).remove)
         for batch in watch(batches, kept):
+            if not number:  # all batches have labels, or none has
+                objective.require_labels(batch)
             if len(batch.images):
                 _differentiate(model, sums, batch, int(number), objective, bf16)
             images += len(batch.images)

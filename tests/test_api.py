@@ -161,6 +161,10 @@ def test_it_is_what_a_run_does(bench: Bench, tmp_path: Path) -> None:
         (["images"], "a batch is str"),
         ([(torch.zeros(16, 12), torch.zeros(16))], "labels of 16 images are"),
         ([(torch.zeros(16, 12), torch.zeros(4, dtype=torch.int64))], "labels of 16 images are"),
+        (
+            [torch.zeros(16, 12), (torch.zeros(4, 12), torch.zeros(4).long())],
+            "some batches have labels and some have",
+        ),
         ([torch.zeros(16, 13)], r"does not take batches of \(n, 13\)"),
     ],
 )
