@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dist_prune import moments
 from dist_prune.models import build
@@ -102,7 +103,10 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
             for i in range(count):
                 save(tmp_path / "data" / part / str(label) / f"{i}.jpg", picture(32, 32, 100 * label + i))
     torch.manual_seed(0)
-    torch.save(build("resnet20", 10).state_dict(), tmp_path / "dense.pt")
+    dense = build("resnet20", 10)
+    for norm in (module for module in dense.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)  # equal scales say nothing about channels
+    torch.save(dense.state_dict(), tmp_path / "dense.pt")
     given = ["--data", tmp_path / "data", "--weights", tmp_path / "dense.pt", "--runs", tmp_path / "runs"]
     asked = ["--seeds", 0, "--budgets", 0.584, "--peers", "--tuned", 0, "--tuning-images", 20]
     words = [*given, *asked, "--output", tmp_path / "quality.json"]
