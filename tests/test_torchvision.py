@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_prune.bases import Basis, solve
 from dist_prune.config import MethodConfig
 from dist_prune.flags import parse_rule
+from dist_prune.layout import lay_out
 from dist_prune.models import logits_of
 from dist_prune.projection import project
 from dist_prune.ranks import Choice, Plan, cost, make_plan
@@ -76,6 +77,10 @@ def check(name: str, world: World) -> None:
     assert {s.name for s in found.sites} | {s.name for s in found.skipped} == every
     assert all(skipped.reason for skipped in found.skipped)
     dense = logits_of(model(x))
+
+    lay_out(model, torch.channels_last)
+    assert (logits_of(model(x)) - dense).abs().max() <= 1e-3 * dense.abs().max()
+    lay_out(model, torch.contiguous_format)
 
     bases = Solved(model, found.sites, world)
     whole = project(model, found.sites, bases, Plan(tuple(Choice(s.name, s.outputs) for s in found.sites)))

@@ -21,6 +21,8 @@ def test_a_machine_without_slurm(tmp_path: Path, required: str, code: int, told:
         "tests/slurm/test_script.py",
         "-k",
         "salloc",
+        "-m",
+        "slow or not slow",
         "-rs",
         "-p",
         "no:cacheprovider",
