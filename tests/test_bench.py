@@ -16,6 +16,8 @@ from tests.pictures import picture, save
 NAMES = [
     "statistics pass ÷ forward: time",
     "… both channels last",
+    "forward: channels last ÷ first",
+    "statistics pass: channels last ÷ first",
     "statistics pass ÷ forward: memory",
     "fine-tuning ÷ bare DDP, 1 rank",
     "fine-tuning ÷ bare DDP, 2 ranks",

@@ -35,6 +35,9 @@ from tests.ranks import run_alone, run_ranks
 RESULT = Path(__file__).parent / "results" / "speed.json"
 
 
+Work = Callable[[], object]
+
+
 @dataclass(frozen=True)
 class Setting:
     """How much is measured: resnet18, `images` at a time, `batches` or steps in each of `rounds` rounds."""
@@ -82,6 +85,27 @@ def _statistics_time(setting: Setting, name: str) -> Row:
         ours, plain = _collector(model, batches, world), partial(forward, model, batches)
         taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
     return taken.row(name, 1.10, setting.describe(setting.forward_size))
+
+
+def forward_layouts(setting: Setting) -> Row:
+    """A forward pass of the network laid out NHWC against NCHW, of images as a run has them: NCHW."""
+    return _layouts(
+        setting, "forward: channels last ÷ first", lambda model, batches, _: partial(forward, model, batches)
+    )
+
+
+def statistics_layouts(setting: Setting) -> Row:
+    """The same of the statistics pass."""
+    return _layouts(setting, "statistics pass: channels last ÷ first", _collector)
+
+
+def _layouts(setting: Setting, name: str, work: Callable[[nn.Module, Sequence[Tensor], World], Work]) -> Row:
+    with joined(setting.device) as world:
+        model, images = network(setting), images_of(setting, setting.forward_size)
+        batches = [images] * setting.batches
+        last, first = work(channels_last(model), batches, world), work(model, batches, world)
+        taken = interleaved(last, first, setting.rounds, setting.place, setting.clock())
+    return taken.row(name, 1.0, setting.describe(setting.forward_size))
 
 
 def statistics_memory(setting: Setting) -> Row:
@@ -185,7 +209,7 @@ def forward(model: nn.Module, batches: Sequence[Tensor]) -> None:
             model(images)
 
 
-def _collector(model: nn.Module, batches: Sequence[Tensor], world: World) -> Callable[[], object]:
+def _collector(model: nn.Module, batches: Sequence[Tensor], world: World) -> Work:
     views = [View(site) for site in survey(model, batches[0][:1]).sites]
     return partial(collect_moments, model, views, batches, world)
 
@@ -193,6 +217,8 @@ def _collector(model: nn.Module, batches: Sequence[Tensor], world: World) -> Cal
 MEASUREMENTS: tuple[Callable[[Setting], Row], ...] = (
     statistics_time,
     statistics_time_channels_last,
+    forward_layouts,
+    statistics_layouts,
     statistics_memory,
     step_alone,
     step_two_ranks,
