@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,24 +33,25 @@ from dist_prune.moments import StatisticsError, Sums, Tally, Watch, full_float32
 from dist_prune.sites import View, evaluating, output_rows, weight_of
 from dist_prune.world import World
 
-Step = Callable[[Tensor, Tensor], Tensor]  # a and g, (G, k, N, P) each → (G, k, k), summed over N images
+Rows = Callable[[], Tensor]  # made when they are asked for
+Step = Callable[[Rows, Tensor], Tensor]  # a and g, (G, k, N, P) each → (G, k, k), summed over N images
 
 
-def gradient_step(a: Tensor, g: Tensor) -> Tensor:
+def gradient_step(rows: Rows, g: Tensor) -> Tensor:
     """Σ_n Σ_p a_p g_pᵀ."""
-    return a.flatten(2) @ g.flatten(2).mT
+    return rows().flatten(2) @ g.flatten(2).mT
 
 
-def fisher_step(_a: Tensor, g: Tensor) -> Tensor:
+def fisher_step(_rows: Rows, g: Tensor) -> Tensor:
     """Σ_n Σ_p g_p g_pᵀ."""
     g = g.flatten(2)  # once: it copies
     return g @ g.mT
 
 
-def hessian_step(a: Tensor, g: Tensor) -> Tensor:
+def hessian_step(rows: Rows, g: Tensor) -> Tensor:
     """Σ_n S(tr(S)I + S + Sᵀ)/(k+2), never forming S where the image has fewer positions than dimensions."""
-    width, positions = a.shape[1], a.shape[3]
-    a, g = a.transpose(1, 2), g.transpose(1, 2)  # (G, N, k, P)
+    a, g = rows().transpose(1, 2), g.transpose(1, 2)  # (G, N, k, P)
+    width, positions = a.shape[2:]
     trace = (a * g).sum((-1, -2), keepdim=True)
     if positions < width:
         # S Rᵀ with R = tI + S + Sᵀ is a(Rᵍ)ᵀ with Rᵍ = t·g + g(aᵀg) + a(gᵀg): all of rank P.
@@ -151,15 +153,15 @@ class _Sum:
         """All calls of the layer have their gradients: add the batch, some images at a time."""
         for chunk in self.view.chunks(self.pending[0][1], self.images):
             gradients = _joined([self._gradients(g[chunk]) for _, g in self.pending])
-            rows = _joined([self._rows(source[chunk]) for source, _ in self.pending])
-            step = self.step(rows, gradients)
+            step = self.step(partial(self._rows, chunk), gradients)
             self.total += step
             sound = torch.isfinite(step.sum()) | (self.spoiled >= 0)
             self.spoiled.copy_(torch.where(sound, self.spoiled, self.batch))
         self.pending = []
 
-    def _rows(self, source: Tensor) -> Tensor:
-        rows = self._by_image(self.view.rows(self.module, source))
+    def _rows(self, chunk: slice) -> Tensor:
+        calls = [self._by_image(self.view.rows(self.module, source[chunk])) for source, _ in self.pending]
+        rows = _joined(calls)
         return rows if self.mean is None else rows - self.mean.to(rows.dtype)[..., None, None]
 
     def _gradients(self, gradient: Tensor) -> Tensor:
