@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 
-timm = pytest.importorskip("timm")
-
-from dist_prune import timm_images  # noqa: E402
-from dist_prune.config import ImageSpec, Run  # noqa: E402
-from dist_prune.flags import ConfigError  # noqa: E402
-from dist_prune.models import is_timms  # noqa: E402
-from dist_prune.recipes import given, parse  # noqa: E402
-from tests.runs import Bench  # noqa: E402
+from dist_prune import timm_images
+from dist_prune.config import ImageSpec, Run
+from dist_prune.flags import ConfigError
+from dist_prune.models import is_timms
+from dist_prune.recipes import given, parse
+from tests.runs import Bench
 
 VIT = "vit_tiny_patch16_224"  # half of its data configuration is not ImageNet's usual one
 
