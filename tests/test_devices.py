@@ -31,7 +31,7 @@ METHODS = [
     MethodConfig("fisher"),
     MethodConfig("fisher", draws=0, loss="mse"),
     MethodConfig("gradient"),
-    MethodConfig("hessian-local", draws=0),
+    MethodConfig("hessian-local"),
     MethodConfig("hessian-local", side="input"),
     MethodConfig("hessian-global", probes=8),
     MethodConfig("weight-svd"),
