@@ -160,8 +160,7 @@ class _Sum:
         self.pending = []
 
     def _rows(self, chunk: slice) -> Tensor:
-        calls = [self._by_image(self.view.rows(self.module, source[chunk])) for source, _ in self.pending]
-        rows = _joined(calls)
+        rows = _joined([self._by_image(self.view.rows(self.module, source[chunk])) for source, _ in self.pending])
         return rows if self.mean is None else rows - self.mean.to(rows.dtype)[..., None, None]
 
     def _gradients(self, gradient: Tensor) -> Tensor:

@@ -20,6 +20,13 @@ def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
     model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's hints lack it
 
 
+def place_like(layer: nn.Module, model: nn.Module) -> None:
+    """On the same device, of the same type, and laid out alike, in place."""
+    weight = next(model.parameters())
+    layer.to(weight.device, weight.dtype)
+    lay_out(layer, layout_of(model))
+
+
 def channels_last(model: nn.Module) -> nn.Module:
     """A copy that lies so."""
     laid_out = copy.deepcopy(model)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.bases import Basis
-from dist_prune.layout import lay_out, layout_of
+from dist_prune.layout import place_like
 from dist_prune.ranks import Plan
 from dist_prune.sites import Factored, Site, bias_of, describe, factored_like, weight_of, with_replaced
 
@@ -135,10 +135,9 @@ def _product(pair: Factored) -> nn.Module:
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         geometry: dict[str, Any] = {name: getattr(reduce, name) for name in names}
         layer = nn.Conv2d(reduce.in_channels, outputs, **geometry)
-    assert isinstance(reduce.weight, Tensor) and isinstance(expand.bias, Tensor)
-    layer.to(reduce.weight.device, reduce.weight.dtype)
-    lay_out(layer, layout_of(reduce))
+    place_like(layer, reduce)
     _set(layer, weight)
+    assert isinstance(expand.bias, Tensor)
     with torch.no_grad():
         layer.get_parameter("bias").copy_(expand.bias)
     return layer

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_prune.layout import lay_out, layout_of
+from dist_prune.layout import place_like
 from dist_prune.models import logits_of
 
 
@@ -336,11 +336,8 @@ def factored_like(module: nn.Module, site: Site, rank: int) -> Factored:
     if not 1 <= rank <= site.max_rank or rank % site.groups:
         groups = f" in multiples of its {site.groups} groups" if site.groups > 1 else ""
         raise SiteError(f"{site.name}: rank {rank} is impossible; expected 1 to {site.max_rank}{groups}")
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     pair = _linear_pair(module, rank) if isinstance(module, nn.Linear) else _conv_pair(module, rank)
-    pair.to(weight.device, weight.dtype)
-    lay_out(pair, layout_of(module))
+    place_like(pair, module)
     return pair
 
 

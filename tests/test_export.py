@@ -16,6 +16,7 @@ from dist_prune import load_compressed
 from dist_prune.checkpoint import CheckpointError, seal
 from dist_prune.config import ImageSpec
 from dist_prune.export import Description, save_compressed
+from dist_prune.layout import lay_out
 from dist_prune.models import ModelError, build
 from dist_prune.projection import rebuild
 from dist_prune.ranks import Choice, Plan
@@ -142,9 +143,7 @@ def test_shared_weights_stay_shared_and_are_saved_once(networks: dict[str, Saved
 def test_the_memory_layout_does_not_matter(tmp_path: Path) -> None:
     """Fine-tuning lays weights out for tensor cores; files are in the ordinary order."""
     model = build("resnet20", 10)
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    lay_out(model, torch.channels_last)
     save_compressed(tmp_path, model, Description("resnet20", 10, ImageSpec(0, 32), (), Plan(())))
     assert digest(load_compressed(tmp_path)) == digest(model)
 

@@ -21,6 +21,7 @@ from dist_prune.finetune import (
     told,
 )
 from dist_prune.flags import ConfigError
+from dist_prune.layout import channels_last, lay_out
 from dist_prune.training_config import TrainingConfig, TuningConfig
 from dist_prune.world import World, digest
 from tests.ranks import RanksFailed, run_ranks
@@ -97,21 +98,27 @@ EVERYTHING = {
 }
 
 
-def left_and_restored(world: World, more: dict[str, Any]) -> tuple[str, str]:
+def left_and_restored(world: World, more: dict[str, Any], layout: torch.memory_format) -> tuple[str, str]:
     """Digests of a training of two epochs and of the same, left in the middle of the second and taken up again."""
+
+    def laid_out(seed: int = 0) -> nn.Module:
+        model = network(seed=seed)
+        lay_out(model, layout)
+        return model
+
     settings = TrainingConfig(epochs=2, batch_size=8, lr=0.3, **more)
     share = batches(12, 16, world.rank, world.size)
     steps = 2 * steps_of(settings, 12)
-    whole = Trainer(network(), settings, steps, world)
+    whole = Trainer(laid_out(), settings, steps, world)
     for _ in range(2):
         list(whole.epoch(share, every=2))
-    first = Trainer(network(), settings, steps, world)
+    first = Trainer(laid_out(), settings, steps, world)
     list(first.epoch(share, every=2))
     next(second_epoch := first.epoch(share, every=2))
     model = {k: v.clone() for k, v in first.model.state_dict().items()} if world.is_first else None
     kept = world.from_first(lambda: (model, copy.deepcopy(first.state())))  # one rank's state serves all
     list(second_epoch)  # what the first one still does, the state does not hear of
-    second = Trainer(network(seed=9), settings, steps, world)
+    second = Trainer(laid_out(seed=9), settings, steps, world)
     second.model.load_state_dict(kept[0])
     second.restore(kept[1])
     list(second.epoch(share[2 * settings.accumulate :], every=2))
@@ -119,10 +126,16 @@ def left_and_restored(world: World, more: dict[str, Any]) -> tuple[str, str]:
     return digest(second.model), digest(whole.model)
 
 
-@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("more", "layout"),
+    [({}, torch.contiguous_format), (EVERYTHING, torch.channels_last)],
+    ids=["plain", "everything"],
+)
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_restored_trainer_continues_to_the_same_bits(size: int, more: dict[str, Any]) -> None:
-    ((found, expected), *others) = run_ranks(left_and_restored, size, more)
+def test_a_restored_trainer_continues_to_the_same_bits(
+    size: int, more: dict[str, Any], layout: torch.memory_format
+) -> None:
+    ((found, expected), *others) = run_ranks(left_and_restored, size, more, layout)
     assert found == expected
     assert all(pair == (found, expected) for pair in others)
 
@@ -333,11 +346,12 @@ def test_the_log_says_what_training_will_be() -> None:
     ]
 
 
-def test_bfloat16_trains_too(world: World) -> None:
+def test_bfloat16_and_channels_last_train_too(world: World) -> None:
     settings = TrainingConfig(epochs=1, batch_size=16, lr=1.0, bf16=True)
-    trainer = Trainer(network(), settings, 60, world)
+    trainer = Trainer(channels_last(network()), settings, 60, world)
     progress = list(trainer.epoch(batches(60, 16)))
     assert progress[-1].loss < 0.6 * progress[0].loss
+    assert trainer.model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 

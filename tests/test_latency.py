@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_prune import latency
 from dist_prune.budget import cheaper_ranks
+from dist_prune.job import load_network
 from dist_prune.latency import LatencyTable, Timing, candidates, input_shapes, measure, time_calls
 from dist_prune.layout import channels_last
 from dist_prune.planning import timed_planner
@@ -246,6 +247,18 @@ def test_where_time_counts_ranks_fill_a_processor_s_registers(
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     model, run = network(), parse(["digits", *flags])
     assert timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1]).round_to == step
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_in_channels_last_has_its_times_in_that_layout(
+    clock: Clock, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: bool
+) -> None:
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
+    words = ["cifar10", "--ranks", "budget:latency=0.5", "--eval-batch-size", "2"]
+    run = parse([*words, *(["--channels-last"] if last else [])])
+    model, found = load_network(run, world)
+    timed_planner(run, model, found, world, torch.randn(1, 3, 32, 32))
+    assert clock.laid_out[1] == last
 
 
 def first_rank_only(world: World, folder: str) -> tuple[LatencyTable, int]:

@@ -33,9 +33,8 @@ from tests.bench.timing import Pair, Row, command_line, interleaved, report, tab
 from tests.ranks import run_alone, run_ranks
 
 RESULT = Path(__file__).parent / "results" / "speed.json"
-
-
 Work = Callable[[], object]
+Sides = Callable[[nn.Module, Sequence[Tensor], World], tuple[Work, Work]]  # of a comparison, and of what on
 
 
 @dataclass(frozen=True)
@@ -70,42 +69,42 @@ QUICK = Setting(images=2, forward_size=32, train_size=32, batches=2, rounds=2)
 
 def statistics_time(setting: Setting) -> Row:
     """Collecting moments of all sites against the forward pass alone."""
-    return _statistics_time(setting, "statistics pass ÷ forward: time")
+    return _in_turns(setting, "statistics pass ÷ forward: time", 1.10, _against_forward)
 
 
 def statistics_time_channels_last(setting: Setting) -> Row:
     """The same where network and images are laid out NHWC, on both sides."""
-    return _statistics_time(replace(setting, channels_last=True), "… both channels last")
-
-
-def _statistics_time(setting: Setting, name: str) -> Row:
-    with joined(setting.device) as world:
-        model, images = network(setting), images_of(setting, setting.forward_size)
-        batches = [images] * setting.batches
-        ours, plain = _collector(model, batches, world), partial(forward, model, batches)
-        taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
-    return taken.row(name, 1.10, setting.describe(setting.forward_size))
+    return _in_turns(replace(setting, channels_last=True), "… both channels last", 1.10, _against_forward)
 
 
 def forward_layouts(setting: Setting) -> Row:
     """A forward pass of the network laid out NHWC against NCHW, of images as a run has them: NCHW."""
-    return _layouts(
-        setting, "forward: channels last ÷ first", lambda model, batches, _: partial(forward, model, batches)
-    )
+
+    def sides(model: nn.Module, batches: Sequence[Tensor], _: World) -> tuple[Work, Work]:
+        return partial(forward, channels_last(model), batches), partial(forward, model, batches)
+
+    return _in_turns(setting, "forward: channels last ÷ first", 1.0, sides)
 
 
 def statistics_layouts(setting: Setting) -> Row:
     """The same of the statistics pass."""
-    return _layouts(setting, "statistics pass: channels last ÷ first", _collector)
+
+    def sides(model: nn.Module, batches: Sequence[Tensor], world: World) -> tuple[Work, Work]:
+        return _collector(channels_last(model), batches, world), _collector(model, batches, world)
+
+    return _in_turns(setting, "statistics pass: channels last ÷ first", 1.0, sides)
 
 
-def _layouts(setting: Setting, name: str, work: Callable[[nn.Module, Sequence[Tensor], World], Work]) -> Row:
+def _against_forward(model: nn.Module, batches: Sequence[Tensor], world: World) -> tuple[Work, Work]:
+    return _collector(model, batches, world), partial(forward, model, batches)
+
+
+def _in_turns(setting: Setting, name: str, target: float, sides: Sides) -> Row:
     with joined(setting.device) as world:
-        model, images = network(setting), images_of(setting, setting.forward_size)
-        batches = [images] * setting.batches
-        last, first = work(channels_last(model), batches, world), work(model, batches, world)
-        taken = interleaved(last, first, setting.rounds, setting.place, setting.clock())
-    return taken.row(name, 1.0, setting.describe(setting.forward_size))
+        batches = [images_of(setting, setting.forward_size)] * setting.batches
+        ours, plain = sides(network(setting), batches, world)
+        taken = interleaved(ours, plain, setting.rounds, setting.place, setting.clock())
+    return taken.row(name, target, setting.describe(setting.forward_size))
 
 
 def statistics_memory(setting: Setting) -> Row:
