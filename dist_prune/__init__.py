@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_prune.api import BatchesError, Compression, compress
-    from dist_prune.export import load_compressed
-    from dist_prune.ranks import Choice, Cost, Plan
+    from dist_prune.artifacts.saved_model import load_compressed
+    from dist_prune.factorization.plan import Choice, Cost, Plan
 
 __all__ = ["BatchesError", "Choice", "Compression", "Cost", "Plan", "compress", "load_compressed"]
 
 _HOMES = {
     "api": ("BatchesError", "Compression", "compress"),
-    "export": ("load_compressed",),
-    "ranks": ("Choice", "Cost", "Plan"),
+    "artifacts.saved_model": ("load_compressed",),
+    "factorization.plan": ("Choice", "Cost", "Plan"),
 }
 
 

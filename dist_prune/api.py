@@ -10,19 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dist_prune import correction, statistics
-from dist_prune.bases import solve
-from dist_prune.config import CompressionConfig, CorrectionConfig, Method, MethodConfig, Run, Side
-from dist_prune.correction import Calibration, divergence, judged, require_deterministic
-from dist_prune.data import Batch
-from dist_prune.flags import ConfigError
-from dist_prune.place import Place
-from dist_prune.planning import timed_planner
-from dist_prune.projection import project
-from dist_prune.ranks import Cost, Plan, cost
-from dist_prune.sites import Survey, evaluating, survey
-from dist_prune.spectra import spectra_of, unit_of
-from dist_prune.world import World, joined
+from dist_prune.config.flags import ConfigError
+from dist_prune.config.run import CompressionConfig, CorrectionConfig, Method, MethodConfig, Run, Side
+from dist_prune.correction import correct as correction
+from dist_prune.correction.correct import Calibration, divergence, judged, require_deterministic
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.launch_env import Place
+from dist_prune.distributed.world import World, joined
+from dist_prune.factorization.bases import solve
+from dist_prune.factorization.plan import Cost, Plan, cost
+from dist_prune.factorization.planner import timed_planner
+from dist_prune.factorization.project import project
+from dist_prune.factorization.spectra import spectra_of, unit_of
+from dist_prune.network.sites import Survey, evaluating, survey
+from dist_prune.statistics import collect as statistics
 
 FEWEST = 8  # images, of which one judges
 

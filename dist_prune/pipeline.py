@@ -10,15 +10,26 @@ from pathlib import Path
 
 import torch
 
-from dist_prune import batchnorm, checkpoint, correction, models, rundir, sensitivity
-from dist_prune.answers import right
-from dist_prune.compression import gather, stages
-from dist_prune.config import CorrectionConfig, Run, require_complete, to_dict
-from dist_prune.data import Everything, evaluation_stream, normalise
-from dist_prune.distillation import distill
-from dist_prune.ending import finish, finished
-from dist_prune.evaluate import Metrics, Predictions, predict, score
-from dist_prune.job import (
+from dist_prune.artifacts import run_directory
+from dist_prune.artifacts.answers import right
+from dist_prune.artifacts.environment import launch_of
+from dist_prune.config.run import CorrectionConfig, Run, require_complete, to_dict
+from dist_prune.config.training import TuningConfig
+from dist_prune.correction import batchnorm
+from dist_prune.correction import correct as correction
+from dist_prune.data.loader import Everything, evaluation_stream, normalise
+from dist_prune.distributed.preemption import Preempted, listening, restarts
+from dist_prune.distributed.world import fingerprint, joined
+from dist_prune.factorization.project import balance
+from dist_prune.factorization.spectra import unit_of
+from dist_prune.network import models
+from dist_prune.reporting.progress import Course
+from dist_prune.reporting.report import Report
+from dist_prune.run.checkpointing import Standing
+from dist_prune.run.compress import gather, stages
+from dist_prune.run.distill import distill
+from dist_prune.run.finish import finish, finished
+from dist_prune.run.job import (
     STAGES,
     Job,
     Stage,
@@ -29,15 +40,10 @@ from dist_prune.job import (
     unlabelled_stream,
     watched_validation,
 )
-from dist_prune.progress import Course
-from dist_prune.projection import balance
-from dist_prune.report import Report, launch_of
-from dist_prune.resume import Standing
-from dist_prune.spectra import unit_of
-from dist_prune.stopping import Preempted, listening, restarts
-from dist_prune.training import train
-from dist_prune.training_config import TuningConfig
-from dist_prune.world import fingerprint, joined
+from dist_prune.run.train import train
+from dist_prune.training import sensitivity
+from dist_prune.training.evaluate import Metrics, Predictions, predict, score
+from dist_prune.utils import files
 
 SITE_GROUP = 8  # corrected sites from one checkpoint to the next, at most
 SITE_IMAGES = 512  # on which sites are measured alone
@@ -89,11 +95,11 @@ def at_work() -> Iterator[None]:
 def settle(config: Run) -> tuple[Run, Path]:
     """The run's directory, and whether it is begun or gone on with. Changes nothing on disk."""
     launch = launch_of(os.environ)
-    folder = rundir.run_directory(config, launch)
-    config = rundir.taken_up(config, folder, launch, restarts(os.environ))
+    folder = run_directory.run_directory(config, launch)
+    config = run_directory.taken_up(config, folder, launch, restarts(os.environ))
     require_complete(config)
-    rundir.require_free(folder, config)
-    rundir.require_writable(folder)
+    run_directory.require_free(folder, config)
+    run_directory.require_writable(folder)
     return config, folder
 
 
@@ -156,17 +162,17 @@ def train_dense(job: Job) -> None:
         torch.__version__,
     ]
     source = Path(config.network.arch.partition(":")[0])  # where the architecture is a file of the user's own
-    code = checkpoint.checksum(source) if source.is_file() else ""
+    code = files.checksum(source) if source.is_file() else ""
     key = [*map(str, map(to_dict, settings)), job.dataset.train.digest(), code]
-    cached = checkpoint.cache_folder() / f"{config.network.arch.replace('/', '_')}-{checkpoint.name_of(key)}.pt"
-    if job.world.from_first(lambda: checkpoint.is_intact(cached)):
+    cached = files.cache_folder() / f"{config.network.arch.replace('/', '_')}-{files.name_of(key)}.pt"
+    if job.world.from_first(lambda: files.is_intact(cached)):
         job.report.say(f"dense weights from {cached}")
         job.dense.load_state_dict(models.read_weights(config.network.arch, config.network.classes, str(cached)))
         return
     job.keeper.stage = "pretrain"
     with job.report.phase("pretrain"):
         train(job, job.dense, config.pretrain, "pretrain")
-    job.world.from_first(lambda: checkpoint.save_weights(cached, job.dense))
+    job.world.from_first(lambda: files.save_weights(cached, job.dense))
     job.report.say(f"dense weights kept in {cached}")
 
 

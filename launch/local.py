@@ -2,7 +2,7 @@
 
 import sys
 
-from dist_prune.cli import main
+from dist_prune.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ enter_environment() {
     # shellcheck disable=SC2206  CONTAINER is words
     interpreter=(${CONTAINER:-} "$python")
     [[ -n ${SITE:-} ]] || return 0
-    site=$(PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} "${interpreter[@]}" -m dist_prune.cluster.site --shell "$SITE") || return 2
+    site=$(PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} "${interpreter[@]}" -m dist_prune.cluster.profile --shell "$SITE") || return 2
     eval "$site"
 }
 

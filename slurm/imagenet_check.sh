@@ -25,5 +25,5 @@ source "$project/slurm/common.sh"
 enter_environment "$project" || exit
 index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
 export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
-exec "${interpreter[@]}" -m dist_prune.imagecheck "$1" --slice "$index/${SLURM_ARRAY_TASK_COUNT:-1}" \
+exec "${interpreter[@]}" -m dist_prune.data.verify "$1" --slice "$index/${SLURM_ARRAY_TASK_COUNT:-1}" \
     --report "${REPORT:-imagenet_check-${SLURM_ARRAY_JOB_ID:-$$}}" --threads "${SLURM_CPUS_PER_TASK:-8}"

@@ -20,7 +20,7 @@
 #   SETUP      file to source first: modules, environments
 #   CONTAINER  words before the interpreter, such as "apptainer exec --nv image.sif"
 #   SITE       TOML file whose lines of set-up and interpreter are used, see site.example.toml; its #SBATCH lines are
-#              for sbatch itself: sbatch $(python -m dist_prune.cluster.site site.toml) slurm/prune_resnet18.sh DATA
+#              for sbatch itself: sbatch $(python -m dist_prune.cluster.profile site.toml) slurm/prune_resnet18.sh DATA
 #   RETRIES    how often a job whose ranks failed is queued again  (0)
 set -uo pipefail
 

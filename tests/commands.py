@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MAIN = "dist_prune.cli:main"
-PROGRAM = "dist_prune.commands:main"
+MAIN = "dist_prune.cli.main:main"
+PROGRAM = "dist_prune.cli.commands:main"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def shared_commands() -> Commands:
 
 
 def _serve() -> None:
-    importlib.import_module("dist_prune.commands")
+    importlib.import_module("dist_prune.cli.commands")
     importlib.import_module("nvidia.dali.plugin.pytorch")
     for line in sys.stdin:
         request = json.loads(line)

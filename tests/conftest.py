@@ -8,9 +8,9 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from dist_prune.models import build
-from dist_prune.sites import Survey, survey
-from dist_prune.world import World, joined
+from dist_prune.distributed.world import World, joined
+from dist_prune.network.models import build
+from dist_prune.network.sites import Survey, survey
 from tests.browser import Browser, browsing
 from tests.commands import shared_commands
 from tests.runs import NETWORK, WHOLE, Bench, torchrun, write_images, write_weights

@@ -6,9 +6,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dist_prune.models import CifarResNet
-from dist_prune.sites import survey
-from dist_prune.walk import Pass, Program, trace
+from dist_prune.network.models import CifarResNet
+from dist_prune.network.sites import survey
+from dist_prune.network.tracing import Pass, Program, trace
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:

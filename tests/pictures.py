@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_prune.config import ImageSpec
-from dist_prune.images import Split, list_images
+from dist_prune.config.run import ImageSpec
+from dist_prune.data.dataset import Split, list_images
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_prune.place import Place
-from dist_prune.world import World, joined
+from dist_prune.distributed.launch_env import Place
+from dist_prune.distributed.world import World, joined
 
 T = TypeVar("T")
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from dist_prune.sites import Site, Skipped, Survey
-from dist_prune.spectra import Spectra
+from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.sites import Site, Skipped, Survey
 
 
 def site(name: str, outputs: int, inputs: int, rows: int, groups: int = 1, bias: bool = False) -> Site:

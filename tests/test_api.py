@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import dist_prune
 from dist_prune import BatchesError, Compression, Plan, api, compress, load_compressed
-from dist_prune.correction import CorrectionError
-from dist_prune.flags import ConfigError
-from dist_prune.moments import StatisticsError
-from dist_prune.ranks import PlanError
-from dist_prune.sites import SiteError
-from dist_prune.world import World
+from dist_prune.config.flags import ConfigError
+from dist_prune.correction.correct import CorrectionError
+from dist_prune.distributed.world import World
+from dist_prune.factorization.plan import PlanError
+from dist_prune.network.sites import SiteError
+from dist_prune.statistics.moments import StatisticsError
 from tests.commands import ROOT
 from tests.runs import Bench, images_of, network
 

@@ -1,1 +1,1 @@
-"""Many runs on a cluster."""
+"""Many runs: sweeps, SLURM arrays, their tables and pages."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dist_prune.checkpoint import replacing, write_text
 from dist_prune.cluster.sweep import Combination, Sweep
-from dist_prune.report import table
+from dist_prune.utils.files import replacing, write_text
+from dist_prune.utils.tables import table
 
 STAGES = ("tuned", "distilled", "corrected", "projected")  # the last that ran is the result
 

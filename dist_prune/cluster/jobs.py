@@ -21,12 +21,12 @@ from submitit import SlurmExecutor
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import _make_sbatch_string
 
-from dist_prune import cli
+from dist_prune.cli import main as cli
 from dist_prune.cluster.gathering import gather
-from dist_prune.cluster.site import Site
+from dist_prune.cluster.profile import Site
 from dist_prune.cluster.sweep import Sweep, Task
-from dist_prune.flags import ConfigError
-from dist_prune.stopping import PREEMPTED
+from dist_prune.config.flags import ConfigError
+from dist_prune.distributed.preemption import PREEMPTED
 
 PROJECT = Path(__file__).parents[2]
 MAX_ARRAY = 1001  # SLURM's default

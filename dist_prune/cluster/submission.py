@@ -28,9 +28,9 @@ from dist_prune.cluster.jobs import (
     snapshot,
     submit,
 )
-from dist_prune.cluster.site import Site, read_site
+from dist_prune.cluster.profile import Site, read_site
 from dist_prune.cluster.sweep import Sweep, Task, plan_sweep
-from dist_prune.report import table
+from dist_prune.utils.tables import table
 
 POLL_S = 0.5
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_prune.checkpoint import is_intact
-from dist_prune.config import DATA_FREE, Run, require_complete, to_dict
-from dist_prune.flags import ConfigError, did_you_mean
-from dist_prune.recipes import parse
-from dist_prune.settings import settings
-from dist_prune.statistics import origin
+from dist_prune.config.flags import ConfigError, did_you_mean
+from dist_prune.config.recipes import parse
+from dist_prune.config.run import DATA_FREE, Run, require_complete, to_dict
+from dist_prune.config.settings import settings
+from dist_prune.statistics.collect import origin
+from dist_prune.utils.files import is_intact
 
 NOT_SWEPT = {"run-dir", "resume", "overwrite", "dry-run", "statistics", "until", "recipe", "save-recipe"}
 STATISTICS = "statistics.safetensors"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_prune.latency import sample_calls
-from dist_prune.sites import View, evaluating
+from dist_prune.factorization.latency import sample_calls
+from dist_prune.network.sites import View, evaluating
 from tests.bench.figures import Figure, missing
 
 Precision = Literal["float32", "tf32", "bf16"]

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_prune import moments
-from dist_prune.config import CorrectionConfig, ImageSpec
-from dist_prune.correction import Calibration, correct
-from dist_prune.data import normalise
-from dist_prune.projection import rebuild
-from dist_prune.ranks import Choice, Plan
-from dist_prune.sites import survey
-from dist_prune.world import World, joined
+from dist_prune.config.run import CorrectionConfig, ImageSpec
+from dist_prune.correction.correct import Calibration, correct
+from dist_prune.data.loader import normalise
+from dist_prune.distributed.world import World, joined
+from dist_prune.factorization.plan import Choice, Plan
+from dist_prune.factorization.project import rebuild
+from dist_prune.network.sites import survey
+from dist_prune.statistics import moments
 from tests.bench.speed import Setting, forward, network, run
 from tests.bench.timing import Row, seconds, synchronise
 from tests.ranks import run_ranks

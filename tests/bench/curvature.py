@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_prune.curvature import STEPS, Objective, collect_curvature
-from dist_prune.data import Batch
-from dist_prune.models import build
-from dist_prune.moments import collect_moments
-from dist_prune.probes import LOSSES, Probing, collect_sampled
-from dist_prune.sites import Survey, View, survey
-from dist_prune.world import World, joined
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import World, joined
+from dist_prune.network.models import build
+from dist_prune.network.sites import Survey, View, survey
+from dist_prune.statistics.curvature import STEPS, Objective, collect_curvature
+from dist_prune.statistics.moments import collect_moments
+from dist_prune.statistics.probes import LOSSES, Probing, collect_sampled
 from tests.bench.speed import CPU, Setting, bytes_so_far, forward, images_of, network, run
 from tests.bench.timing import Row, interleaved, seconds
 from tests.ranks import run_alone

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dist_prune.config import Augment, ImageSpec
-from dist_prune.data import Everything, Stream, training_stream
-from dist_prune.images import list_images
+from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.data.dataset import list_images
+from dist_prune.data.loader import Everything, Stream, training_stream
 from tests.bench.figures import Figure, missing, rate, ratio
 from tests.bench.phases import Bench
 from tests.bench.timing import interleaved

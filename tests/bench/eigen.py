@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torchvision
 
-from dist_prune.bases import principal
-from dist_prune.moments import collect_moments
-from dist_prune.sites import View, survey
-from dist_prune.world import joined
+from dist_prune.distributed.world import joined
+from dist_prune.factorization.bases import principal
+from dist_prune.network.sites import View, survey
+from dist_prune.statistics.moments import collect_moments
 from tests.bench.scaling import TRAIN_IMAGES, falling, solving
 from tests.bench.speed import CPU, Setting, images_of, run
 from tests.bench.timing import Row, seconds

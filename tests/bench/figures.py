@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dist_prune.report import table
+from dist_prune.utils.tables import table
 from tests.bench.timing import Pair
 
 NOT_MEASURED = "not measured"

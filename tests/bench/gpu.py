@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from dist_prune.world import World, joined
+from dist_prune.distributed.world import World, joined
 from tests.bench.ceilings import Ceilings, measure_ceilings
 from tests.bench.decoding import decoding
 from tests.bench.figures import Figure, has_failed, kept_going, missing, told

@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dist_prune import models
-from dist_prune.data import Stream, evaluation_stream, training_stream
-from dist_prune.evaluate import Metrics, Predictions, predict, score
-from dist_prune.finetune import Loss, Trainer, steps_of, taught
-from dist_prune.images import Dataset, Split, open_dataset
-from dist_prune.job import limited
-from dist_prune.layout import lay_out
-from dist_prune.projection import balance
-from dist_prune.recipes import RECIPES
-from dist_prune.sites import survey
-from dist_prune.training_config import TuningConfig
-from dist_prune.world import World
+from dist_prune.config.recipes import RECIPES
+from dist_prune.config.training import TuningConfig
+from dist_prune.data.dataset import Dataset, Split, open_dataset
+from dist_prune.data.loader import Stream, evaluation_stream, training_stream
+from dist_prune.distributed.world import World
+from dist_prune.factorization.project import balance
+from dist_prune.network import models
+from dist_prune.network.memory_format import lay_out
+from dist_prune.network.sites import survey
+from dist_prune.run.job import limited
+from dist_prune.training.evaluate import Metrics, Predictions, predict, score
+from dist_prune.training.trainer import Loss, Trainer, steps_of, taught
 
 RECIPE = RECIPES["cifar10"]
 SPEC, CLASSES = RECIPE.images.image, RECIPE.network.classes

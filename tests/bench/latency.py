@@ -4,9 +4,9 @@
 
 Synthetic images, random weights: speed does not depend on them. Ranks by `uniform:` and by `budget:latency=`, with
 the spectra of the weights; a budget that cannot be reached here is noted. Each engine runs both networks in turns,
-in one process; see `dist_prune.takeaway.speed`.
+in one process; see `dist_prune.export.speed`.
 
-On the CPU one thread is used, and its own seconds are taken, see `dist_prune.latency.now`.
+On the CPU one thread is used, and its own seconds are taken, see `dist_prune.factorization.latency.now`.
 
 `saving` is (1 − time ratio) ÷ (1 − MACs ratio): 1 where time follows MACs, 0 where nothing is gained. `low` and
 `high` are of the turns with the least and the greatest speed-up.
@@ -24,20 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_prune import latency
-from dist_prune.bases import by_weight
-from dist_prune.budget import cheaper_ranks
-from dist_prune.config import MethodConfig
-from dist_prune.flags import parse_rule
-from dist_prune.layout import channels_last
-from dist_prune.models import build
-from dist_prune.planning import usual_step
-from dist_prune.projection import rebuild
-from dist_prune.ranks import Plan, PlanError, make_plan
-from dist_prune.report import table
-from dist_prune.sites import View, bias_of, evaluating, survey, weight_of
-from dist_prune.spectra import spectra_of
-from dist_prune.takeaway.speed import Engine, Pass, Speed, measure_speed
+from dist_prune.config.flags import parse_rule
+from dist_prune.config.run import MethodConfig
+from dist_prune.export.speed import Engine, Pass, Speed, measure_speed
+from dist_prune.factorization import latency
+from dist_prune.factorization.bases import by_weight
+from dist_prune.factorization.budget import cheaper_ranks
+from dist_prune.factorization.plan import Plan, PlanError, make_plan
+from dist_prune.factorization.planner import usual_step
+from dist_prune.factorization.project import rebuild
+from dist_prune.factorization.spectra import spectra_of
+from dist_prune.network.memory_format import channels_last
+from dist_prune.network.models import build
+from dist_prune.network.sites import View, bias_of, evaluating, survey, weight_of
+from dist_prune.utils.tables import table
 from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "latency.json"

@@ -28,9 +28,9 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from dist_prune.config import Augment, ImageSpec
-from dist_prune.data import evaluation_stream, training_stream
-from dist_prune.images import Split, open_dataset
+from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.data.dataset import Split, open_dataset
+from dist_prune.data.loader import evaluation_stream, training_stream
 from tests.bench.timing import Pair, Row, command_line, report, table, write_json
 from tests.pictures import One
 from tests.ranks import run_alone

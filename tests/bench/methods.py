@@ -17,20 +17,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dist_prune import models, statistics
-from dist_prune.bases import solve
-from dist_prune.config import MethodConfig
-from dist_prune.data import Stream, evaluation_stream
-from dist_prune.evaluate import Metrics, Predictions, predict, score
-from dist_prune.flags import Rule
-from dist_prune.images import Dataset, Split, open_dataset
-from dist_prune.projection import project, rebuild
-from dist_prune.ranks import cost, make_plan
-from dist_prune.recipes import RECIPES
-from dist_prune.report import table
-from dist_prune.sites import Survey, survey
-from dist_prune.statistics import Statistics
-from dist_prune.world import World, joined
+from dist_prune.config.flags import Rule
+from dist_prune.config.recipes import RECIPES
+from dist_prune.config.run import MethodConfig
+from dist_prune.data.dataset import Dataset, Split, open_dataset
+from dist_prune.data.loader import Stream, evaluation_stream
+from dist_prune.distributed.world import World, joined
+from dist_prune.factorization.bases import solve
+from dist_prune.factorization.plan import cost, make_plan
+from dist_prune.factorization.project import project, rebuild
+from dist_prune.network import models
+from dist_prune.network.sites import Survey, survey
+from dist_prune.statistics import collect as statistics
+from dist_prune.statistics.collect import Statistics
+from dist_prune.training.evaluate import Metrics, Predictions, predict, score
+from dist_prune.utils.tables import table
 from tests.bench.timing import machine, write_json
 
 RESULT = Path(__file__).parent / "results" / "methods.json"

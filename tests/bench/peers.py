@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import torch_pruning
 from torch import nn
 
-from dist_prune.models import logits_of
-from dist_prune.sites import evaluating
+from dist_prune.network.models import logits_of
+from dist_prune.network.sites import evaluating
 from tests.bench.ground import SPEC, Ground, macs_of
 
 IMPORTANCE = {

@@ -11,14 +11,14 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from dist_prune.data import Batch
-from dist_prune.finetune import Trainer
-from dist_prune.layout import lay_out
-from dist_prune.models import build
-from dist_prune.moments import collect_moments
-from dist_prune.sites import View, evaluating, survey
-from dist_prune.training_config import TrainingConfig
-from dist_prune.world import World, fingerprint
+from dist_prune.config.training import TrainingConfig
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import World, fingerprint
+from dist_prune.network.memory_format import lay_out
+from dist_prune.network.models import build
+from dist_prune.network.sites import View, evaluating, survey
+from dist_prune.statistics.moments import collect_moments
+from dist_prune.training.trainer import Trainer
 from tests.bench.ceilings import (
     Ceilings,
     Precision,

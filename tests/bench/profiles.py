@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dist_prune import statistics
-from dist_prune.config import CorrectionConfig, MethodConfig
-from dist_prune.correction import correct
-from dist_prune.data import Batch
-from dist_prune.finetune import Trainer
-from dist_prune.report import table
-from dist_prune.sites import survey
-from dist_prune.training_config import TrainingConfig
-from dist_prune.world import World, joined
+from dist_prune.config.run import CorrectionConfig, MethodConfig
+from dist_prune.config.training import TrainingConfig
+from dist_prune.correction.correct import correct
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import World, joined
+from dist_prune.network.sites import survey
+from dist_prune.statistics import collect as statistics
+from dist_prune.training.trainer import Trainer
+from dist_prune.utils.tables import table
 from tests.bench.correction import calibration, halved
 from tests.bench.speed import CPU, CUDA, QUICK, Setting, images_of, network
 from tests.bench.timing import command_line, heading, write_json

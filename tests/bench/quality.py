@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_prune.checkpoint import name_of
-from dist_prune.export import load_compressed
-from dist_prune.report import table
-from dist_prune.world import joined
+from dist_prune.artifacts.saved_model import load_compressed
+from dist_prune.distributed.world import joined
+from dist_prune.utils.files import name_of
+from dist_prune.utils.tables import table
 from tests.bench import peers
 from tests.bench.ground import ground, macs_of
 from tests.bench.timing import heading, write_json

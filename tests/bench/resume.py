@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from dist_prune import checkpoint, models
-from dist_prune.world import joined
+from dist_prune.distributed.world import joined
+from dist_prune.network import models
+from dist_prune.utils import files
 from tests.bench.timing import Row, command_line, report, table, write_json
 from tests.commands import ROOT
 
@@ -58,7 +59,7 @@ def first_step(words: list[str], folder: Path) -> tuple[Taken, Taken]:
     newest = written(folder)
     taken = until(lambda: written(folder) > newest, run)
     began = now()
-    subprocess.run([sys.executable, "-c", "import dist_prune.cli, nvidia.dali.plugin.pytorch"], check=True)
+    subprocess.run([sys.executable, "-c", "import dist_prune.cli.main, nvidia.dali.plugin.pytorch"], check=True)
     return taken, now() - began
 
 
@@ -88,12 +89,12 @@ def until(happened: Callable[[], bool], words: list[str]) -> Taken:
 def saving(folder: Path) -> tuple[float, int]:
     """Seconds to save the run's newest checkpoint once more, the median of five; and how many bytes it has."""
     with joined("cpu") as world:
-        found, _ = checkpoint.newest(folder / "checkpoints", world)
+        found, _ = files.newest(folder / "checkpoints", world)
         assert found is not None
         times = []
         for _ in range(5):
             began = time.perf_counter()
-            path = checkpoint.save(folder / "saved", found, world)
+            path = files.save(folder / "saved", found, world)
             times.append(time.perf_counter() - began)
     return statistics.median(times), path.stat().st_size
 

@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from dist_prune.bases import Basis, solve
-from dist_prune.config import MethodConfig
-from dist_prune.data import Batch
-from dist_prune.evaluate import predict, score
-from dist_prune.finetune import Trainer, steps_of
-from dist_prune.models import build
-from dist_prune.projection import project
-from dist_prune.ranks import Choice, Plan
-from dist_prune.sites import Site, survey
-from dist_prune.statistics import Statistics, collect
-from dist_prune.training_config import TrainingConfig
-from dist_prune.world import World
+from dist_prune.config.run import MethodConfig
+from dist_prune.config.training import TrainingConfig
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import World
+from dist_prune.factorization.bases import Basis, solve
+from dist_prune.factorization.plan import Choice, Plan
+from dist_prune.factorization.project import project
+from dist_prune.network.models import build
+from dist_prune.network.sites import Site, survey
+from dist_prune.statistics.collect import Statistics, collect
+from dist_prune.training.evaluate import predict, score
+from dist_prune.training.trainer import Trainer, steps_of
 from tests.bench.ceilings import Precision, precisions, tensor_cores
 from tests.bench.figures import Figure, missing
 from tests.bench.phases import ALL_PRECISIONS, NO_TF32, Bench

@@ -21,15 +21,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dist_prune.bases import principal, solve, spread
-from dist_prune.config import MethodConfig, TrainingConfig
-from dist_prune.data import Batch
-from dist_prune.finetune import Trainer
-from dist_prune.moments import Moments, accumulating, collect_moments
-from dist_prune.report import table
-from dist_prune.sites import Site, View, evaluating, survey
-from dist_prune.statistics import Statistics
-from dist_prune.world import PANEL, World
+from dist_prune.config.run import MethodConfig, TrainingConfig
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import PANEL, World
+from dist_prune.factorization.bases import principal, solve, spread
+from dist_prune.network.sites import Site, View, evaluating, survey
+from dist_prune.statistics.collect import Statistics
+from dist_prune.statistics.moments import Moments, accumulating, collect_moments
+from dist_prune.training.trainer import Trainer
+from dist_prune.utils.tables import table
 from tests.bench.timing import Row, command_line, report, write_json
 from tests.bench.timing import table as comparison
 from tests.ranks import run_ranks

@@ -13,15 +13,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dist_prune.bases import solve
-from dist_prune.config import MethodConfig
-from dist_prune.flags import parse_rule
-from dist_prune.latency import sample_calls
-from dist_prune.projection import rebuild
-from dist_prune.ranks import Plan, cost, make_plan
-from dist_prune.sites import Survey, evaluating, survey
-from dist_prune.spectra import Spectra, spectra_of
-from dist_prune.statistics import Statistics
+from dist_prune.config.flags import parse_rule
+from dist_prune.config.run import MethodConfig
+from dist_prune.factorization.bases import solve
+from dist_prune.factorization.latency import sample_calls
+from dist_prune.factorization.plan import Plan, cost, make_plan
+from dist_prune.factorization.project import rebuild
+from dist_prune.factorization.spectra import Spectra, spectra_of
+from dist_prune.network.sites import Survey, evaluating, survey
+from dist_prune.statistics.collect import Statistics
 from tests.bench.ceilings import Precision, tensor_cores
 from tests.bench.figures import Figure, missing
 from tests.bench.phases import Bench, subject

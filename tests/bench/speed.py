@@ -22,13 +22,13 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_prune.data import Batch
-from dist_prune.finetune import Trainer
-from dist_prune.layout import channels_last
-from dist_prune.moments import collect_moments
-from dist_prune.sites import View, evaluating, survey
-from dist_prune.training_config import TrainingConfig
-from dist_prune.world import World, joined
+from dist_prune.config.training import TrainingConfig
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import World, joined
+from dist_prune.network.memory_format import channels_last
+from dist_prune.network.sites import View, evaluating, survey
+from dist_prune.statistics.moments import collect_moments
+from dist_prune.training.trainer import Trainer
 from tests.bench.timing import Pair, Row, command_line, interleaved, report, table, write_json
 from tests.ranks import run_alone, run_ranks
 

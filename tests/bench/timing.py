@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dist_prune.takeaway.speed import processor_name
+from dist_prune.export.speed import processor_name
 
 
 @dataclass(frozen=True)

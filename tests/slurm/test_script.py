@@ -133,7 +133,7 @@ def test_a_site_file_says_where_a_job_goes_and_how_it_is_set_up(jobs: Jobs, tmp_
         'setup = ["echo set up by the site"]\n[sbatch]\nexclude = "n[1-2]"\n'
     )
     flags = jobs.cluster.run(
-        sys.executable, "-m", "dist_prune.cluster.site", site, PYTHONPATH=str(ROOT)
+        sys.executable, "-m", "dist_prune.cluster.profile", site, PYTHONPATH=str(ROOT)
     ).out.split()
     job = jobs.submit("site", *flags, gpus=1, environ={"SITE": str(site)}, epochs=0)
     assert jobs.cluster.finish(job) == "COMPLETED", jobs.log("site")

@@ -1,0 +1,88 @@
+"""The command line: read the words, run, and turn expected errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dist_prune.config.help import Program
+from dist_prune.config.recipe_files import to_toml
+from dist_prune.config.recipes import LOCAL, given, parse
+from dist_prune.config.run import Run
+from dist_prune.data.timm_images import adapted
+from dist_prune.distributed.launch_env import find_place
+from dist_prune.distributed.preemption import PREEMPTED, STUCK, NoProgressError, Preempted
+from dist_prune.distributed.world import RankError
+from dist_prune.pipeline import WorkError, run
+from dist_prune.training.evaluate import EvaluationError
+from dist_prune.training.trainer import TrainingError
+from dist_prune.utils.console import without_colours
+from dist_prune.utils.files import CheckpointError, write_text
+
+FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must be able to speak before
+
+
+def main(arguments: Sequence[str] | None = None, program: Program = LOCAL) -> int:
+    """Run what the words say; the exit code, see `exit_code`."""
+    words = sys.argv[1:] if arguments is None else arguments
+
+    def work(first: bool) -> int:
+        config = adapted(parse(words, not first, program), given(words))
+        if config.save_recipe is None:
+            run(config)
+        elif first:
+            save_recipe(config.save_recipe, config)
+        return 0
+
+    return exit_code(work)
+
+
+def save_recipe(path: Path, config: Run) -> None:
+    """Write the settings into a file that can be given as a recipe.
+
+    Raises:
+        CheckpointError: the file is there already, or cannot be written.
+    """
+    if path.exists():
+        raise CheckpointError(f"--save-recipe {path}: is there already; name another file, or remove it")
+    write_text(path, to_toml(config))
+    print(f"written to {path}: give it in place of a recipe's name")
+
+
+def exit_code(work: Callable[[bool], int]) -> int:
+    """Do the work, told whether this is rank 0; its own exit code, or that of the error it ended with.
+
+    0 done, 1 failed while working, 2 could not start as asked, 75 left because a signal asked to (start it again,
+    and it goes on), 3 was started again three times and got no further.
+
+    An error that all ranks share is told by rank 0; what a rank hears of another's, it tells itself.
+    """
+    first = True
+    without_colours(os.environ)
+    try:
+        first = find_place(os.environ).rank == 0
+        return work(first)
+    except Preempted as reason:
+        return _failed(reason, PREEMPTED, first)
+    except NoProgressError as error:
+        return _failed(error, STUCK, first)
+    except RankError as error:
+        return _failed(error, 1)
+    except ValueError as error:
+        return _failed(error, 2, first)
+    except (CheckpointError, EvaluationError, TrainingError, WorkError, OSError) as error:
+        return _failed(error, 1, first)
+
+
+def _failed(error: Exception, code: int, speaks: bool = True) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends all once one has ended: each keeps its exit code
+    if speaks:
+        kind = "left" if code == PREEMPTED else "error"
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(FIRST_WORD_S)
+    return code

@@ -1,0 +1,1 @@
+"""Settings: frozen dataclasses whose fields are the flags, recipes, help."""

@@ -1,0 +1,353 @@
+"""What a run is: frozen, validated dataclasses. The flags are the fields; `--help` shows the text beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dist_prune.config.flags import parse_rule
+from dist_prune.config.flags import require as _require
+from dist_prune.config.training import IterationConfig, TrainingConfig, TuningConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Which network."""
+
+    arch: str = "resnet18"
+    """torchvision name, CIFAR resnet20/32/44/56, mnist, timm name, or path/to/file.py:function."""
+    weights: str = "none"
+    """A file, a torchvision enum such as IMAGENET1K_V1, `pretrained` for timm, or none."""
+    classes: int = 1000
+    """Outputs of the network; the data's classes must be as many."""
+
+    def __post_init__(self) -> None:
+        _require(self.classes >= 2, f"--classes {self.classes}: expected at least 2")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes a tensor; resizing is with antialiasing, as torchvision does it."""
+
+    resize: int = 256
+    """Shorter side before the centre crop, pixels; 0: keep the size."""
+    crop: int = 224
+    """Input height and width, pixels."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means to subtract, of RGB/255."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel deviations to divide by, of RGB/255."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How --resize finds pixels between pixels."""
+
+    def __post_init__(self) -> None:
+        _require(self.crop > 0, f"--crop {self.crop}: expected pixels, at least 1")
+        smaller = self.resize and self.resize < self.crop
+        _require(not smaller, f"--resize {self.resize} is smaller than --crop {self.crop}; 0 keeps the size")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What random training crops look like."""
+
+    flip: bool = True
+    """Mirror training images at random."""
+    pad: int = 4
+    """With --resize 0: zeros around the image before a random crop, pixels."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """With --resize above 0: share of the image that a random-resized crop covers."""
+
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """With --resize above 0: width over height of that crop."""
+
+    def __post_init__(self) -> None:
+        _require(self.pad >= 0, f"--pad {self.pad}: expected pixels, 0 or more")
+        low, high = self.area
+        _require(0 < low <= high <= 1, f"--area {low} {high}: expected two shares with 0 < low ≤ high ≤ 1")
+        low, high = self.ratio
+        _require(0 < low <= high, f"--ratio {low} {high}: expected two numbers with 0 < low ≤ high")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    data: str = ""
+    """Folder with train/ and val/, one folder a class in each; or with MNIST's idx files; or `digits`, which ship
+    with scikit-learn."""
+    class_list: Path | None = None
+    """Text file, one class folder a line in label order; without it, train/'s folders in alphabetical order."""
+    image: Annotated[ImageSpec, tyro.conf.arg(name="")] = field(default_factory=ImageSpec)
+    augment: Annotated[Augment, tyro.conf.arg(name="")] = field(default_factory=Augment)
+    threads: int = 4
+    """Decoding threads per rank."""
+    eval_batch_size: int = 64
+    """Images per rank and step, validation and statistics."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads > 0, f"--threads {self.threads}: expected at least 1")
+        _require(self.eval_batch_size > 0, f"--eval-batch-size {self.eval_batch_size}: expected at least 1")
+
+
+Method = Literal[
+    "pca",
+    "whitened-svd",
+    "gradient",
+    "hessian-global",
+    "hessian-local",
+    "fisher",
+    "weight-svd",
+    "random",
+    "random-init",
+]
+Side = Literal["output", "input"]
+DATA_FREE: tuple[Method, ...] = ("weight-svd", "random", "random-init")
+BLIND: tuple[Method, ...] = ("random", "random-init")  # all directions are worth the same to them
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Where the directions to keep come from, and what is measured for that."""
+
+    method: Method = "pca"
+    """pca: covariance; whitened-svd: second moment about zero, biases stay; gradient: of the task loss; fisher,
+    hessian-local: curvature from one backward; hessian-global: curvature from trials; weight-svd, random: without
+    data; random-init: untrained."""
+    side: Side = "output"
+    """Directions of a layer's outputs, or of its input patches."""
+    loss: Literal["mse", "kl", "kl-reverse"] = "kl"
+    """fisher, hessian-*: how a change of the network's output is measured."""
+    greedy: bool = False
+    """gradient: keep what is predicted to raise the loss when removed, not what matters most either way."""
+    rank_loss: bool = False
+    """hessian-global: use each loss's place in the order of all losses instead of its value."""
+    sampled: bool = False
+    """hessian-local: by sampling and double backward, site by site; slow, for comparison."""
+    draws: int = 1
+    """fisher, hessian-local: random gradients an image; 0: all classes, exactly."""
+    probes: int = 1024
+    """hessian-global, --sampled: how many images are tried, each along one random direction."""
+    damping: float = 0.01
+    """fisher: added to the metric, as a share of its largest eigenvalue."""
+    statistics_images: int = 0
+    """Training images the statistics see; 0: all."""
+    statistics: Path | None = None
+    """Take the statistics from this file, of an earlier run's directory, instead of collecting them."""
+    statistics_bf16: bool = False
+    """Run the network in bfloat16 autocast for the statistics; products stay float32, sums float64."""
+    chunk_mb: int = 128
+    """Input side: memory for patches at a time, MiB."""
+
+    def __post_init__(self) -> None:
+        _require(self.statistics_images >= 0, f"--statistics-images {self.statistics_images}: expected ≥ 0")
+        _require(self.draws >= 0, f"--draws {self.draws}: expected 0 or more")
+        _require(self.probes > 0, f"--probes {self.probes}: expected at least 1")
+        _require(self.damping > 0, f"--damping {self.damping}: expected above 0")
+        _require(self.chunk_mb > 0, f"--chunk-mb {self.chunk_mb}: expected at least 1")
+        self._require_fitting("greedy", self.greedy, "gradient", "other methods have no sign to be greedy about")
+        self._require_fitting("rank-loss", self.rank_loss, "hessian-global", "others sample no losses")
+        self._require_fitting("sampled", self.sampled, "hessian-local", "other methods have no double backward")
+        wrong_side = self.side == "input" and self.method in ("fisher", "whitened-svd")
+        _require(not wrong_side, f"--method {self.method} is of outputs; on --side input use pca or hessian-local")
+        unused = self.statistics is not None and self.method in DATA_FREE
+        _require(not unused, f"--statistics: --method {self.method} uses none; leave it out")
+        rough = self.statistics_bf16 and (self.probing or self.method in DATA_FREE)
+        _require(not rough, "--statistics-bf16: goes with pca, whitened-svd, gradient, fisher and hessian-local")
+
+    @property
+    def probing(self) -> bool:
+        """Whether curvature comes from trials along random directions."""
+        return self.method == "hessian-global" or self.sampled
+
+    def _require_fitting(self, flag: str, given: bool, method: Method, why: str) -> None:
+        _require(not given or self.method == method, f"--{flag} goes with --method {method}; {why}")
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """What is compressed, how, and how far."""
+
+    basis: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MethodConfig)
+    ranks: str = "uniform:0.5"
+    """uniform:RATIO of each site's channels, energy:RATIO of its spectrum, budget:macs|params|latency=RATIO of
+    the dense network's, sites:NAME=RANK,… for these alone, or a plan FILE."""
+    sites: str = "*"
+    """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
+    @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
+    round_to: int = 0
+    """Ranks are multiples of this; 0: 8 on CUDA, on the CPU 16 where latency is the budget, else 1."""
+    measure_sites: bool = False
+    """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
+
+    def __post_init__(self) -> None:
+        rule, method = parse_rule(self.ranks), self.basis.method
+        _require(
+            not rule.needs_spectra or method not in BLIND,
+            f"--ranks {self.ranks}: --method {method} does not say what directions are worth; use uniform:RATIO, "
+            f"or another method, such as pca or fisher",
+        )
+        _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Solving each site anew against the dense network, in closed form, without labels."""
+
+    correct: Literal["none", "refit", "regression"] = "regression"
+    """none; refit: only the second layer of each pair; regression: both."""
+    calibrate_images: int = 1024
+    """Images to solve from, labels unused; every eighth is held out to judge."""
+    calibrate_data: Path | None = None
+    """A folder of unlabelled images, at any depth, to use instead of training images; for --distill-steps, too."""
+    reestimate_bn: bool = False
+    """Then take batch norm's statistics anew from these images; kept where the images held out say so."""
+    metric_damping: tuple[float, ...] = (0.1,)
+    """regression: added to the Fisher metric, as a share of its largest eigenvalue (inf: no metric); of several,
+    each is tried, and the best on the images held out is taken."""
+    ridge: float = 0.03
+    """Pull to the dense weights, as a share of the inputs' mean variance."""
+    repair: float = 2.0
+    """regression, with --ranks budget:…: a site's predicted loss counts exp(-R · share of sites after it), as they
+    repair part of it; 0: all losses count alike."""
+    positions: int = 0
+    """Output positions per image to solve from, a seeded choice; 0: all."""
+    resolve_dense: bool = True
+    """Solve the layers that stay dense, too."""
+    mirrored: bool = False
+    """Solve from the mirror images of the calibration images, too."""
+    calibration_gb: float = 8.0
+    """Activations kept per rank, GiB; what does not fit is computed again for every site."""
+
+    @property
+    def calibration_bytes(self) -> int:
+        """`--calibration-gb` in bytes."""
+        return int(self.calibration_gb * 2**30)
+
+    @property
+    def dampings(self) -> tuple[float, ...]:
+        """Of the metric, one for each correction that is tried; `inf`: no metric."""
+        return self.metric_damping if self.correct == "regression" else (math.inf,)
+
+    def __post_init__(self) -> None:
+        _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
+        _require(self.ridge > 0, f"--ridge {self.ridge}: expected above 0, or singular equations have no answer")
+        _require(self.repair >= 0, f"--repair {self.repair}: expected 0 or more")
+        _require(self.positions >= 0, f"--positions {self.positions}: expected 0 or more")
+        sound = self.metric_damping and min(self.metric_damping) > 0
+        _require(bool(sound), f"--metric-damping {self.metric_damping}: expected one or more numbers above 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Label-free training towards the dense network, batch norm frozen, after the correction."""
+
+    distill_steps: int = 0
+    """How many steps; 0: none."""
+    distill_images: int = 8192
+    """Training images for these steps, or of --calibrate-data, labels unused; 0: all."""
+    distill_batch_size: int = 64
+    """Images per rank and step."""
+    distill_lr: float = 0.02
+    """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
+    distill_features: float = 0.0
+    """Weight of the relative squared error of the blocks' outputs, beside the divergence of the softmax."""
+
+    def __post_init__(self) -> None:
+        _require(self.distill_steps >= 0, f"--distill-steps {self.distill_steps}: expected 0 or more")
+        _require(self.distill_images >= 0, f"--distill-images {self.distill_images}: expected 0 or more")
+        _require(
+            self.distill_batch_size > 0, f"--distill-batch-size {self.distill_batch_size}: expected at least 1"
+        )
+        _require(self.distill_lr > 0, f"--distill-lr {self.distill_lr}: expected above 0")
+        _require(self.distill_features >= 0, f"--distill-features {self.distill_features}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of dist_prune."""
+
+    network: Annotated[NetworkConfig, tyro.conf.arg(name="")] = field(default_factory=NetworkConfig)
+    images: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    compression: Annotated[CompressionConfig, tyro.conf.arg(name="")] = field(default_factory=CompressionConfig)
+    correction: Annotated[CorrectionConfig, tyro.conf.arg(name="")] = field(default_factory=CorrectionConfig)
+    distillation: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
+    tuning: Annotated[TuningConfig, tyro.conf.arg(name="")] = field(default_factory=TuningConfig)
+    iteration: Annotated[IterationConfig, tyro.conf.arg(name="")] = field(default_factory=IterationConfig)
+    pretrain: TrainingConfig = field(default_factory=TrainingConfig)
+    recipe: Annotated[str, tyro.conf.Suppress] = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    channels_last: bool = False
+    """Keep the network's kernels, and so what it computes, in NHWC memory layout; faster on most devices."""
+    seed: int = 0
+    """Seed of every random choice: subsets, draws, crops, initial weights."""
+    run_dir: Path | None = None
+    """Where everything is written; default runs/RECIPE-DATE-TIME."""
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint; restarts by torchrun and SLURM do so unasked."""
+    reshard: bool = False
+    """With --resume: another number of ranks or --batch-size may continue, from the last epoch's end."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, besides those at the end of every stage and epoch."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay; one of them is always from the end of a stage or epoch."""
+    overwrite: bool = False
+    """Replace an existing --run-dir."""
+    until: Literal["end", "statistics"] = "end"
+    """statistics: stop once they are on disk, for other runs to take with --statistics."""
+    dry_run: bool = False
+    """Print the plan's table and stop; needs no data and no GPU."""
+    save_recipe: Path | None = None
+    """Write these settings into a TOML file, to be used in place of a recipe's name, and stop."""
+    timeout: float = 1800.0
+    """Seconds a collective may wait for a rank before the run ends; allow for the widest layer's solve."""
+
+    @property
+    def keeps_to_dense(self) -> bool:
+        """Whether correction means anything: not after training in rounds, nor of untrained layers."""
+        return not self.iteration.is_iterative and self.compression.basis.method != "random-init"
+
+    @property
+    def repair(self) -> float:
+        """How much later sites repair of what earlier ones lose: `--repair` where they are solved anew, else 0."""
+        solved_anew = self.keeps_to_dense and self.correction.correct == "regression"
+        return self.correction.repair if solved_anew else 0.0
+
+
+def require_complete(run: Run) -> None:
+    """A recipe may leave open what only its user knows; a run may not.
+
+    Raises:
+        ConfigError: data or weights are missing, or flags exclude each other.
+    """
+    _require(not (run.resume and run.overwrite), "--resume and --overwrite exclude each other")
+    _require(not run.reshard or run.resume, "--reshard goes with --resume")
+    _require(run.save_minutes >= 0, f"--save-minutes {run.save_minutes}: expected 0 or more")
+    _require(run.keep_checkpoints > 0, f"--keep-checkpoints {run.keep_checkpoints}: expected at least 1")
+    _require(not run.resume or run.run_dir is not None, "--resume needs --run-dir")
+    collects = run.compression.basis.method not in DATA_FREE and run.compression.basis.statistics is None
+    _require(collects or run.until == "end", f"--until {run.until}: this run collects none; leave it out")
+    again = run.iteration.is_iterative and run.compression.basis.method == "random-init"
+    _require(not again, "--method random-init projects nothing: leave out --step and --alternate")
+    if run.dry_run:
+        return
+    _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")
+    correction, steps = run.correction, run.distillation.distill_steps
+    used = correction.correct != "none" or correction.reestimate_bn or steps
+    _require(bool(used) or correction.calibrate_data is None, "--calibrate-data: --correct none leaves it unused")
+    known = run.network.weights != "none" or run.pretrain.epochs
+    _require(bool(known), "--weights none leaves nothing to compress: give weights, or --pretrain.epochs N")
+
+
+def to_dict(settings: Any) -> Any:  # noqa: ANN401  any field of a configuration
+    """Plain JSON types, nested as the dataclasses are."""
+    if dataclasses.is_dataclass(settings):
+        return {f.name: to_dict(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    if isinstance(settings, tuple):
+        return list(settings)
+    return str(settings) if isinstance(settings, Path) else settings

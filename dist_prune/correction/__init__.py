@@ -1,0 +1,1 @@
+"""Closed-form correction of a compressed network against the dense one."""

@@ -1,0 +1,306 @@
+"""Correction of a whole network: calibration images decoded once, several metrics tried, the best kept or none."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.config.run import CorrectionConfig
+from dist_prune.correction.reconstruct import Correction, Outcome, Pair, Solver, left_out
+from dist_prune.data.loader import Batch, Stream, normalise
+from dist_prune.distributed.world import World
+from dist_prune.network.models import logits_of
+from dist_prune.network.replay import Listing, Route, follow, listing
+from dist_prune.network.sites import Factored, Site, Survey, View, evaluating
+from dist_prune.statistics.curvature import STEPS, Objective, collect_curvature
+from dist_prune.statistics.probes import kl
+from dist_prune.utils.tables import table
+
+HELD = 8  # every eighth image judges
+GRADIENTS = 2048  # of labels drawn for the metric, about, over all images; at most MOST_DRAWS an image
+MOST_DRAWS = 4
+
+
+class CorrectionError(ValueError):
+    """A network that cannot be corrected against itself."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """This rank's images as they are kept, (n, …), their positions (n,) in the list of images.
+
+    `prepare` makes of kept images what the network takes: of decoded uint8 (n, 3, H, W), normalised ones.
+    """
+
+    pixels: Tensor
+    indices: Tensor
+    prepare: Callable[[Tensor], Tensor]
+    batch_size: int
+    mirrored: bool
+
+    def batches(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and positions of the images that judge, or of those to solve from, which depends on no rank."""
+        chosen = torch.nonzero((self.indices % HELD == 0) == held)[:, 0]
+        for start in range(0, len(chosen), self.batch_size):  # none where this rank has no such image
+            some = chosen[start : start + self.batch_size]
+            yield self.pixels[some], self.indices[some]
+            if self.mirrored and not held:
+                yield self.pixels[some].flip(3), self.indices[some]
+
+    def prepared(self) -> Iterator[Batch]:
+        """The images to solve from, as the network takes them, without labels."""
+        for pixels, indices in self.batches(held=False):
+            yield Batch(self.prepare(pixels), torch.full_like(indices, -1), indices)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One correction of all sites: `kl` to the dense network on the held-out images, nats per image."""
+
+    damping: float
+    kl: float
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The held-out KL `before`, every trial, and the one kept, None if all made it worse."""
+
+    before: float
+    trials: tuple[Trial, ...]
+    kept: Trial | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Course:
+    """How far a correction has come; it can be left after each site."""
+
+    trials: list[Trial] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None  # the network of the best trial
+    outcomes: list[Outcome] = field(default_factory=list)  # of the trial under way
+    candidate: dict[str, Tensor] | None = None  # its network, the sites of `outcomes` solved
+    pause: Callable[[Course], None] = lambda _: None  # called after each site
+
+    def state(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        return {
+            "trials": [asdict(trial) for trial in self.trials],
+            "best": self.best,
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "candidate": self.candidate,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.trials = [Trial(t["damping"], t["kl"], tuple(map(_outcome, t["outcomes"]))) for t in state["trials"]]
+        self.outcomes = list(map(_outcome, state["outcomes"]))
+        self.best, self.candidate = state["best"], state["candidate"]
+
+    def close(self, trial: Trial, network: nn.Module) -> None:
+        """A trial is done."""
+        if trial.kl < min((before.kl for before in self.trials), default=math.inf) or self.best is None:
+            self.best = network.state_dict()
+        self.trials.append(trial)
+        self.outcomes, self.candidate = [], None
+
+
+def _outcome(fields: Mapping[str, Any]) -> Outcome:
+    return Outcome(**fields)
+
+
+def decode(stream: Stream, mirrored: bool) -> Calibration:
+    """Read this rank's images once and keep their bytes."""
+    batches = list(stream.raw())
+    pixels, indices = (torch.cat(parts) for parts in zip(*((b.images, b.indices) for b in batches), strict=True))
+    return Calibration(pixels, indices, partial(normalise, spec=stream.spec), stream.batch_size, mirrored)
+
+
+def correct(
+    dense: nn.Module,
+    compressed: nn.Module,
+    survey: Survey,
+    images: Calibration,
+    settings: CorrectionConfig,
+    seed: int,
+    world: World,
+    course: Course | None = None,
+) -> Result:
+    """Solve all sites of the compressed network anew, in place, once for each damping; keep the best if it helps.
+
+    Args:
+        dense: the network to come near to.
+        compressed: its compressed copy.
+        survey: of the dense network, all its sites.
+        images: this rank's calibration images.
+        settings: how.
+        seed: of drawn labels and positions.
+        world: the ranks, which all end with the same network.
+        course: how far it had come before.
+
+    Raises:
+        StatisticsError: no image of any rank reaches a site.
+    """
+    sites = solvable(compressed, survey, settings)
+    route = agreed_route(dense, [site.name for site in sites], images, world)
+    with evaluating(dense), evaluating(compressed):
+        judges = judged(dense, images)
+        before = divergence(compressed, judges, images.prepare, world)
+    metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
+    course = course or Course()
+    for damping in settings.dampings[len(course.trials) :]:
+        candidate = copy.deepcopy(compressed)
+        candidate.load_state_dict(course.candidate or compressed.state_dict())
+        with evaluating(dense), evaluating(candidate):
+            pairs = list(_pairs(route, dense, candidate, images, judges))
+            solver = Solver(settings.correct, settings.ridge, (damping,))
+            limits = settings.positions, seed, settings.calibration_bytes
+            walk = Correction(route, dense, candidate, pairs, metrics, solver, world, *limits)
+            for outcome in walk.run(sites, [done.site for done in course.outcomes]):
+                course.outcomes.append(outcome)
+                course.candidate = candidate.state_dict()
+                course.pause(course)
+            reached = divergence(candidate, judges, images.prepare, world)
+            course.close(Trial(damping, reached, tuple(course.outcomes)), candidate)
+    best = min(course.trials, key=lambda trial: trial.kl)
+    if best.kl < before:
+        assert course.best is not None
+        compressed.load_state_dict(course.best)
+    notes = tuple(_notes(route, left_out(sites, route), sites, best, settings.ridge))
+    return Result(before, tuple(course.trials), best if best.kl < before else None, notes)
+
+
+def solvable(compressed: nn.Module, survey: Survey, settings: CorrectionConfig) -> list[Site]:
+    """The sites that a correction comes to, in execution order."""
+    return [s for s in survey.sites if settings.resolve_dense or _is_factored(compressed, s.name)]
+
+
+def _notes(
+    route: Route, left: Mapping[str, str], sites: Sequence[Site], trial: Trial, ridge: float
+) -> Iterator[str]:
+    """What was done otherwise than usual, and why."""
+    if isinstance(route, Listing):
+        yield f"plain targets, and each layer's inputs computed from the images again: {route.reason}"
+    if left:
+        yield f"not solved: {', '.join(f'{name} ({why})' for name, why in left.items())}"
+    inputs = {site.name: site.inputs for site in sites}
+    few = [f"{o.site} {o.rows:,} for {inputs[o.site]:,}" for o in trial.outcomes if o.rows < inputs[o.site]]
+    if few:
+        yield (
+            f"fewer rows than inputs in {len(few)} layers ({', '.join(few)}): what they leave open stays as in "
+            f"the dense layers, by --ridge {ridge:g} of the inputs' mean variance; more --calibrate-images help"
+        )
+
+
+def _is_factored(compressed: nn.Module, name: str) -> bool:
+    return isinstance(compressed.get_submodule(name), Factored)
+
+
+def _metrics(
+    dense: nn.Module,
+    views: Sequence[View],
+    images: Calibration,
+    settings: CorrectionConfig,
+    seed: int,
+    world: World,
+) -> dict[str, Tensor]:
+    """Fisher metrics of all sites' outputs, if any damping needs them."""
+    if settings.correct != "regression" or all(map(math.isinf, settings.metric_damping)):
+        sizes = {view.site.name: (view.site.groups, view.width) for view in views}
+        return {
+            name: torch.eye(width, dtype=torch.float64, device=world.device).expand(groups, width, width)
+            for name, (groups, width) in sizes.items()
+        }
+    draws = max(1, min(MOST_DRAWS, GRADIENTS // settings.calibrate_images))
+    objective = Objective("kl", draws, seed)
+    return collect_curvature(dense, views, images.prepared(), world, STEPS["fisher"], objective)
+
+
+def agreed_route(dense: nn.Module, names: Sequence[str], images: Calibration, world: World) -> Route:
+    """How to walk through the network: found with rank 0's first image, the same way on all ranks."""
+    first = images.pixels[:1].clone()
+    world.broadcast_(first)
+    probe = images.prepare(first)
+    route = follow(dense, names, probe)
+    if world.any(isinstance(route, Listing)) and not isinstance(route, Listing):
+        return listing(dense, names, probe, "torch.fx failed on another rank")
+    return route
+
+
+def _pairs(
+    route: Route,
+    dense: nn.Module,
+    compressed: nn.Module,
+    images: Calibration,
+    judges: Iterable[tuple[Tensor, Tensor]],
+) -> Iterator[Pair]:
+    for pixels, _ in images.batches(held=False):
+        yield Pair(route.begin(dense, pixels, images.prepare), route.begin(compressed, pixels, images.prepare))
+    for pixels, logits in judges:
+        yield Pair(
+            route.begin(dense, pixels, images.prepare), route.begin(compressed, pixels, images.prepare), logits
+        )
+
+
+def judged(dense: nn.Module, images: Calibration) -> list[tuple[Tensor, Tensor]]:
+    """This rank's held-out images as they are kept, and what the dense network says to them."""
+    return [(pixels, logits_of(dense(images.prepare(pixels)))) for pixels, _ in images.batches(held=True)]
+
+
+def divergence(
+    model: nn.Module,
+    judges: Sequence[tuple[Tensor, Tensor]],
+    prepare: Callable[[Tensor], Tensor],
+    world: World,
+) -> float:
+    """KL to the dense network over the held-out images of all ranks, nats per image."""
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for pixels, logits in judges:
+        sums[0] += kl(logits, logits_of(model(prepare(pixels)))).double().sum()
+        sums[1] += len(pixels)
+    world.sum_(sums)
+    total, count = sums.tolist()
+    return float(total / max(1.0, count))
+
+
+def require_deterministic(dense: nn.Module, images: Tensor, world: World) -> None:
+    """Refuse to come near to a target that moves.
+
+    Raises:
+        CorrectionError: the network answers the same images differently each time.
+    """
+    with evaluating(dense):
+        first, second = (logits_of(dense(images.clone())) for _ in range(2))
+    if world.any(not torch.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True)):
+        raise CorrectionError(
+            "the dense network gives the same images other outputs the second time, in evaluation mode; "
+            "make it deterministic, or use --correct none"
+        )
+
+
+def concerns(result: Result) -> list[str]:
+    """What was done otherwise than usual, or in vain."""
+    vain = f"the correction was rejected: the held-out KL of {result.before:.4f} did not go down"
+    return [*result.notes, *([] if result.kept else [vain])]
+
+
+def told(result: Result) -> str:
+    """What each site became, and whether the whole was kept."""
+    rows = []
+    best = result.kept or min(result.trials, key=lambda trial: trial.kl)
+    for outcome in best.outcomes:
+        tried = ", ".join(f"{name} {value:.4f}" for name, value in outcome.tried.items())
+        rows.append([outcome.site, outcome.chosen, f"{outcome.rows:,}", tried])
+    trials = ", ".join(f"{trial.kl:.4f} with damping {trial.damping:g}" for trial in result.trials)
+    verdict = f"kept damping {best.damping:g}" if result.kept else "rejected: the projected network stays"
+    return (
+        f"{table(['site', 'chosen', 'rows', 'held-out KL, the rest dense'], rows)}\n"
+        f"held-out KL {result.before:.4f} before, {trials}; {verdict}"
+    )

@@ -1,0 +1,291 @@
+"""Closed-form correction: each site is solved anew against the dense network, in execution order.
+
+When a site's turn comes, everything before it is compressed and corrected. Where its output is added to a shortcut
+that is compressed too, the target is y + (s − ŝ)/γ: the site repairs what the shortcut lost, γ being the slope of
+the batch norm in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.correction.least_squares import (
+    Few,
+    Normal,
+    bias,
+    few_rows,
+    least_squares,
+    normal_equations,
+    reduced_rank,
+    refit,
+)
+from dist_prune.distributed.world import World
+from dist_prune.factorization.project import factor
+from dist_prune.network.models import logits_of
+from dist_prune.network.replay import AnyPass, Route
+from dist_prune.network.sites import Factored, Site, View, output_rows, weight_of
+from dist_prune.statistics.moments import Accumulator, StatisticsError, full_float32, sum_moments
+from dist_prune.statistics.probes import kl
+
+Rows = tuple[Tensor, Tensor]  # x̂ and t as columns, (g·d, images, positions) and (g·c, images, positions)
+WIDEST = 1 << 14  # dimensions of rows (x̂, t): wider ones would fill the memory with their matrices
+
+
+# ── one site ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How sites are solved: `refit` or `regression`; `ridge` as in `least_squares`; dampings of the metric to try.
+
+    Dampings are shares of the metric's largest eigenvalue; infinity stands for no metric.
+    """
+
+    kind: str = "regression"
+    ridge: float = 1e-3
+    dampings: tuple[float, ...] = (0.01, 0.1, math.inf)
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        """What is tried in the place of a layer."""
+        if not isinstance(module, Factored):
+            return ("re-solved",)
+        return ("refit",) if self.kind == "refit" else tuple(f"regression, damping {d:g}" for d in self.dampings)
+
+    def solve(
+        self, name: str, present: nn.Module, dense: nn.Module, site: Site, normal: Normal | Few, metric: Tensor
+    ) -> nn.Module:
+        """The layer that `name` stands for."""
+        weight = weight_of(dense, site).double()
+        if not isinstance(present, Factored):
+            return _resolved(dense, site, normal if site.bias else normal.uncentred(), self.ridge)
+        inner, outer = weight_of(present.reduce, site).double(), weight_of(present.expand, site).double()
+        if name == "refit":
+            return factor(dense, site, refit(normal, inner, outer, self.ridge))
+        damping = self.dampings[self.names(present).index(name)]
+        rank = inner.shape[0] * inner.shape[1]
+        return factor(dense, site, reduced_rank(normal, weight, rank, self.ridge, damped(metric, damping)))
+
+
+def damped(metric: Tensor, damping: float) -> Tensor:
+    """The metric, its largest eigenvalue scaled to 1, plus `damping`; the identity for an infinite one."""
+    identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
+    if math.isinf(damping):
+        return identity
+    largest: Tensor = torch.linalg.eigvalsh(metric)[:, -1:, None]
+    # Scaled, or a metric of 1e-60 would give layers of 1e-30 and 1e30, which float32 multiplies to nothing.
+    return torch.where(largest > 0, metric / torch.where(largest > 0, largest, 1) + damping * identity, identity)
+
+
+def _resolved(dense: nn.Module, site: Site, normal: Normal | Few, ridge: float) -> nn.Module:
+    solved, _ = least_squares(normal, weight_of(dense, site).double(), ridge)
+    module = copy.deepcopy(dense)
+    state = {"weight": solved, "bias": bias(normal, solved)} if site.bias else {"weight": solved}
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(state[name].reshape(parameter.shape))
+    return module
+
+
+# ── the walk ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Pair:
+    """The dense and the compressed network's passes over one batch; `held` out of solving, it judges instead."""
+
+    dense: AnyPass
+    compressed: AnyPass
+    logits: Tensor | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether its images judge."""
+        return self.logits is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one site: the held-out KL of each layer tried, in nats per image, and the one chosen."""
+
+    site: str
+    tried: Mapping[str, float]
+    chosen: str
+    rows: int
+
+
+def left_out(sites: Sequence[Site], route: Route, widest: int = WIDEST) -> dict[str, str]:
+    """Sites that stay as they are, and why."""
+    wide = [site for site in sites if site.inputs + site.width > widest]
+    why = {s.name: f"{s.inputs} + {s.width} dimensions, more than {widest}" for s in wide}
+    return why | {s.name: "not called exactly once" for s in sites if s.name not in route.stops}
+
+
+@dataclass
+class Correction:
+    """Everything the walk needs; `metrics` are the Fisher metrics of the sites' outputs, (g, c, c)."""
+
+    program: Route
+    dense: nn.Module
+    compressed: nn.Module
+    pairs: Sequence[Pair]
+    metrics: Mapping[str, Tensor]
+    solver: Solver
+    world: World
+    positions: int = 0
+    seed: int = 0
+    memory: int = 1 << 60
+    widest: int = WIDEST
+
+    def run(self, sites: Sequence[Site], solved: Collection[str] = ()) -> Iterator[Outcome]:
+        """Solve the sites that the program stops at, in its order, each in place; yields after each.
+
+        Those already `solved`, whose layers the compressed network has, are walked past.
+        """
+        by_name = {site.name: site for site in sites}
+        past = {*solved, *left_out(sites, self.program, self.widest)}
+        for name in self.program.stops:
+            if name not in past:
+                with full_float32(), torch.no_grad():
+                    yield self._site(by_name[name])
+
+    def _site(self, site: Site) -> Outcome:
+        normal = self._normal(site)
+        present = self.compressed.get_submodule(site.name)
+        tried = {"kept": present} | self._solutions(site, present, normal)
+        losses = self._judge(site, list(tried.values()))
+        chosen = min(range(len(losses)), key=losses.__getitem__)
+        best = list(tried.values())[chosen]
+        present.load_state_dict(best.state_dict())
+        return Outcome(site.name, dict(zip(tried, losses, strict=True)), list(tried)[chosen], normal.rows)
+
+    def _solutions(self, site: Site, present: nn.Module, normal: Normal | Few) -> dict[str, nn.Module]:
+        """Rank 0 solves; all ranks get the same layers."""
+        dense, found = self.dense.get_submodule(site.name), {}
+        for name in self.solver.names(present):
+            if self.world.is_first:
+                found[name] = self.solver.solve(name, present, dense, site, normal, self.metrics[site.name])
+            else:
+                found[name] = copy.deepcopy(present)
+        self.world.broadcast_(*(p.data for module in found.values() for p in module.parameters()))
+        return found
+
+    def _normal(self, site: Site) -> Normal | Few:
+        """Advance all passes to the site, and sum the normal equations over images and ranks."""
+        if 2 * self._rows_to_come(site) <= site.inputs:
+            return self._few(site)
+        width = site.inputs + site.width
+        accumulator = Accumulator(site.groups, width, self.world.device)
+        for x, target in _together(self._rows(site), width):
+            accumulator.add(x, target)
+        joint = sum_moments({site.name: accumulator.moments()}, self.world)[site.name]
+        return normal_equations(joint, site.inputs)
+
+    def _rows_to_come(self, site: Site) -> int:
+        """Rows of all ranks, if the network calls the site for every image."""
+        images = torch.tensor(sum(len(pair.dense.images) for pair in self.pairs if not pair.held))
+        self.world.sum_(images)
+        return int(images) * min(site.rows, self.positions or site.rows)
+
+    def _few(self, site: Site) -> Few:
+        """The rows of all ranks, as they are: fewer numbers than their products."""
+        mine = [_joined(site, *rows) for rows in self._rows(site)]
+        parts = self.world.gather(torch.cat(mine, 1).cpu() if mine else None)
+        found = [part for part in parts if part is not None]
+        if not found or not all(torch.isfinite(part.sum()) for part in found):
+            raise StatisticsError(f"{site.name}: no image reaches it, or NaN or infinity does; check the weights")
+        return few_rows(torch.cat(found, 1).to(self.world.device), site.groups, site.inputs)
+
+    def _rows(self, site: Site) -> Iterator[Rows]:
+        """Rows of the images to solve from."""
+        for pair in self.pairs:
+            x, target = self._advance(site, pair)
+            if not pair.held:
+                if len(x) == len(target) > 0:  # else one network, or both, did not call the site
+                    yield from self._columns(site, x, target)
+                self._spare(pair)
+
+    def _spare(self, pair: Pair) -> None:
+        """Beyond the memory allowed, forget what the pair has computed: it will start from the images again."""
+        if sum(each.dense.bytes + each.compressed.bytes for each in self.pairs) > self.memory:
+            pair.dense.restart()
+            pair.compressed.restart()
+
+    def _advance(self, site: Site, pair: Pair) -> tuple[Tensor, Tensor]:
+        """What the site is given in the compressed network, and what it should give."""
+        place = self.program.stops[site.name]
+        pair.dense.advance(place)
+        pair.compressed.advance(place)
+        lost = self._lost_by_the_shortcut(site, pair) if site.name in self.program.shortcuts else None
+        target = pair.dense.output_of(site.name)
+        repaired = target if lost is None else target + lost
+        fits = repaired.shape == target.shape  # not where the addition repeats the output over positions
+        return pair.compressed.input_of(site.name), repaired if fits else target
+
+    def _lost_by_the_shortcut(self, site: Site, pair: Pair) -> Tensor:
+        """(s − ŝ)/γ; nothing in channels whose slope γ is far below the others'."""
+        lost = pair.dense.shortcut_of(site.name) - pair.compressed.shortcut_of(site.name)
+        norm = self.program.shortcuts[site.name].affine
+        if not norm:
+            return lost
+        affine = self.dense.get_submodule(norm)
+        assert isinstance(affine, nn.BatchNorm2d) and affine.running_var is not None
+        slope = (affine.running_var + affine.eps).rsqrt()
+        slope = slope if affine.weight is None else slope * affine.weight
+        usable = slope.abs() > 1e-2 * slope.abs().median()
+        return lost * torch.where(usable, 1 / slope, 0)[:, None, None]
+
+    def _columns(self, site: Site, x: Tensor, target: Tensor) -> Iterator[Rows]:
+        view, module = View(site, "input"), self.dense.get_submodule(site.name)
+        for chunk in view.chunks(target, len(target)):
+            rows, wanted = view.rows(module, x[chunk]), output_rows(site, target[chunk])
+            chosen = self._chosen(rows.shape[-1])
+            yield rows[..., chosen], wanted[..., chosen]
+
+    def _chosen(self, positions: int) -> Tensor | slice:
+        """A seeded subset of the positions."""
+        if not self.positions or positions <= self.positions:
+            return slice(None)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(positions, generator=generator)[: self.positions].to(self.world.device)
+
+    def _judge(self, site: Site, layers: Sequence[nn.Module]) -> list[float]:
+        """Held-out KL to the dense network with each layer in place and everything after it dense."""
+        sums = torch.zeros(len(layers) + 1, dtype=torch.float64, device=self.world.device)
+        for pair in self.pairs:
+            if pair.logits is not None:
+                x = pair.compressed.input_of(site.name)
+                for index, layer in enumerate(layers):
+                    logits = logits_of(pair.compressed.outcome(self.dense, layer(x)))
+                    sums[index] += kl(pair.logits, logits).double().sum()
+                sums[-1] += len(pair.logits)
+        self.world.sum_(sums)
+        return (sums[:-1] / sums[-1]).nan_to_num(nan=math.inf).tolist()
+
+
+def _together(parts: Iterable[Rows], least: int) -> Iterator[Rows]:
+    """Join batches until they have `least` rows: to add a product to the sums costs as much as that many."""
+    waiting: list[Rows] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(target[0].numel() for _, target in waiting) >= least:
+            yield _chained(waiting)
+            waiting = []
+    if waiting:
+        yield _chained(waiting)
+
+
+def _chained(parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    x, target = (torch.cat(blocks, 1) for blocks in zip(*parts, strict=True))
+    return x, target
+
+
+def _joined(site: Site, x: Tensor, target: Tensor) -> Tensor:
+    """(g·(d + c), images, positions)."""
+    return torch.cat([block.view(site.groups, -1, *block.shape[1:]) for block in (x, target)], 1).flatten(0, 1)

@@ -1,0 +1,1 @@
+"""Images: data sets on disk, DALI streams, verification."""

@@ -1,0 +1,325 @@
+"""DALI streams of batches: for training, for evaluation and for statistics, sharded by rank."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import cycle, islice
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.data.dataset import DataError, Split, damaged, decode_fault, file_fault, find_faults
+
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
+    from nvidia.dali.pipeline import Pipeline
+
+
+class Share(Protocol):
+    """Which part of the images a process reads, part `rank` of `size`, and onto which device. A World is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All images, on the device of one rank."""
+
+    device: torch.device
+    local_rank: int
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N images: (N, 3, H, W), their labels (N,) and their positions in the split's files (N,), both int64."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
+    """(N, 3, H, W) uint8 → (N, 3, H, W) float32: (pixels/255 − mean)/std, on the device of `pixels`."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (spec.mean, spec.std))
+    return pixels.div(255).sub_(mean).div_(std)  # in place: new pages cost more than the arithmetic
+
+
+@dataclass(eq=False)
+class Stream:
+    """One rank's share of a split; iterating gives one epoch of normalised batches, `raw` the same as uint8.
+
+    An evaluation epoch (`augment` is None) starts from the beginning, unless it was restored. A training epoch
+    that was left early goes on where it was left. A damaged file raises a DataError that names it.
+    """
+
+    split: Split
+    spec: ImageSpec
+    world: Share
+    batch_size: int
+    threads: int
+    seed: int = 0
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.threads) < 1:
+            raise DataError(f"batch size {self.batch_size}, {self.threads} threads: expected 1 or more")
+        count, ranks = len(self.split), self.world.size
+        if count < ranks:
+            raise DataError(f"{count} images in {self.split.root} for {ranks} ranks: use at most {count} ranks")
+        _dali()  # found missing now, not when the first batch is wanted
+        self._labels = torch.tensor(self.split.labels)
+        self._position = 0  # batches of this epoch already delivered
+        self._checkpoint: str | None = None
+        self._iterator: Any = None
+
+    def __len__(self) -> int:
+        """Count the batches of an epoch: the same on every rank."""
+        return math.ceil(math.ceil(len(self.split) / self.world.size) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.raw():
+            yield replace(batch, images=normalise(batch.images, self.spec))
+
+    def raw(self) -> Iterator[Batch]:
+        """Iterate over an epoch of batches whose images are uint8."""
+        self._begin()
+        while self._position < len(self):
+            batch = self._next()
+            self._position += 1  # before the yield, so that a state taken inside the loop counts this batch
+            yield batch
+
+    @property
+    def position(self) -> int:
+        """How many batches of the epoch were delivered."""
+        return self._position
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the epoch's last batch was delivered."""
+        return self._position == len(self)
+
+    def state(self) -> dict[str, Any]:
+        """Describe where this rank of the stream stands, after the last batch, in plain types."""
+        if self._iterator is None:
+            self._open()
+        return self._identity | {"position": self._position, "dali": self._iterator.checkpoints()[0]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from this rank's `state`; DataError if it is of other images, ranks, seed or batch size."""
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise DataError(f"cannot resume: {name} was {state.get(name)} and is {value}; keep it")
+        self._position, self._checkpoint, self._iterator = state["position"], state["dali"], None
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:  # from another one DALI would read wrong images, without a word
+        shard = {"ranks": self.world.size, "rank": self.world.rank, "batch_size": self.batch_size}
+        return shard | {"images": self.split.digest(), "seed": self.seed}
+
+    def _begin(self) -> None:
+        if self.augment is None and self._checkpoint is None and self._position < len(self):
+            self._iterator, self._position = None, 0  # DALI cannot rewind within an epoch
+        if self._iterator is None:
+            self._open()
+        if self._position == len(self):
+            self._iterator.reset()
+            self._position = 0
+
+    def _open(self) -> None:
+        dali, plugin = _dali()
+        policy = plugin.LastBatchPolicy.FILL if self.augment else plugin.LastBatchPolicy.PARTIAL
+        self._iterator = plugin.DALIGenericIterator(
+            self._pipeline(dali),
+            ["pixels", "indices"],
+            reader_name="reader",
+            last_batch_policy=policy,
+            prepare_first_batch=False,  # or a damaged file would raise here
+        )
+        self._checkpoint = None
+
+    def _pipeline(self, dali: ModuleType) -> Pipeline:
+        device, on_cpu = self.world.device, self.world.device.type == "cpu"
+        own = np.random.SeedSequence([self.seed, self.world.rank]).generate_state(1)
+        pipeline = dali.Pipeline(
+            self.batch_size,
+            self.threads,
+            None if on_cpu else self.world.local_rank if device.index is None else device.index,
+            seed=int(own[0]),
+            enable_checkpointing=True,
+            checkpoint=self._checkpoint,
+        )
+        with pipeline:
+            encoded, indices = self._read(dali)
+            decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed")
+            pixels = decoder.augmented(encoded, self.augment) if self.augment else decoder.centred(encoded)
+            pipeline.set_outputs(pixels, indices)
+        return cast("Pipeline", pipeline)
+
+    def _read(self, dali: ModuleType) -> tuple[DataNode, DataNode]:
+        """Read encoded files and their positions; these options are what brings each image exactly once."""
+        training = self.augment is not None
+        # despite its name the option shuffles the first epoch too; ranks agree on the order by its seed
+        shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": self.seed} if training else {}
+        places = self._places() if training else range(len(self.split))
+        encoded, indices = dali.fn.readers.file(
+            name="reader",
+            file_root=str(self.split.root),
+            files=[self.split.files[place] for place in places],
+            labels=list(places),
+            shard_id=self.world.rank,
+            num_shards=self.world.size,
+            stick_to_shard=not training,
+            pad_last_batch=True,
+            dont_use_mmap=True,  # a mapped file kills the process when a network file system hiccups
+            **shuffle,
+        )
+        return encoded, indices
+
+    def _places(self) -> list[int]:
+        """All images, and a seeded choice of them again: as many as fill every batch of every rank.
+
+        Left to itself DALI fills the last batch with copies of one image, which batch norm and the step would see.
+        """
+        count, wanted = len(self.split), len(self) * self.batch_size * self.world.size
+        order = np.random.default_rng(self.seed).permutation(count).tolist()
+        return [*range(count), *islice(cycle(order), wanted - count)]
+
+    def _next(self) -> Batch:
+        try:
+            parts = next(self._iterator)[0]
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        indices, device = parts["indices"].flatten().long(), self.world.device
+        return Batch(parts["pixels"], self._labels[indices].to(device), indices.to(device))
+
+    def _explain(self, error: RuntimeError) -> Exception:
+        """Find the file that DALI stumbled over, as its message may not name it."""
+        count, size, rank = len(self.split), self.world.size, self.world.rank
+        shard = range(count * rank // size, count * (rank + 1) // size)
+        seen = range(count) if self.augment else shard  # training shards move with every epoch
+        decode = partial(decode_fault, smallest=0 if self.spec.resize else self.spec.crop)
+        faults = list(find_faults(self.split, seen, file_fault))
+        if not faults:  # the first is enough: decoding everything takes too long
+            faults = list(islice(find_faults(self.split, seen, decode), 1))
+        unnamed = f"DALI failed on an image of {self.split.root} that Pillow can read: {error}"
+        return damaged(self.split, faults) if faults else DataError(unnamed)
+
+
+def training_stream(
+    split: Split,
+    spec: ImageSpec,
+    world: Share,
+    batch_size: int,
+    threads: int,
+    seed: int,
+    augment: Augment,
+) -> Stream:
+    """Stream shuffled, augmented batches, all of `batch_size`.
+
+    An epoch has every image once, and a seeded choice of them twice, as many as fill the batches. Equal seeds
+    give equal batches; the order is new in every epoch, the random crops differ between ranks.
+    """
+    return Stream(split, spec, world, batch_size, threads, seed, augment)
+
+
+def evaluation_stream(split: Split, spec: ImageSpec, world: Share, batch_size: int, threads: int) -> Stream:
+    """Stream every image exactly once over all ranks, the same ones to a rank in each epoch.
+
+    Every rank gets equally many batches, so that collectives match; the last ones may be short, or of size 0.
+    """
+    return Stream(split, spec, world, batch_size, threads)
+
+
+def _dali() -> tuple[ModuleType, ModuleType]:
+    try:
+        return importlib.import_module("nvidia.dali"), importlib.import_module("nvidia.dali.plugin.pytorch")
+    except ImportError as error:
+        raise DataError(
+            f"reading images needs NVIDIA DALI, which cannot be imported ({error}): install nvidia-dali-cuda120; "
+            f"dist_prune.compress does without"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Encoded files → CHW uint8, as nodes of a DALI graph."""
+
+    dali: ModuleType
+    spec: ImageSpec
+    place: str
+
+    def centred(self, encoded: DataNode) -> DataNode:
+        """Resize and cut as torchvision's Resize + CenterCrop: sizes floored, corners rounded to even."""
+        sides, pixels = self._sides(encoded), self._decode(self.dali.fn.decoders.image, encoded)
+        if not self.spec.resize:
+            return self._planar(self._cut(pixels, self._central(sides)))
+        resized = sides * self.spec.resize // self.dali.fn.reductions.min(sides)
+        corner, scale = self._central(resized), self._float(sides) / self._float(resized)
+        # the part that is kept, in pixels of the file: what a centre crop would cut off is never computed
+        part = {"roi_start": corner * scale, "roi_end": (corner + self.spec.crop) * scale}
+        return self._planar(self._resized(pixels, **part))
+
+    def _planar(self, pixels: DataNode, **mirror: DataNode) -> DataNode:
+        """HWC → CHW, mirrored on the way."""
+        as_they_are = {"dtype": self.dali.types.UINT8, "mean": [0.0], "std": [1.0], "output_layout": "CHW"}
+        return cast("DataNode", self.dali.fn.crop_mirror_normalize(pixels, **as_they_are, **mirror))
+
+    def _central(self, sides: DataNode) -> DataNode:
+        spare = sides - self.spec.crop
+        half = spare // 2
+        return half + (spare - 2 * half) * (half - half // 2 * 2)
+
+    def _float(self, numbers: DataNode) -> DataNode:
+        return cast("DataNode", self.dali.fn.cast(numbers, dtype=self.dali.types.FLOAT))
+
+    def augmented(self, encoded: DataNode, augment: Augment) -> DataNode:
+        """Cut at random: an area of any size where the spec resizes, else a shift over a black border."""
+        fn, crop = self.dali.fn, self.spec.crop
+        if self.spec.resize:
+            area, ratio = list(augment.area), list(augment.ratio)
+            cut = partial(fn.decoders.image_random_crop, random_area=area, random_aspect_ratio=ratio)
+            pixels = self._resized(self._decode(cut, encoded))
+        else:
+            places = self._sides(encoded) + (2 * augment.pad - crop + 1)
+            place = self.dali.math.floor(fn.random.uniform(range=[0.0, 1.0], shape=[2]) * places)
+            pixels = self._cut(
+                self._decode(fn.decoders.image, encoded), place - augment.pad, out_of_bounds_policy="pad"
+            )
+        return self._planar(pixels, **{"mirror": fn.random.coin_flip()} if augment.flip else {})
+
+    def _sides(self, encoded: DataNode) -> DataNode:
+        fn = self.dali.fn
+        return cast("DataNode", fn.slice(fn.peek_image_shape(encoded, adjust_orientation=False), 0, 2, axes=[0]))
+
+    def _decode(self, decoder: Callable[..., DataNode], encoded: DataNode) -> DataNode:
+        # as Pillow does: not turned by EXIF, chroma smoothed
+        like_pillow = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
+        return decoder(encoded, device=self.place, output_type=self.dali.types.RGB, **like_pillow)
+
+    def _resized(self, pixels: DataNode, **part: DataNode) -> DataNode:
+        kinds = {"bilinear": self.dali.types.INTERP_LINEAR, "bicubic": self.dali.types.INTERP_CUBIC}
+        kind = kinds[self.spec.interpolation]
+        how = {"interp_type": kind, "antialias": True, "subpixel_scale": False}
+        return cast("DataNode", self.dali.fn.resize(pixels, size=[self.spec.crop] * 2, **how, **part))
+
+    def _cut(self, pixels: DataNode, corner: DataNode, **policy: str) -> DataNode:
+        start, side = self.dali.fn.cast(corner, dtype=self.dali.types.INT32), self.spec.crop
+        cut = self.dali.fn.slice(pixels, start=start, shape=[side, side], axes=[0, 1], **policy)
+        return cast("DataNode", cut)

@@ -1,0 +1,351 @@
+"""Who this process is among its peers, every collective the project uses, and how errors reach all ranks.
+
+Nothing else in the project touches `torch.distributed`. A single process is a world of size 1.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_prune.distributed.launch_env import Place, find_place
+from dist_prune.distributed.watchdog import Alarm, Whereabouts, describe
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+BUCKET_BYTES = 64 * 2**20
+LAUNCHER_S = 10.0  # a launcher's store that cannot be reached for so long has gone with the launcher
+PANEL = 128  # rows of a symmetric matrix that travel together, from their first diagonal element on
+
+
+class DeviceError(ValueError):
+    """The device asked for is not there."""
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the message names it and its error."""
+
+
+@contextmanager
+def joined(device: str = "auto", timeout_s: float = 600, place: Place | None = None) -> Iterator["World"]:
+    """Join the other ranks, lend a `World`, leave together.
+
+    An exception on any rank ends all. A rank that is free to raise gets a `RankError` naming the first
+    failure; one that is not (deep in a computation, in a collective that never ends) is ended after some
+    seconds with the same message on stderr and exit status 1. An error all ranks share is raised as it is.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        timeout_s: seconds that ranks wait for each other, when joining and in every collective.
+        place: where this process stands; found in the environment by default.
+
+    Raises:
+        RankError: another rank failed or died, or the ranks could not meet.
+        RuntimeError: "cuda" was asked for and there is none for this rank, or this process has already joined.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("this process has already joined a world: pass that World on instead")
+    place = place or find_place(os.environ)
+    store = _open_store(place, timeout_s)
+    # A launcher's store outlives one world: number the worlds, or the second would read the first one's keys.
+    store = PrefixStore(f"world{store.add(f'joins/{place.rank}', 1)}", store)
+    where = Whereabouts()
+    with Alarm(store, store.clone(), place, where) as alarm:  # type: ignore[attr-defined]
+        try:
+            world = World(place, _enter(store, place, device, timeout_s), where)
+            yield world
+            world.barrier()  # a rank that is done still has to hear of the others' errors
+        except BaseException as error:
+            verdict = alarm.raise_for_all(error, _connection_broke(error))
+            _leave(broken=True)
+            alarm.wait_until_heard()
+            if isinstance(error, Exception) and not verdict.endswith(describe(error)):
+                raise RankError(verdict) from error
+            raise
+        _leave()
+
+
+def _open_store(place: Place, timeout_s: float) -> Store:
+    return HashStore() if place.size == 1 else _meet(place, timeout_s)
+
+
+@functools.cache  # rank 0 serves the store: others may still read its last words, or join the next world
+def _meet(place: Place, timeout_s: float) -> Store:
+    patience_s = min(timeout_s, LAUNCHER_S) if place.launcher_serves else timeout_s
+    try:
+        timeout = timedelta(seconds=patience_s)
+        found: Store = next(rendezvous(place.address, place.rank, place.size, timeout=timeout))[0]
+    except dist.DistError as error:
+        hint = (
+            "torchrun, which should serve there, is gone or cannot be reached"
+            if place.launcher_serves
+            else "start every rank, and check that this is rank 0's address and can be reached"
+        )
+        raise RankError(
+            f"rank {place.rank} of {place.size} met no others at {place.address} in {patience_s:g} s: "
+            f"{hint} ({error})"
+        ) from error
+    found.set_timeout(timedelta(seconds=timeout_s))
+    return found
+
+
+def _enter(store: Store, place: Place, wanted: str, timeout_s: float) -> torch.device:
+    device = _choose_device(wanted, place.local_rank)
+    agreed = store.compare_set("device", "", device.type).decode()
+    if agreed != device.type:
+        raise RuntimeError(
+            f"rank {place.rank} runs on {device.type}, another rank on {agreed}: "
+            "check the GPUs of this node, or pass device 'cpu'"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def _choose_device(wanted: str, local_rank: int) -> torch.device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise DeviceError(
+            f"device 'cuda' was asked for, but this process sees no GPU (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}): ask the scheduler for one, or pass device 'cpu'"
+        )
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise DeviceError(f"local rank {local_rank} has no GPU: {count} visible, start as many ranks per node")
+    return torch.device("cuda", local_rank if count > 1 else 0)  # one visible: the launcher chose it for us
+
+
+def _leave(broken: bool = False) -> None:
+    if not dist.is_initialized():
+        return
+    if broken and dist.group.WORLD is not None:
+        dist.group.WORLD.abort()  # an orderly NCCL shutdown would wait for the ranks that failed
+    dist.destroy_process_group()
+
+
+def _connection_broke(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|nccl|peer", str(error), re.IGNORECASE))
+
+
+def _collective(method: Callable[P, T]) -> Callable[P, T]:
+    """Note where the rank is while it is inside; an error leaves the note for whoever tells it."""
+
+    @functools.wraps(method)
+    def noted(*args: P.args, **kwargs: P.kwargs) -> T:
+        where: Whereabouts = args[0].where  # type: ignore[attr-defined]
+        outermost = not where.collective
+        if outermost:
+            where.collective, where.begun = method.__name__, where.begun + 1
+        try:
+            result = method(*args, **kwargs)
+        except Exception as error:
+            if not _connection_broke(error):
+                where.collective = ""
+            raise
+        if outermost:
+            where.collective = ""
+        return result
+
+    return noted
+
+
+class World:
+    """The ranks of a run and what they do together; every rank calls the same methods in the same order."""
+
+    def __init__(self, place: Place, device: torch.device, where: Whereabouts) -> None:
+        self.rank = place.rank
+        self.size = place.size
+        self.local_rank = place.local_rank
+        self.device = device
+        self.where = where  # to be told by an error
+
+    def enter(self, phase: str) -> None:
+        """Say in errors that the ranks are in this phase of the run."""
+        self.where.phase = phase
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @_collective
+    @torch.no_grad()
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all ranks, in place. Shapes and dtypes agree between ranks."""
+        for bucket in _buckets(tensors):
+            flat = _pack(bucket)
+            dist.all_reduce(flat)
+            _unpack(flat, bucket)
+
+    @_collective
+    @torch.no_grad()
+    def sum_symmetric_(self, *matrices: Tensor) -> None:
+        """As `sum_` for symmetric matrices (…, n, n): what is left of panels along the diagonal does not travel.
+
+        Raises:
+            ValueError: a tensor is not a stack of square matrices.
+        """
+        for matrix in matrices:
+            if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+                raise ValueError(
+                    f"got shape {tuple(matrix.shape)}, expected (…, n, n): use sum_ for other tensors"
+                )
+        panels = [(matrix, start) for matrix in matrices for start in range(0, matrix.shape[-1], PANEL)]
+        self.sum_(*(matrix[..., start : start + PANEL, start:] for matrix, start in panels))
+        for matrix, start in panels:
+            end = start + PANEL
+            matrix[..., end:, start:end] = matrix[..., start:end, end:].mT
+            corner = matrix[..., start:end, start:end]
+            corner.copy_(corner.triu() + corner.triu(1).mT)
+
+    @_collective
+    @torch.no_grad()
+    def broadcast_(self, *tensors: Tensor, source: int = 0) -> None:
+        """Overwrite each tensor by that of rank `source`, in place. Shapes and dtypes agree between ranks."""
+        for bucket in _buckets(tensors):
+            flat = _pack(bucket)
+            dist.broadcast(flat.view(torch.uint8), source)  # as bytes: not every backend knows every dtype
+            _unpack(flat, bucket)
+
+    @_collective
+    def gather(self, value: T) -> list[T]:
+        """The picklable values of all ranks, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @_collective
+    def from_first(self, function: Callable[[], T]) -> T:
+        """Call the function on rank 0 and hand its picklable result to all; what it raises, all raise."""
+        result: Any = None
+        failed: Exception | None = None
+        if self.is_first:
+            try:
+                result = function()
+            except Exception as error:
+                failed = error
+        outcome: list[Any] = [(result, failed and _portable(failed))]
+        dist.broadcast_object_list(outcome, 0)
+        if outcome[0][1]:
+            raise failed or outcome[0][1]
+        return cast(T, outcome[0][0])
+
+    @_collective
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        votes = torch.tensor([int(flag)])
+        self.sum_(votes)
+        return bool(votes.item())
+
+    def highest(self, value: int) -> Callable[[], int]:
+        """Begin to look for the largest value of any rank; calling the result waits for it."""
+        votes = torch.tensor([value])
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+
+        return lambda: self._outcome(work, votes)
+
+    @_collective
+    def _outcome(self, work: dist.Work | None, votes: Tensor) -> int:
+        if work is not None:
+            work.wait()
+        return int(votes.item())
+
+    @_collective
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
+        self.any(False)
+
+    @_collective
+    def require_same(self, what: str, values: Mapping[str, str]) -> None:
+        """Compare named values, such as parameter digests, between ranks.
+
+        Raises:
+            RankError: on every rank, if any rank's values differ from rank 0's.
+        """
+        first, *others = self.gather(dict(values))
+        complaints = [
+            f"rank {rank} differs from rank 0 in {len(names)} of {len(first)}: {', '.join(names[:3])}"
+            for rank, other in enumerate(others, start=1)
+            if (names := [name for name in sorted({*first, *other}) if first.get(name) != other.get(name)])
+        ]
+        if complaints:
+            raise RankError(f"{what} must be the same on all ranks, but {'; '.join(complaints)}")
+
+    def replicate(self, model: nn.Module, **options: Any) -> DistributedDataParallel:  # noqa: ANN401
+        """Wrap a model that lies on `device`, so that backward averages gradients; options go to DDP."""
+        return DistributedDataParallel(model.to(self.device), **options)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of one dtype and device, each of bounded size unless a single tensor is larger."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in kinds.values():
+        bucket: list[Tensor] = []
+        for tensor in group:
+            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
+
+
+def _pack(bucket: Sequence[Tensor]) -> Tensor:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        return bucket[0].detach().view(-1)  # large tensors travel without a copy
+    return torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+
+
+def _unpack(flat: Tensor, bucket: Sequence[Tensor]) -> None:
+    if flat.data_ptr() == bucket[0].data_ptr():
+        return
+    for tensor, values in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(values.view(tensor.shape))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling with its message, else a RankError with the same text."""
+    with suppress(Exception):
+        if describe(pickle.loads(pickle.dumps(error))) == describe(error):
+            return error
+    return RankError(f"rank 0: {describe(error)}")
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """The sha256 of the dtype, shape and bytes of every parameter and buffer, by name."""
+    return {name: _sha256(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def digest(model: nn.Module) -> str:
+    """One sha256 over all parameters and buffers and their names."""
+    return hashlib.sha256(repr(sorted(fingerprint(model).items())).encode()).hexdigest()
+
+
+def _sha256(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(header + flat.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Exporting a compressed network: formats, source code, speed."""

@@ -1,0 +1,1 @@
+"""From statistics to a low-rank network: bases, spectra, budgets, the plan, projection."""

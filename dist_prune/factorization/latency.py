@@ -1,0 +1,245 @@
+"""How long each site takes, dense and factored: measured on this device, at the real shapes, kept on disk.
+
+The pass as a whole is measured too; what is no site takes the time that it took.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_prune.factorization.knapsack import Ints
+from dist_prune.network.memory_format import layout_of
+from dist_prune.network.sites import Site, evaluating, factored_like
+from dist_prune.utils.files import cache_folder, name_of, write_text
+
+Calls = Sequence[Callable[[], object]]
+
+CANDIDATES = 8  # ranks measured for each site; those between are interpolated
+WARM_UP = 3  # calls before any is timed
+SAMPLE_S = 1e-3  # what one sample takes at least, of as many calls as needed
+SHAPE_S = 1.0  # what all samples of one shape take together, about
+ROUNDS = (3, 15)  # samples of each call, at least and at most
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One site: nanoseconds of one batch when dense, and when factored to each of `ranks`, ascending."""
+
+    dense: int
+    ranks: tuple[int, ...] = ()
+    pairs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Nanoseconds of one batch: of the `whole` dense network, and of each site.
+
+    Layers timed alone may sum to more than the pass they are part of; then all are scaled down to it.
+    """
+
+    whole: int
+    sites: Mapping[str, Timing]
+
+    @property
+    def _scale(self) -> float:
+        return min(1.0, self.whole / max(1, sum(timing.dense for timing in self.sites.values())))
+
+    def dense(self, site: str) -> int:
+        """Of the dense layer."""
+        return math.floor(self._scale * self.sites[site].dense)
+
+    def pair(self, site: str, ranks: Ints) -> Ints:
+        """Of the factored pair at each rank, between measured ranks on a straight line."""
+        timing = self.sites[site]
+        if not len(ranks):
+            return np.zeros(0, np.int64)
+        times = np.interp(ranks, timing.ranks, timing.pairs)
+        return np.ceil(self._scale * times).astype(np.int64)
+
+    def predicted(self, ranks: Mapping[str, int]) -> int:
+        """Of the whole network when these sites are factored."""
+        saved = (self.dense(name) - int(self.pair(name, np.array([r]))[0]) for name, r in ranks.items())
+        return self.whole - sum(saved)
+
+
+def told(nanoseconds: int) -> str:
+    """For people: `0.41 ms`."""
+    return f"{nanoseconds / 1e6:.3g} ms"
+
+
+def candidates(ranks: Ints) -> tuple[int, ...]:
+    """Of ascending ranks the ones to measure: the first, the last, and some evenly between."""
+    places = np.linspace(0, len(ranks) - 1, min(CANDIDATES, len(ranks)))
+    return tuple(int(ranks[i]) for i in places.round().astype(int))
+
+
+def measure(
+    model: nn.Module, ranks: Mapping[Site, Ints], images: Tensor, folder: Path | None = None
+) -> LatencyTable:
+    """Time the network, and each site at some of its ranks, on this process's device.
+
+    Layers of equal shape are measured once. What was measured before, with the same shapes, batch, type, device,
+    threads and version of torch, is read from `folder` (by default in `checkpoint.cache_folder`).
+
+    Args:
+        model: the dense network, its kernels laid out as they are to be timed; left as it was.
+        ranks: of each site those that may be chosen, ascending.
+        images: (N, 3, H, W): the batch to time, on the network's device.
+        folder: of the cache.
+    """
+    like = _Like(images.dtype, images.device, layout_of(model))
+    folder, images = folder or cache_folder() / "latency", like.laid_out(images)
+    shapes = input_shapes(model, list(ranks), images)
+    key = [repr(model), str(tuple(images.shape)), *like.key]
+    whole = _kept(folder, key, lambda: Timing(_time_whole(model, images)))
+    timings = {}
+    for site, allowed in ranks.items():
+        module, chosen = model.get_submodule(site.name), candidates(allowed)
+        calls = [_timing(folder, module, site, chosen, like, shape) for shape in shapes[site.name]]
+        pairs = (sum(column) for column in zip(*(c.pairs for c in calls), strict=True))
+        timings[site.name] = Timing(sum(c.dense for c in calls), chosen, tuple(pairs))
+    return LatencyTable(whole.dense, timings)
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What inputs and layers have in common with the network and images that are timed."""
+
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.memory_format
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """The same, if it has height and width, in the network's layout."""
+        return x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
+
+    @property
+    def key(self) -> list[str]:
+        """What a time depends on, besides the layer and its input."""
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"{platform.node()} {platform.processor()} {torch.get_num_threads()} threads"
+        return [str(self.layout), str(self.dtype), device, torch.__version__]
+
+
+def _time_whole(model: nn.Module, images: Tensor) -> int:
+    with evaluating(model):
+        return time_calls([lambda: model(images)], images.device)[0]
+
+
+def _timing(
+    folder: Path, module: nn.Module, site: Site, ranks: tuple[int, ...], like: _Like, shape: tuple[int, ...]
+) -> Timing:
+    """One call of a site with an input of this shape."""
+
+    def timed() -> Timing:
+        x = like.laid_out(torch.randn(shape, dtype=like.dtype, device=like.device))
+        layers = [module, *(factored_like(module, site, rank) for rank in ranks)]
+        with torch.no_grad():
+            dense, *times = time_calls([partial(layer, x) for layer in layers], like.device)
+        return Timing(dense, ranks, tuple(times))
+
+    key = [repr(module), str(shape), str(ranks), *like.key]
+    return _kept(folder, key, timed)
+
+
+def input_shapes(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each site is given, one for each of its calls in a forward pass."""
+    shapes: dict[str, list[tuple[int, ...]]] = {site.name: [] for site in sites}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: shapes[name].append(tuple(inputs[0].shape))
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in shapes]
+    try:
+        with evaluating(model):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+# ── the clock ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def time_calls(calls: Calls, device: torch.device) -> list[int]:
+    """Nanoseconds of each call: the median of its samples, see `sample_calls`."""
+    return [round(1e9 * median(samples)) for samples in sample_calls(calls, device)]
+
+
+def sample_calls(calls: Calls, device: torch.device, least: int = ROUNDS[0]) -> list[list[float]]:
+    """Seconds of each call, several samples, taken in turn, so that a slow moment strikes all alike.
+
+    Args:
+        calls: what to time.
+        device: whose work to wait for.
+        least: rounds, at least.
+    """
+    for call in calls:
+        _sample(call, WARM_UP, device)
+    once = [_sample(call, 1, device) for call in calls]
+    times = [max(1, math.ceil(SAMPLE_S / seconds)) for seconds in once]
+    one_round = sum(n * seconds for n, seconds in zip(times, once, strict=True))
+    rounds = max(least, min(ROUNDS[1], int(SHAPE_S / one_round)))
+    samples = [[_sample(call, n, device) for call, n in zip(calls, times, strict=True)] for _ in range(rounds)]
+    return [list(column) for column in zip(*samples, strict=True)]
+
+
+def _sample(call: Callable[[], object], times: int, device: torch.device) -> float:
+    """Seconds of one call, averaged over a few in a row; on CUDA until the device is done."""
+    started = now(device)
+    for _ in range(times):
+        call()
+    return max((now(device) - started) / times, 1e-9)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, of no fixed beginning, when the device has done what it was given.
+
+    On the CPU with one thread they are this thread's own, so that others on the machine matter less: of wall
+    seconds, long calls would lose more to them than short ones.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
+    return time.perf_counter()
+
+
+# ── on disk ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _kept(folder: Path, key: list[str], measured: Callable[[], Timing]) -> Timing:
+    """Read the timing of this key, or measure and keep it."""
+    path = folder / f"{name_of(key)}.json"
+    known = _read(path, key)
+    if known is None:
+        known = measured()
+        content = {"key": key, "dense": known.dense, "ranks": known.ranks, "pairs": known.pairs}
+        write_text(path, json.dumps(content, indent=1) + "\n")
+    return known
+
+
+def _read(path: Path, key: list[str]) -> Timing | None:
+    """None where there is none, or not one of this key."""
+    try:
+        content = json.loads(path.read_text())
+        if content["key"] != key:
+            return None
+        return Timing(int(content["dense"]), tuple(content["ranks"]), tuple(content["pairs"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,261 @@
+"""How much of each site to keep: from a rule to a plan."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_prune.config.flags import Rule
+from dist_prune.factorization import knapsack
+from dist_prune.factorization.budget import NAMED, Budget, Menu, budget_of, multiples, rounded
+from dist_prune.factorization.latency import LatencyTable
+from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.sites import Site, Survey, View
+
+WORTH_IT = "within the budget nothing need be left out"
+UNDECIDED = "its rank follows from the statistics"
+
+
+class PlanError(ValueError):
+    """A rule or a plan that cannot be followed."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to one site: `rank` channels, or kept dense (`rank` None) for `reason`.
+
+    `loss` is predicted from the spectrum, in the unit of `Spectra.unit`; None where there is no spectrum.
+    """
+
+    site: str
+    rank: int | None
+    reason: str = ""
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ordered map site → rank, and every layer kept dense with the reason. Goes with every saved model."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Site → rank of the factored sites, in execution order."""
+        return {c.site: c.rank for c in self.choices if c.rank is not None}
+
+    @property
+    def loss(self) -> float | None:
+        """Predicted loss of all sites together; None where no site has one."""
+        known = [c.loss for c in self.choices if c.loss is not None]
+        return math.fsum(known) if known else None
+
+    def to_json(self) -> list[dict[str, object]]:
+        """Plain types, for plan.json."""
+        return [asdict(choice) for choice in self.choices]
+
+    @staticmethod
+    def from_json(rows: Sequence[Mapping[str, Any]]) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            PlanError: a row that is not one.
+        """
+        try:
+            return Plan(tuple(_choice(row) for row in rows))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a plan: every row needs site, rank (or null) and reason ({error})") from error
+
+
+def _choice(row: Mapping[str, Any]) -> Choice:
+    rank, loss = row["rank"], row.get("loss")
+    reason = str(row.get("reason", ""))
+    return Choice(
+        str(row["site"]), None if rank is None else int(rank), reason, None if loss is None else float(loss)
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals for one image of the whole network."""
+
+    macs: int
+    params: int
+
+
+def cost(survey: Survey, plan: Plan) -> Cost:
+    """Exact multiply-adds and parameters of the network under the plan."""
+    macs, params = survey.macs, survey.params
+    for site in survey.sites:
+        rank = plan.ranks.get(site.name)
+        if rank is not None:
+            macs += site.factored_macs(rank) - site.macs
+            params += site.factored_weights(rank) - site.dense_weights + (0 if site.bias else site.outputs)
+    return Cost(macs, params)
+
+
+# ── from a rule to a plan ──────────────────────────────────────────────────────────────────────────────────
+
+
+def make_plan(
+    rule: Rule,
+    survey: Survey,
+    round_to: int,
+    side: str = "output",
+    spectra: Spectra | None = None,
+    latency: LatencyTable | None = None,
+    repair: float = 0.0,
+) -> Plan:
+    """Apply the rule.
+
+    Args:
+        rule: see `flags.parse_rule`.
+        survey: the chosen sites and the skipped ones.
+        round_to: ranks are multiples of this where the site is large enough.
+        side: of the bases, which have no more directions than that side has dimensions.
+        spectra: what directions are worth; the rules `energy` and `budget` need them.
+        latency: what ranks cost, for a budget of latency.
+        repair: how much later sites repair, for a budget; see `_within`.
+
+    Raises:
+        PlanError: a file that cannot be used, a budget out of reach, or a rule without the spectra it needs.
+    """
+    views = [View(site, side) for site in survey.sites]
+    if rule.kind == "file":
+        plan = read_plan(rule.file, survey, side)
+    elif rule.kind == "sites":
+        choices = [Choice(name, rank) for name, rank in rule.listed]
+        plan = _listed(choices, survey, side, f"--ranks {rule.text}", "not in --ranks")
+    elif rule.kind == "uniform":
+        plan = _plan(survey, [_uniform(view, rule.amount, round_to) for view in views])
+    elif spectra is None:
+        raise PlanError(f"--ranks {rule.text}: what directions are worth is not known here; use uniform:RATIO")
+    elif rule.kind == "energy":
+        plan = _plan(survey, [_by_energy(view, rule.amount, round_to, spectra) for view in views])
+    else:
+        plan = _plan(survey, _within(require_reachable(rule, survey, round_to, side, latency), spectra, repair))
+    return with_losses(plan, survey, spectra) if spectra else plan
+
+
+def undecided(survey: Survey) -> Plan:
+    """Every site dense: all that can be said of a rule that needs spectra before there are any."""
+    return _plan(survey, [Choice(site.name, None, UNDECIDED) for site in survey.sites])
+
+
+def _plan(survey: Survey, chosen: Sequence[Choice]) -> Plan:
+    return Plan((*chosen, *(Choice(skipped.name, None, skipped.reason) for skipped in survey.skipped)))
+
+
+def _uniform(view: View, ratio: float, round_to: int) -> Choice:
+    """`ratio` of the site's output channels. At ratio 1 all directions are kept, whatever that costs."""
+    if ratio == 1:
+        return Choice(view.site.name, view.full_rank)
+    return _if_cheaper(view.site, rounded(view, ratio * view.site.outputs, round_to))
+
+
+def _by_energy(view: View, share: float, round_to: int, spectra: Spectra) -> Choice:
+    """The smallest rank that keeps `share` of the sum of the spectrum."""
+    site, tails = view.site, spectra.tails(view.site.name)
+    ranks = np.append(multiples(view, round_to), view.full_rank)
+    enough = tails[ranks // site.groups] <= (1 - share + 1e-12) * tails[0]
+    return _if_cheaper(site, int(ranks[enough.argmax()]))
+
+
+def _if_cheaper(site: Site, rank: int) -> Choice:
+    if site.factored_macs(rank) >= site.macs:
+        return Choice(site.name, None, f"rank {rank} costs no less than the dense layer")
+    return Choice(site.name, rank)
+
+
+def with_losses(plan: Plan, survey: Survey, spectra: Spectra) -> Plan:
+    """The plan with the predicted loss of each site."""
+    sites = {site.name: site for site in survey.sites}
+
+    def predicted(choice: Choice) -> Choice:
+        site = sites.get(choice.site)
+        if site is None:
+            return replace(choice, loss=None)
+        tails = spectra.tails(site.name)
+        return replace(choice, loss=0.0 if choice.rank is None else float(tails[choice.rank // site.groups]))
+
+    return Plan(tuple(map(predicted, plan.choices)))
+
+
+def require_reachable(
+    rule: Rule, survey: Survey, round_to: int, side: str = "output", latency: LatencyTable | None = None
+) -> Budget:
+    """Refuse a budget before any work is done for it. Arguments as for `make_plan`.
+
+    Raises:
+        PlanError: out of reach; what can be reached is told, and which layers are in the way.
+    """
+    budget = budget_of(rule, survey, round_to, side, latency)
+    if budget.is_reachable:
+        return budget
+    left = ", ".join(f"{s.name} ({s.reason})" for s in survey.skipped[:NAMED])
+    raise PlanError(
+        f"--ranks {rule.text}: out of reach, the least is {budget.least} of the dense network's {rule.of}: "
+        f"{budget.in_the_way()}{f', among it {left}' if left else ''}. "
+        f"Raise the budget, choose more --sites, or a smaller --round-to"
+    )
+
+
+def _within(budget: Budget, spectra: Spectra, repair: float) -> list[Choice]:
+    """The ranks of least predicted loss; see `knapsack.solve`.
+
+    A site that is solved anew repairs part of what those before it lost, above all what reaches it on a shortcut:
+    a loss counts exp(−repair · the share of sites still to come).
+    """
+    menus = budget.menus
+    counts = [math.exp(-repair * (len(menus) - place) / len(menus)) for place in range(len(menus))]
+    options = [menu.options(n * spectra.tails(menu.site.name)) for n, menu in zip(counts, menus, strict=True)]
+    chosen = knapsack.solve(options, budget.for_sites)
+    return [_chosen(menu, option) for menu, option in zip(menus, chosen, strict=True)]
+
+
+def _chosen(menu: Menu, option: int) -> Choice:
+    if option < len(menu.ranks):
+        return Choice(menu.site.name, int(menu.ranks[option]))
+    return Choice(menu.site.name, None, WORTH_IT if len(menu.ranks) else menu.why_dense)
+
+
+# ── plans in files ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_plan(file: Path, survey: Survey, side: str) -> Plan:
+    """A plan edited by hand (`plan.json` of a run, or only its `choices`).
+
+    Raises:
+        PlanError: not JSON, unknown sites, or impossible ranks, each named.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise PlanError(f"--ranks {file}: not JSON ({error})") from error
+    plan = Plan.from_json(content["choices"] if isinstance(content, dict) else content)
+    return _listed(plan.choices, survey, side, f"--ranks {file}", f"not in {file.name}")
+
+
+def _listed(choices: Sequence[Choice], survey: Survey, side: str, where: str, absent: str) -> Plan:
+    """Exactly these choices; every other site stays dense for the reason `absent`."""
+    sites = {site.name: View(site, side) for site in survey.sites}
+    named = {choice.site: choice for choice in choices}
+    for name, choice in named.items():
+        if choice.rank is not None and name not in sites:
+            raise PlanError(f"{where}: {name} is not a site here; sites: {', '.join(sites)}")
+        if choice.rank is not None:
+            _check_rank(sites[name], choice.rank, where)
+    return _plan(survey, [named.get(name, Choice(name, None, absent)) for name in sites])
+
+
+def _check_rank(view: View, rank: int, where: str) -> None:
+    site = view.site
+    if not 1 <= rank <= view.full_rank or rank % site.groups:
+        extra = f", a multiple of {site.groups}" if site.groups > 1 else ""
+        raise PlanError(f"{where}: {site.name} has rank {rank}; expected 1 to {view.full_rank}{extra}")

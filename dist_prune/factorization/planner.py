@@ -1,0 +1,152 @@
+"""The plan of a run: what `--ranks` asks for, on this network and this device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.config.flags import Rule, parse_rule
+from dist_prune.config.run import Run
+from dist_prune.config.training import IterationConfig
+from dist_prune.distributed.world import World
+from dist_prune.factorization import latency
+from dist_prune.factorization.budget import budget_of, cheaper_ranks
+from dist_prune.factorization.latency import LatencyTable
+from dist_prune.factorization.layers import layers_of
+from dist_prune.factorization.plan import Plan, cost, make_plan, require_reachable, undecided
+from dist_prune.factorization.plan_table import plan_table
+from dist_prune.factorization.schedule import rounds
+from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.sites import Survey, View
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A rule and all it needs but the spectra; `latency` only where it is the budget, of batches of `batch`.
+
+    `repair`, for a budget, is how much later sites will repair; see `ranks.make_plan`.
+    """
+
+    rule: Rule
+    survey: Survey
+    round_to: int
+    side: str
+    batch: int
+    latency: LatencyTable | None = None
+    repair: float = 0.0
+
+    def check(self) -> None:
+        """Refuse, before long work, what can be seen to be impossible without spectra.
+
+        Raises:
+            PlanError: a budget out of reach, or a file that does not fit.
+        """
+        if self.rule.kind == "budget":
+            require_reachable(self.rule, self.survey, self.round_to, self.side, self.latency)
+        elif not self.rule.needs_spectra:
+            self.plan(None)
+
+    def plan(self, spectra: Spectra | None) -> Plan:
+        """Apply the rule; see `ranks.make_plan`."""
+        return make_plan(self.rule, self.survey, self.round_to, self.side, spectra, self.latency, self.repair)
+
+    def foreseen(self) -> tuple[Plan, str]:
+        """The plan before anything was measured, and, where the rule needs more than that, what can be said."""
+        if not self.rule.needs_spectra:
+            return self.plan(None), ""
+        note = f"--ranks {self.rule.text}: ranks follow from statistics of the data; every site is shown dense"
+        if self.rule.of == "latency":
+            note += "; what can be reached follows from times that a run measures on its device"
+        elif self.rule.kind == "budget":
+            least = budget_of(self.rule, self.survey, self.round_to, self.side).least
+            note += f"; the least that can be reached is {least} of the dense network's {self.rule.of}"
+            self.check()
+        return undecided(self.survey), note
+
+    def rounds(self, target: Plan, step: float) -> list[Plan]:
+        """The plans of all rounds on the way to the target; without a step the target alone."""
+        return rounds(target, self.survey, step, self.round_to, self.side) if step else [target]
+
+    def way(self, target: Plan, iteration: IterationConfig) -> str:
+        """The rounds to the target in words, one a line; empty where there is only one."""
+        told, step = [], iteration.step
+        if step and self.rule.needs_spectra:
+            told.append(f"--step {step:g}: how many rounds follows from the ranks")
+        elif step:
+            plans = self.rounds(target, step)
+            told.append(f"{len(plans)} rounds to get there, --step {step:g}")
+            told += [f"   round {number}: {self.brief(plan)}" for number, plan in enumerate(plans, start=1)]
+        if iteration.alternate:
+            told.append(f"--alternate {iteration.alternate}: then trained as dense layers and projected anew")
+        return "\n".join(told)
+
+    def brief(self, plan: Plan) -> str:
+        """A plan in a few words."""
+        return f"{len(plan.ranks)} sites factored, MACs ×{cost(self.survey, plan).macs / self.survey.macs:.3f}"
+
+    def told(self, plan: Plan, shares: Mapping[str, float], unit: str = "") -> str:
+        """The plan's table with its totals.
+
+        Args:
+            plan: to show.
+            shares: of the dense forward time, per cent, by site.
+            unit: of predicted losses, where the plan has them.
+        """
+        before, after = self.survey, cost(self.survey, plan)
+        lines = [
+            plan_table(layers_of(before, {}), plan, shares, unit),
+            f"MACs {before.macs / 1e6:.1f} M → {after.macs / 1e6:.1f} M ({after.macs / before.macs:.3f}), "
+            f"parameters {before.params / 1e6:.2f} M → {after.params / 1e6:.2f} M "
+            f"({after.params / before.params:.3f})",
+        ]
+        if self.latency is not None:
+            whole, predicted = self.latency.whole, self.latency.predicted(plan.ranks)
+            lines.append(
+                f"predicted latency of a batch of {self.batch}: {latency.told(whole)} → {latency.told(predicted)} "
+                f"({predicted / whole:.3f})"
+            )
+        if plan.loss is not None:
+            lines.append(f"predicted {unit}, summed over sites: {plan.loss:.4g}")
+        return "\n".join(lines)
+
+
+def planner(config: Run, found: Survey, world: World, latency: LatencyTable | None = None) -> Planner:
+    """For the run's flags."""
+    compression = config.compression
+    rule, side = parse_rule(compression.ranks), compression.basis.side
+    round_to = compression.round_to or usual_step(rule, world.device)
+    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency, config.repair)
+
+
+def usual_step(rule: Rule, device: torch.device) -> int:
+    """What ranks are multiples of: 8 for tensor cores; where time is what counts, 16 for registers of 512 bits.
+
+    A convolution on such a processor takes as long for 17 outputs as for 32.
+    """
+    if device.type == "cuda":
+        return 8
+    return 16 if rule.of == "latency" else 1
+
+
+def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:
+    """As `planner`, with times where they are the budget: taken on rank 0, for a batch of `--eval-batch-size`.
+
+    Args:
+        config: the run.
+        dense: the network, on the world's device.
+        found: its sites.
+        world: the ranks, all of which get rank 0's times.
+        image: (1, …), any of the right shape.
+
+    Raises:
+        CheckpointError: the cache cannot be written.
+    """
+    plain = planner(config, found, world)
+    if plain.rule.of != "latency":
+        return plain
+    ranks = {site: cheaper_ranks(View(site, plain.side), plain.round_to) for site in found.sites}
+    images = image.expand(plain.batch, *image.shape[1:]).contiguous()
+    return planner(config, found, world, world.from_first(lambda: latency.measure(dense, ranks, images)))

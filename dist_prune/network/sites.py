@@ -1,0 +1,374 @@
+"""A layer as a matrix: which convolutions and linear layers can be factored, and what each costs.
+
+A *site* is one `Conv2d` or `Linear` seen as `y = W x + b` with `W` of shape (C, D); a *row* is one output
+position of one image. A convolution with g groups is g independent matrices, so every tensor of a site has
+a leading group dimension: weights (g, c, d) with C = g·c and d = in/g·kh·kw. Ordinary layers have g = 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_prune.network.memory_format import place_like
+from dist_prune.network.models import logits_of
+
+
+class SiteError(ValueError):
+    """A site that cannot be what was asked of it; the message names it."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One factorable layer.
+
+    `rows` is the number of output positions per image, summed over the calls of one forward pass.
+    """
+
+    name: str
+    kind: str  # "conv" or "linear"
+    groups: int
+    outputs: int  # C, all groups together
+    inputs: int  # d, of one group: in/g·kh·kw
+    rows: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    bias: bool = False
+
+    @property
+    def width(self) -> int:
+        """Output channels of one group (c)."""
+        return self.outputs // self.groups
+
+    @property
+    def max_rank(self) -> int:
+        """All directions of the larger side, all groups together: more are impossible."""
+        return self.groups * max(self.width, self.inputs)
+
+    @property
+    def dense_weights(self) -> int:
+        """Weights of the dense layer, without bias."""
+        return self.outputs * self.inputs
+
+    def factored_weights(self, rank: int) -> int:
+        """Weights of the pair `→ rank channels → C channels`, without bias."""
+        return rank * (self.inputs + self.width)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense layer for one image."""
+        return self.rows * self.dense_weights
+
+    def factored_macs(self, rank: int) -> int:
+        """Multiply-adds of the factored pair for one image."""
+        return self.rows * self.factored_weights(rank)
+
+    @property
+    def shape(self) -> str:
+        """For tables: `128×64·3×3/2` is 64 → 128 channels, 3×3, stride 2."""
+        text = f"{self.outputs}×{self.inputs // (self.kernel[0] * self.kernel[1])}"
+        if self.kind == "conv":
+            text += f"·{self.kernel[0]}×{self.kernel[1]}"
+        if self.stride != (1, 1):
+            text += f"/{self.stride[0]}"
+        return text + (f" g{self.groups}" if self.groups > 1 else "")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A Conv2d or Linear that stays dense, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a network consists of, from one forward pass of one image."""
+
+    sites: tuple[Site, ...]  # in execution order
+    skipped: tuple[Skipped, ...]
+    macs: int  # of the whole network for one image, everything counted
+    params: int
+    classes: int
+
+    def select(self, patterns: str) -> Survey:
+        """Keep the sites that `patterns` chooses (see `matches`); the others become skipped.
+
+        Raises:
+            SiteError: nothing is chosen.
+        """
+        chosen = tuple(site for site in self.sites if matches(site, patterns))
+        if not chosen:
+            names = ", ".join(site.name for site in self.sites[:8])
+            raise SiteError(f"--sites {patterns!r} chooses none of {len(self.sites)} sites ({names}, …)")
+        left = tuple(Skipped(s.name, f"not in --sites {patterns}") for s in self.sites if s not in chosen)
+        return Survey(chosen, self.skipped + left, self.macs, self.params, self.classes)
+
+
+def matches(site: Site, patterns: str) -> bool:
+    """Whether comma-separated `patterns` choose the site.
+
+    A pattern is a glob over names (`layer3.*`), or a kind: `@conv`, `@linear`, `@stride1` (convolutions
+    of stride 1), `@spatial` (kernels larger than 1×1). A leading `!` takes away what it matches.
+    """
+    words = [word.strip() for word in patterns.split(",") if word.strip()]
+    taken = [word for word in words if not word.startswith("!")] or ["*"]
+    barred = [word[1:] for word in words if word.startswith("!")]
+    return any(_matches(site, word) for word in taken) and not any(_matches(site, word) for word in barred)
+
+
+_KINDS: dict[str, Callable[[Site], bool]] = {
+    "@conv": lambda site: site.kind == "conv",
+    "@linear": lambda site: site.kind == "linear",
+    "@stride1": lambda site: site.kind == "conv" and site.stride == (1, 1),
+    "@spatial": lambda site: site.kernel != (1, 1),
+}
+
+
+def _matches(site: Site, word: str) -> bool:
+    if not word.startswith("@"):
+        return fnmatchcase(site.name, word)
+    if word not in _KINDS:
+        raise SiteError(f"--sites: unknown kind {word!r}; known: {', '.join(_KINDS)}, or a glob over names")
+    return _KINDS[word](site)
+
+
+def survey(model: nn.Module, image: Tensor) -> Survey:
+    """Find every site by running one image through the network.
+
+    Args:
+        model: a classification network; left as it was.
+        image: (1, 3, H, W) on the network's device; its values do not matter.
+    """
+    modules: dict[str, nn.Conv2d | nn.Linear] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    }
+    rows: Counter[str] = Counter()
+    with _watched(modules, rows), evaluating(model), FlopCounterMode(display=False) as counter:
+        classes = logits_of(model(image)).shape[1]
+    owners = Counter(id(m.weight) for m in modules.values())
+    reasons = {n: _why_dense(m, n in rows, owners[id(m.weight)] > 1) for n, m in modules.items()}
+    order = [n for n in rows if not reasons[n]]
+    return Survey(
+        sites=tuple(describe(n, modules[n], rows[n]) for n in order),
+        skipped=tuple(Skipped(n, reason) for n, reason in reasons.items() if reason),
+        macs=counter.get_total_flops() // 2,  # FlopCounterMode counts two per multiply-add
+        params=sum(p.numel() for p in model.parameters()),
+        classes=classes,
+    )
+
+
+@contextmanager
+def _watched(modules: Mapping[str, nn.Conv2d | nn.Linear], rows: Counter[str]) -> Iterator[None]:
+    """Count into `rows`, in order of execution, the output positions of each module."""
+
+    def watch(name: str, channels: int) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, y: rows.update({name: y.numel() // channels})
+
+    hooks = [module.register_forward_hook(watch(name, module.weight.shape[0])) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _why_dense(module: nn.Conv2d | nn.Linear, fires: bool, shared: bool) -> str:
+    """Why a module cannot be a site; empty if it can."""
+    if type(module) not in (nn.Conv2d, nn.Linear):
+        return f"{type(module).__name__} computes its output in its own way"
+    if not fires:
+        return "its forward never runs"
+    if shared:
+        return "shares its weight with another layer"
+    if isinstance(module, nn.Conv2d) and module.groups > 1 and module.in_channels == module.groups:
+        return "depthwise: each group has one input channel"
+    if module.weight.shape[0] == getattr(module, "groups", 1):
+        return "one output channel per group"
+    return ""
+
+
+def describe(name: str, module: nn.Module, rows: int = 0) -> Site:
+    """The site that a Conv2d or Linear is; `rows` as in `Site`, where they matter."""
+    if isinstance(module, nn.Conv2d):
+        kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+        inputs = module.in_channels // module.groups * kernel[0] * kernel[1]
+        bias = module.bias is not None
+        return Site(name, "conv", module.groups, module.out_channels, inputs, rows, kernel, stride, bias)
+    assert isinstance(module, nn.Linear)
+    return Site(name, "linear", 1, module.out_features, module.in_features, rows, bias=module.bias is not None)
+
+
+def weight_of(module: nn.Module, site: Site) -> Tensor:
+    """The weight of the site's layer, or of one of its factors, as a matrix (g, outputs/g, inputs), to read."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().reshape(site.groups, weight.shape[0] // site.groups, -1)
+
+
+def bias_of(module: nn.Module, site: Site) -> Tensor:
+    """The site's bias, (g, c); zeros where it has none."""
+    bias = module.bias
+    if isinstance(bias, Tensor):
+        return bias.detach().reshape(site.groups, site.width)
+    return weight_of(module, site).new_zeros(site.groups, site.width)
+
+
+def output_rows(site: Site, y: Tensor) -> Tensor:
+    """The layer's output as columns, (g·c, images, positions): a view, channels first.
+
+    Args:
+        site: the layer.
+        y: what its module returned: (N, C, H, W) or (N, …, C).
+    """
+    if site.kind == "linear":
+        return y.reshape(y.shape[0], -1, site.outputs).permute(2, 0, 1)
+    return y.flatten(2).transpose(0, 1)
+
+
+def input_rows(site: Site, module: nn.Module, x: Tensor) -> Tensor:
+    """The layer's input patches (im2col) as columns, (g·d, images, positions).
+
+    Args:
+        site: the layer.
+        module: the dense layer itself: it knows padding and dilation.
+        x: what its module was given: (N, in, H, W) or (N, …, in).
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(x.shape[0], -1, site.inputs).permute(2, 0, 1)
+    assert isinstance(module, nn.Conv2d)
+    return F.unfold(_padded(module, x), module.kernel_size, module.dilation, 0, module.stride).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class View:
+    """One side of a site: `output` rows are y (k = c), `input` rows are patches x (k = d).
+
+    Patches take k·positions numbers per image, so they are made for as many images at a time as `chunk_bytes`
+    allow (at least one).
+    """
+
+    site: Site
+    side: str = "output"
+    chunk_bytes: int = 1 << 27
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a row, of one group."""
+        return self.site.width if self.side == "output" else self.site.inputs
+
+    @property
+    def full_rank(self) -> int:
+        """Directions of all groups together."""
+        return self.site.groups * self.width
+
+    def source(self, x: Tensor, y: Tensor) -> Tensor:
+        """The tensor the rows are made of: the layer's input or its output."""
+        return y if self.side == "output" else x
+
+    def rows(self, module: nn.Module, source: Tensor) -> Tensor:
+        """Rows as columns, (g·k, images, positions)."""
+        return output_rows(self.site, source) if self.side == "output" else input_rows(self.site, module, source)
+
+    def chunks(self, y: Tensor, images: int) -> Iterator[slice]:
+        """Slices of the first dimension, whole images each, small enough for their patches.
+
+        Args:
+            y: the layer's output for a batch.
+            images: in the batch; layers on windows or patches have several entries an image.
+        """
+        entries = len(y) // images
+        bytes_each = 4 * self.site.groups * self.width * y.numel() // (images * self.site.outputs)
+        some = images if self.side == "output" else max(1, self.chunk_bytes // bytes_each)
+        return (slice(start, start + some * entries) for start in range(0, len(y), some * entries))
+
+
+def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
+    if module.padding == "valid":
+        return x
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+    else:
+        sides = [side for p in reversed(_pair(module.padding)) for side in (p, p)]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, sides, mode)
+
+
+class Factored(nn.Sequential):
+    """A site's replacement: `reduce` to r channels with the layer's own geometry, then `expand` 1×1 to C."""
+
+    def __init__(self, reduce: nn.Module, expand: nn.Module) -> None:
+        super().__init__()
+        self.reduce = reduce
+        self.expand = expand
+
+
+def factored_like(module: nn.Module, site: Site, rank: int) -> Factored:
+    """An uninitialised factored pair in the place of `module`, of the same device, type and layout.
+
+    Raises:
+        SiteError: a rank that the site does not allow or not a multiple of the groups.
+    """
+    if not 1 <= rank <= site.max_rank or rank % site.groups:
+        groups = f" in multiples of its {site.groups} groups" if site.groups > 1 else ""
+        raise SiteError(f"{site.name}: rank {rank} is impossible; expected 1 to {site.max_rank}{groups}")
+    pair = _linear_pair(module, rank) if isinstance(module, nn.Linear) else _conv_pair(module, rank)
+    place_like(pair, module)
+    return pair
+
+
+def _linear_pair(module: nn.Linear, rank: int) -> Factored:
+    return Factored(nn.Linear(module.in_features, rank, bias=False), nn.Linear(rank, module.out_features))
+
+
+def _conv_pair(module: nn.Module, rank: int) -> Factored:
+    assert isinstance(module, nn.Conv2d)
+    reduce = nn.Conv2d(
+        module.in_channels,
+        rank,
+        _pair(module.kernel_size),
+        _pair(module.stride),
+        module.padding if isinstance(module.padding, str) else _pair(module.padding),
+        _pair(module.dilation),
+        module.groups,
+        bias=False,
+        padding_mode=module.padding_mode,
+    )
+    return Factored(reduce, nn.Conv2d(rank, module.out_channels, 1, groups=module.groups))
+
+
+def _pair(values: Iterable[int | str]) -> tuple[int, int]:
+    first, second = (int(value) for value in values)
+    return first, second
+
+
+def with_replaced(model: nn.Module, replacements: Iterable[tuple[str, nn.Module]]) -> nn.Module:
+    """A copy of the network with the named modules replaced."""
+    replaced = dict(replacements)
+    old = {id(model.get_submodule(name)): new for name, new in replaced.items()}
+    # deepcopy takes from the memo what stands there, so the dense weights are never copied.
+    return copy.deepcopy(model, memo=dict(old.items()))

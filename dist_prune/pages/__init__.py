@@ -1,1 +1,0 @@
-"""report.html and report.md."""

@@ -1,0 +1,1 @@
+"""What a run shows: log, progress, TensorBoard, plots, pages, comparisons."""

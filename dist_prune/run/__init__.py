@@ -1,0 +1,1 @@
+"""One run under way: its context, its checkpoints and its stages."""

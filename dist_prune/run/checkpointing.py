@@ -1,0 +1,207 @@
+"""Where a run can be left and taken up again: between stages, and within them between two batches or sites."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dist_prune.artifacts import checkpoints
+from dist_prune.artifacts.checkpoints import Snapshot
+from dist_prune.data.loader import Batch, Stream
+from dist_prune.distributed.preemption import Flag, Preempted, Vote
+from dist_prune.distributed.world import World
+from dist_prune.statistics.collect import Passes
+from dist_prune.statistics.moments import Moments, Sums
+
+T = TypeVar("T")
+
+GO_ON, SAVE, LEAVE = 0, 1, 2  # what a rank may wish
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a stage has come that is not done.
+
+    Attributes:
+        at: in words, such as "epoch 3, step 120"; two that are equal made no progress.
+        common: plain types and tensors, the same on all ranks.
+        own: this rank's.
+        whole: whether another number of ranks could go on from here.
+    """
+
+    at: str
+    common: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+
+
+@dataclass
+class Keeper:
+    """Saves the run when it is time or a signal came, and hands each stage what it had left.
+
+    `describe` gives the run's own part of a checkpoint, in plain types and tensors the same on all ranks.
+    """
+
+    world: World
+    folder: Path
+    flag: Flag
+    say: Callable[[str], None]
+    every_s: float
+    keep: int
+    describe: Callable[[], dict[str, Any]] = dict
+    stage: str = ""
+    left: dict[str, Any] | None = None  # of the stage under way when the run was left
+    own: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._vote = Vote(self.world)
+        self._wish = GO_ON
+        self._saved = time.monotonic()
+
+    # ── taking up ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def take_up(self, found: Snapshot) -> None:
+        """From now on stages continue what this checkpoint holds."""
+        self.left, self.own = found.common["standing"], found.own
+        if self.left is None:
+            set_randomness(self.own)
+
+    def resumed(self) -> Standing | None:
+        """Where the stage under way had stood, once; this rank's random numbers continue from there."""
+        if self.left is None or self.left["stage"] != self.stage:
+            return None
+        left, own = self.left, self.own
+        self.left, self.own = None, {}
+        set_randomness(own)
+        self.say(f"   going on from {left['at']}")
+        return Standing(left["at"], left["common"], own.get("standing", {}), left["whole"])
+
+    # ── leaving ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def watched(self, batches: Iterable[T], standing: Callable[[], Standing | None] | None = None) -> Iterator[T]:
+        """The batches; whenever the next one is asked for, the run may be left. See `pause`."""
+        for batch in batches:
+            yield batch
+            self.pause(standing)
+
+    def pause(self, standing: Callable[[], Standing | None] | None = None) -> None:
+        """A place where all ranks stand alike: save if it is time, leave if any rank was asked to.
+
+        Args:
+            standing: of the stage, or None if it cannot be left exactly here. Without it the stage will start
+                anew, from the checkpoint before it.
+
+        Raises:
+            Preempted: on all ranks; the checkpoint is written.
+            CheckpointError: see `checkpoints.save`.
+        """
+        self._wish = max(self._wish, self._vote.last())
+        now = None
+        if self._wish and standing is not None and (now := standing()) is not None:
+            self.save(now)
+        if self._wish == LEAVE and (now is not None or standing is None):
+            self._leave()
+        self._vote.begin(self._own_wish())
+
+    def close(self, standing: Standing | None = None) -> None:
+        """The end of a stage, or of an epoch: save, and leave if any rank was asked to.
+
+        Raises:
+            Preempted, CheckpointError: see `pause`.
+        """
+        wish = max(self._wish, self._vote.settled(self._own_wish()))
+        self.save(standing)
+        if wish == LEAVE:
+            self._leave()
+
+    def save(self, standing: Standing | None) -> None:
+        """Write a checkpoint, now."""
+        left = standing and {
+            "stage": self.stage,
+            "at": standing.at,
+            "common": standing.common,
+            "whole": standing.whole,
+        }
+        own = {"standing": standing.own if standing else {}, **randomness(self.world)}
+        whole = standing is None or standing.whole
+        checkpoints.save(
+            self.folder, Snapshot({**self.describe(), "standing": left}, own, whole), self.world, self.keep
+        )
+        self._saved = time.monotonic()
+        self._wish = GO_ON if self._wish == SAVE else self._wish
+
+    def _own_wish(self) -> int:
+        if self.flag.signal:
+            return LEAVE
+        is_time = self.world.is_first and time.monotonic() - self._saved > self.every_s
+        return SAVE if is_time else GO_ON
+
+    def _leave(self) -> None:
+        heard = [name for name in self.world.gather(self.flag.signal) if name]
+        raise Preempted(f"asked to leave by {heard[0]}; saved")
+
+
+class Resumable(Passes):
+    """Passes that can be left after any batch: each rank's sums and stream are its own, finished passes common."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        opening: Callable[[int], Stream],
+        along: Callable[[Stream], Iterable[Batch]] = iter,
+    ) -> None:
+        """Take up the passes of the stage under way; `opening` gives its streams, `along` their batches."""
+        self.keeper, self.opening, self.along = keeper, opening, along
+        self.left = keeper.resumed()
+        self.found: dict[str, dict[str, Tensor]] = self.left.common["found"] if self.left else {}
+        self.stream: Stream | None = None
+
+    def open(self, images: int) -> Iterable[Batch]:
+        """The batches of the next pass."""
+        self.stream = self.opening(images)
+        return self.along(self.stream)
+
+    def watch(self, batches: Iterable[T], sums: Mapping[str, Sums]) -> Iterable[T]:
+        """See `moments.Watch`."""
+        if self.left is not None and self.stream is not None:
+            self.stream.restore(self.left.own["stream"])
+            for name, each in sums.items():
+                each.restore(self.left.own["sums"][name])
+            self.left = None
+        return self.keeper.watched(batches, lambda: self._standing(sums))
+
+    def once(self, collect: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
+        """See `Passes`."""
+        if not self.found:
+            self.found = {name: vars(moments) for name, moments in collect().items()}
+        device = self.keeper.world.device
+        return {
+            name: Moments(**{part: tensor.to(device) for part, tensor in parts.items()})
+            for name, parts in self.found.items()
+        }
+
+    def _standing(self, sums: Mapping[str, Sums]) -> Standing:
+        assert self.stream is not None
+        own = {"stream": self.stream.state(), "sums": {name: each.state() for name, each in sums.items()}}
+        which = "second pass" if self.found else "pass"
+        return Standing(f"{which}, batch {self.stream.position}", {"found": self.found}, own)
+
+
+def randomness(world: World) -> dict[str, Any]:
+    """The state of this rank's generators."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {})
+
+
+def set_randomness(state: dict[str, Any]) -> None:
+    """What `randomness` gave; nothing where it is missing, as after a change of the number of ranks."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,210 @@
+"""Statistics → bases → plan → projected network: at once, or in rounds with training in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_prune.config.run import DATA_FREE, Run, to_dict
+from dist_prune.config.training import TuningConfig
+from dist_prune.distributed.world import digest, fingerprint
+from dist_prune.factorization import layers
+from dist_prune.factorization.bases import Basis, solve
+from dist_prune.factorization.plan import Plan, cost
+from dist_prune.factorization.project import balance, project, rebuild, unfold
+from dist_prune.factorization.schedule import shrunk_sites, still_factored
+from dist_prune.factorization.spectra import Spectra, spectra_of
+from dist_prune.network import models
+from dist_prune.network.sites import Site
+from dist_prune.run.checkpointing import Resumable
+from dist_prune.run.job import Job, Stage, calibration, probe, statistics_split, watched_validation
+from dist_prune.run.train import train
+from dist_prune.statistics import collect as statistics
+from dist_prune.statistics.collect import Statistics
+from dist_prune.training.evaluate import predict, score, time_sites
+
+
+def stages(job: Job) -> Iterator[Stage]:
+    """From the dense network to the projected one. How many there are is known only after the first projection."""
+    yield "statistics", gather
+    yield "projection", compress
+    way = rounds_of(job)
+    for number, plan in enumerate(way[1:], start=2):
+        yield f"round {number - 1}: training", partial(train_between, number=number - 1)
+        yield f"round {number}: projection", partial(shrink, number=number, plan=plan)
+    for number in range(1, job.config.iteration.alternate + 1):
+        yield f"alternation {number}: training", partial(train_unfolded, number=number)
+        yield f"alternation {number}: projection", partial(project_anew, number=number)
+
+
+def rounds_of(job: Job) -> list[Plan]:
+    """The plans of all rounds; without `--step` the target alone."""
+    assert job.target is not None
+    return job.planner.rounds(job.target, job.config.iteration.step)
+
+
+# ── the first projection ───────────────────────────────────────────────────────────────────────────────────
+
+
+def gather(job: Job) -> None:
+    """Collect the statistics the method needs into the run's directory, unless they are given."""
+    method, sites, seed = job.config.compression.basis, job.survey.sites, job.config.seed
+    if method.method in DATA_FREE or method.statistics is not None:
+        return
+    with job.report.phase("statistics"):
+        passes = passes_of(job)
+        found = statistics.collect(job.dense, sites, passes.open, job.world, method, seed, passes)
+    for warning in statistics.warnings(found, sites, method, len(statistics_split(job, 0))):
+        job.report.warn(warning)
+    job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job)))
+
+
+def statistics_file(job: Job) -> Path:
+    """Where the statistics are: in the run's directory, or in that of an earlier run."""
+    return job.config.compression.basis.statistics or job.folder / "statistics.safetensors"
+
+
+def made_of(job: Job) -> dict[str, Any]:
+    """What the statistics are of."""
+    image, images = to_dict(job.config.images.image), statistics_split(job, 0)
+    return statistics.origin(
+        job.config.compression.basis, digest(job.dense), images.digest(), image, job.config.seed
+    )
+
+
+def compress(job: Job) -> None:
+    """Decide where to end, and project the dense network for the first round, which may be the only one."""
+    config, sites, method = job.config, job.survey.sites, job.config.compression.basis
+    if method.method == "random-init":
+        job.plan = job.target = decide(job, None)
+        torch.manual_seed(config.seed)
+        untrained = models.build(config.network.arch, config.network.classes)
+        job.network = rebuild(untrained, job.plan).to(job.world.device)
+        keep_layers(job, {})
+        return
+    gathered = Statistics()
+    if method.method not in DATA_FREE:
+        gathered = statistics.load(statistics_file(job), sites, made_of(job), job.world.device)
+    bases, spectra = directions(job, job.dense, sites, gathered)
+    job.target = decide(job, spectra)
+    job.plan, *later = rounds_of(job)
+    if later:
+        job.report.say(f"{len(later) + 1} rounds to get there, --step {config.iteration.step}")
+    keep_layers(job, bases)
+    with job.report.phase("projection"):
+        job.network = project(job.dense, sites, bases, job.plan, method.side)
+    if config.iteration.is_iterative:
+        if config.correction.correct != "none":
+            job.report.say(f"--correct {config.correction.correct} is left out: training comes in between")
+        tell_plan(job, 1)
+
+
+def passes_of(job: Job) -> Resumable:
+    """Over the statistics' images, in a run that can be left in their middle."""
+    return Resumable(job.keeper, lambda images: calibration(job, images), job.report.meter.batches)
+
+
+def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
+    """What the layers are and what their directions are worth, on disk and in TensorBoard."""
+    found, path = layers.layers_of(job.survey, bases), job.folder / layers.LAYERS
+    job.world.from_first(lambda: layers.save(path, found))
+    job.report.layers(found, job.chosen)
+
+
+def directions(
+    job: Job, model: nn.Module, sites: Sequence[Site], gathered: Statistics
+) -> tuple[dict[str, Basis], Spectra | None]:
+    """The bases of these sites of the network, and what their directions are worth."""
+    method = job.config.compression.basis
+    with job.report.phase("bases"):
+        bases = solve(model, sites, gathered, method, job.config.seed, job.world)
+    return bases, spectra_of(bases, method)
+
+
+def decide(job: Job, spectra: Spectra | None) -> Plan:
+    """The plan, made on rank 0, and told."""
+    plan = job.world.from_first(lambda: job.planner.plan(spectra))
+    noise = probe(job.config, job.world, 16)
+    shares = job.world.from_first(lambda: time_sites(job.dense, job.survey.sites, noise))
+    job.report.say(job.planner.told(plan, shares, spectra.unit if spectra else ""))
+    return plan
+
+
+# ── rounds ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train_between(job: Job, number: int) -> None:
+    """Train the pairs, and say what this round came to."""
+    balance(job.compressed)
+    with job.report.phase(f"round {number}: training"):
+        train(job, job.compressed, between(job.config), "rounds/train", before=number - 1)
+    tell_round(job, number)
+
+
+def between(config: Run) -> TuningConfig:
+    """How to train between two rounds."""
+    return replace(config.tuning, epochs=config.iteration.tune_epochs)
+
+
+def shrink(job: Job, number: int, plan: Plan) -> None:
+    """Project the sites whose rank changes, pairs folded: from statistics of the network as it is now."""
+    sites = shrunk_sites(plan, job.plan, job.survey)
+    source = unfold(job.compressed, [site.name for site in sites])
+    with job.report.phase(f"round {number}: projection"):
+        bases, _ = directions(job, source, sites, gathered_from(job, source, sites))
+        job.network = project(source, sites, bases, plan, job.config.compression.basis.side)
+    job.plan = plan
+    tell_plan(job, number)
+
+
+def gathered_from(job: Job, model: nn.Module, sites: Sequence[Site]) -> Statistics:
+    """Statistics of a network other than the dense one; used at once, and not kept."""
+    method, passes = job.config.compression.basis, passes_of(job)
+    return statistics.collect(model, sites, passes.open, job.world, method, job.config.seed, passes)
+
+
+def train_unfolded(job: Job, number: int) -> None:
+    """Multiply the pairs back and train the dense layers: what was left out may come back."""
+    job.network, job.unfolded = unfold(job.compressed, job.chosen.ranks), True
+    with job.report.phase(f"alternation {number}: training"):
+        before = len(rounds_of(job)) - 1 + number - 1
+        train(job, job.network, between(job.config), "rounds/train", before=before)
+
+
+def project_anew(job: Job, number: int) -> None:
+    """Rank all sites anew under the rule, and project them."""
+    sites, side = job.survey.sites, job.config.compression.basis.side
+    with job.report.phase(f"alternation {number}: projection"):
+        bases, spectra = directions(job, job.compressed, sites, gathered_from(job, job.compressed, sites))
+        wanted = job.world.from_first(lambda: job.planner.plan(spectra))
+        plan = still_factored(wanted, job.chosen, job.survey, job.planner.round_to, side)
+        job.network = project(job.compressed, sites, bases, plan, side)
+    job.plan, job.unfolded = plan, False
+    tell_plan(job, len(rounds_of(job)) + number)
+    tell_round(job, len(rounds_of(job)) + number)
+
+
+def tell_plan(job: Job, number: int) -> None:
+    """A point on the curves of the ranks, and a line for people."""
+    plan = job.chosen
+    ranks = {site.name: plan.ranks.get(site.name, site.outputs) for site in job.survey.sites}
+    job.report.scalars("rank", number, ranks)
+    job.report.say(f"   round {number}: {job.planner.brief(plan)}")
+
+
+def tell_round(job: Job, number: int) -> None:
+    """A point on the curves of the rounds, accuracy and cost, and a line for people."""
+    job.world.require_same(f"parameters (round {number})", fingerprint(job.compressed))
+    found = predict(job.compressed, watched_validation(job))
+    metrics = score(found, len(job.dataset.val), job.world, job.reference)
+    job.report.scalars("rounds", number, metrics.figures | asdict(cost(job.survey, job.chosen)))
+    job.report.flush()
+    job.report.say(
+        f"   round {number}: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}, KL to dense {metrics.kl:.4f}"
+    )

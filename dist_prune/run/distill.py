@@ -1,0 +1,121 @@
+"""Label-free training towards the dense network: the divergence of the outputs, and what the blocks give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from itertools import chain, islice, repeat
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.data.loader import Batch, training_stream
+from dist_prune.factorization.project import balance
+from dist_prune.network.models import logits_of
+from dist_prune.network.sites import Factored, evaluating
+from dist_prune.reporting.progress import count_images
+from dist_prune.run.job import Job, limited
+from dist_prune.run.train import Session
+from dist_prune.statistics.probes import kl
+from dist_prune.training.trainer import Loss, Trainer
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def distill(job: Job, model: nn.Module) -> None:
+    """Train `model` towards the job's dense network, in place, batch norm frozen, factors balanced before."""
+    settings, images, seed = job.config.distillation, job.config.images, job.config.seed
+    how = replace(
+        job.config.tuning,
+        batch_size=settings.distill_batch_size,
+        lr=settings.distill_lr,
+        weight_decay=0.0,
+        clip=1.0,  # gradients of batch norm that is frozen have no natural scale: without it, some runs diverged
+        bn="frozen",
+        accumulate=1,
+        ema=0.0,
+        compile=False,  # hooks read the blocks' outputs
+    )
+    split = limited(job.unlabelled or job.dataset.train, settings.distill_images, seed)
+    # Another seed than fine-tuning's: it is to see other crops.
+    stream = training_stream(
+        split, images.image, job.world, how.batch_size, images.threads, seed + 1, images.augment
+    )
+    balance(model)
+    with towards(job.dense, model, settings.distill_features) as loss:
+        trainer = Trainer(model, how, settings.distill_steps, job.world, loss)
+        session = Session(job, trainer, stream)
+        session.resume()
+        endless = job.report.meter.along(
+            chain.from_iterable(repeat(stream)), trainer.steps, trainer.step, images=count_images
+        )
+        watched = job.keeper.watched(endless, lambda: session.in_epoch(0))
+        batches = islice(watched, settings.distill_steps - trainer.step)
+        for progress in trainer.epoch(batches):
+            job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
+    job.report.say(f"   {settings.distill_steps} steps on {len(split)} images: loss {progress.loss:.4f}")
+
+
+@contextmanager
+def towards(dense: nn.Module, trained: nn.Module, features: float) -> Iterator[Loss]:
+    """While open, lend the loss for `trained`'s last forward pass.
+
+    KL(dense ‖ trained), mean over images (Hinton et al. 2015 at temperature 1), plus `features` times the mean
+    over the blocks of ‖f̂ − f‖²/‖f‖², f what the dense block gives (FitNets, Romero et al. 2015, no regressors).
+    """
+    names = matched(dense, trained) if features else ()
+    with recorded(dense, names) as wanted, recorded(trained, names) as given:
+
+        def loss(logits: Tensor, batch: Batch) -> Tensor:
+            with evaluating(dense):
+                target = logits_of(dense(batch.images)).float()
+            divergence = kl(target, logits).mean()
+            errors = [relative_error(given[name], wanted[name]) for name in names if name in wanted]
+            return divergence + features * torch.stack(errors).mean() if errors else divergence
+
+        yield loss
+
+
+def relative_error(given: Tensor, wanted: Tensor) -> Tensor:
+    """‖given − wanted‖²/‖wanted‖² over the whole batch, in float32."""
+    given, wanted = given.float(), wanted.float()
+    return (given - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def matched(dense: nn.Module, trained: nn.Module) -> tuple[str, ...]:
+    """The blocks whose outputs are compared; the factored layers where the network is not made of blocks."""
+    pairs = [name for name, module in trained.named_modules() if isinstance(module, Factored)]
+    return tuple(blocks(dense)) or tuple(pairs)
+
+
+def blocks(model: nn.Module) -> Iterator[str]:
+    """The outermost elements of `Sequential`s and lists that have parts of their own, parameters among them."""
+
+    def search(module: nn.Module, prefix: str) -> Iterator[str]:
+        for name, child in module.named_children():
+            is_part = any(True for _ in child.children()) and any(True for _ in child.parameters())
+            if is_part and type(module) in _CONTAINERS and type(child) not in _CONTAINERS:
+                yield prefix + name
+            else:
+                yield from search(child, f"{prefix}{name}.")
+
+    return search(model, "")
+
+
+@contextmanager
+def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward pass leaves the named modules' outputs here, as far as they are tensors."""
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                outputs[name] = output
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(record(name)).remove)
+        yield outputs

@@ -1,0 +1,104 @@
+"""The end of a run: the network saved, the figures told, the pages drawn, and result.json last."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_prune.artifacts.answers import ANSWERS, Answers
+from dist_prune.artifacts.answers import save as save_answers
+from dist_prune.artifacts.saved_model import Description, save_compressed
+from dist_prune.distributed.world import digest
+from dist_prune.factorization.plan import cost
+from dist_prune.reporting.html import page
+from dist_prune.run.job import STAGES, Job
+from dist_prune.utils import files
+from dist_prune.utils.tables import table
+
+
+def finished(folder: Path) -> bool:
+    """result.json is written last."""
+    return (folder / "result.json").is_file()
+
+
+def finish(job: Job) -> None:
+    """Save the model, tell the figures, and write result.json last."""
+    description = Description(
+        job.config.network.arch,
+        job.config.network.classes,
+        job.config.images.image,
+        job.dataset.train.classes,
+        job.chosen,
+    )
+    job.world.from_first(lambda: save_compressed(job.folder, job.compressed, description))
+    answers = Answers(job.dataset.val.digest(), job.right)
+    job.world.from_first(lambda: save_answers(job.folder / ANSWERS, answers))
+    result = outcome(job)
+    job.world.from_first(lambda: draw(job, result))
+    job.world.from_first(lambda: files.write_text(job.folder / "result.json", json.dumps(result, indent=1) + "\n"))
+    job.report.say(told_outcome(job, result))
+    if job.report.curves is not None:
+        job.report.curves.settings(*to_compare(job, result))
+
+
+def draw(job: Job, result: dict[str, Any]) -> None:
+    """The pages of the run, which is worth more than they are: whatever goes wrong with them is only told."""
+    try:
+        page.write(job.folder, result)
+    except Exception as error:
+        job.report.warn(f"{page.HTML} could not be drawn ({error!r}); try dist-prune report {job.folder}")
+
+
+def outcome(job: Job) -> dict[str, Any]:
+    """What result.json holds."""
+    after = cost(job.survey, job.chosen)
+    return {
+        **{stage: asdict(job.metrics[stage]) if stage in job.metrics else None for stage in STAGES},
+        "macs": {"dense": job.survey.macs, "compressed": after.macs},
+        "params": {"dense": job.survey.params, "compressed": after.params},
+        "seconds": {phase: round(seconds, 3) for phase, seconds in job.report.seconds.items()},
+        "world_size": job.world.size,
+        "seed": job.config.seed,
+        "method": job.config.compression.basis.method,
+        "ranks": job.config.compression.ranks,
+        "warnings": job.report.warnings,
+        "parameter_hash": digest(job.compressed),
+    }
+
+
+def to_compare(job: Job, result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """The settings that runs differ in most, and what they came to, for TensorBoard."""
+    config, last = job.config, list(job.metrics.values())[-1]
+    settings = {
+        "network": config.network.arch,
+        "method": config.compression.basis.method,
+        "ranks": config.compression.ranks,
+        "sites": config.compression.sites,
+        "correct": config.correction.correct,
+        "distill-steps": config.distillation.distill_steps,
+        "epochs": config.tuning.epochs,
+        "lr": config.tuning.lr,
+        "batch-size": config.tuning.batch_size,
+        "seed": config.seed,
+        "processes": job.world.size,
+    }
+    shares = {f"final/{kind}": result[kind]["compressed"] / result[kind]["dense"] for kind in ("macs", "params")}
+    return settings, {"final/top1": last.top1, "final/kl": last.kl or 0.0, "final/loss": last.loss} | shares
+
+
+def told_outcome(job: Job, result: dict[str, Any]) -> str:
+    """The last words: accuracy at every stage, cost, and where everything is."""
+    rows = [
+        [stage, f"{m.top1:.2f} %", f"{m.top5:.2f} %", f"{m.loss:.4f}", "" if m.kl is None else f"{m.kl:.4f}"]
+        for stage, m in job.metrics.items()
+    ]
+    macs, params = result["macs"], result["params"]
+    return (
+        f"{table(['stage', 'top-1', 'top-5', 'loss', 'KL'], rows)}\n"
+        f"MACs ×{macs['compressed'] / macs['dense']:.3f}, "
+        f"parameters ×{params['compressed'] / params['dense']:.3f}\n"
+        f"written to {job.folder}: {', '.join(sorted(p.name for p in job.folder.iterdir()))}\n"
+        f"curves: tensorboard --logdir {job.folder.parent}"
+    )

@@ -1,0 +1,115 @@
+"""A job's network in training: epochs, curves, and where it can be left and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from torch import nn
+
+from dist_prune.config.training import TrainingConfig, TuningConfig
+from dist_prune.data.loader import Batch, Stream, training_stream
+from dist_prune.run.checkpointing import Standing
+from dist_prune.run.job import Job, probe
+from dist_prune.training.trainer import Trainer, TrainingError, steps_of, taught, told
+
+
+def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, before: int = 0) -> None:
+    """Train `model` in place, or go on training it; a checkpoint is left after every epoch.
+
+    `before` says how often the run has trained so before: images come in another order, curves go on from there.
+    """
+    images, split, seed = job.config.images, job.dataset.train, job.config.seed + before
+    stream = training_stream(
+        split, images.image, job.world, settings.batch_size, images.threads, seed, images.augment
+    )
+    teacher = settings.distillation if isinstance(settings, TuningConfig) else None
+    loss = taught(job.dense, teacher, settings) if teacher else None
+    trainer = Trainer(model, settings, settings.epochs * steps_of(settings, len(stream)), job.world, loss)
+    job.report.say(told(settings, len(stream), job.world.size, teacher))
+    session = Session(job, trainer, stream)
+    for epoch in range(session.resume(), settings.epochs):
+        for progress in trainer.epoch(session.batches(settings.epochs, epoch)):
+            step = before * trainer.steps + progress.step
+            job.report.scalars(group, step, {**asdict(progress), "step": None, "steps": None})
+        job.report.say(
+            f"   epoch {epoch + 1}/{settings.epochs}: loss {progress.loss:.4f}, "
+            f"{progress.images_per_second:.0f} images/s"
+        )
+        job.keeper.close(session.standing(epoch + 1, f"epoch {epoch + 1}", whole=True))
+    trainer.finish()
+
+
+class Session:
+    """Training as something that can be left after every step."""
+
+    def __init__(self, job: Job, trainer: Trainer, stream: Stream) -> None:
+        self.job, self.trainer, self.stream = job, trainer, stream
+        self.step = trainer.step
+        self.began = 0  # epochs that were done when the stream began: another order than theirs
+
+    def batches(self, epochs: int, epoch: int) -> Iterator[Batch]:
+        """Of one epoch; training may be left after each step."""
+        shown = self.job.report.meter.batches(self.stream, epochs, epoch)
+        return self.job.keeper.watched(shown, lambda: self.in_epoch(epoch))
+
+    def in_epoch(self, epoch: int) -> Standing | None:
+        """After a step, unless it is the last of its epoch, whose end follows; None between two steps."""
+        stepped, self.step = self.trainer.step > self.step, self.trainer.step
+        if not stepped or self.stream.at_end:
+            return None
+        return self.standing(epoch, f"epoch {epoch + 1}, step {self.trainer.step}")
+
+    def standing(self, epoch: int, at: str, whole: bool = False) -> Standing:
+        """All that training goes on from, once `epoch` epochs are done.
+
+        Raises:
+            TrainingError: the network is no longer made of numbers: what was saved before stays the last.
+        """
+        model = self.trainer.model
+        require_numbers(model, self.trainer.step)
+        return Standing(
+            at,
+            {"epoch": epoch, "began": self.began, "trainer": self.trainer.state(), "model": model.state_dict()},
+            {"stream": self.stream.state(), "buffers": self.trainer.buffers()},
+            whole,
+        )
+
+    def resume(self) -> int:
+        """Go on where training was left, if it was; the epochs already done."""
+        left = self.job.keeper.resumed()
+        if left is None:
+            return 0
+        epochs, model = int(left.common["epoch"]), self.trainer.model
+        self.trainer.rehearse(probe(self.job.config, self.job.world, self.stream.batch_size))
+        model.load_state_dict(left.common["model"])
+        self.trainer.restore(left.common["trainer"])
+        self.began = int(left.common["began"]) if left.own else epochs
+        self.stream.seed += self.began
+        if left.own:
+            for name, buffer in self.trainer.buffers().items():
+                buffer.copy_(left.own["buffers"][name])
+            self.stream.restore(left.own["stream"])
+        else:
+            self.trainer.reschedule(epochs * steps_of(self.trainer.settings, len(self.stream)))
+            self.job.report.say(
+                f"   {epochs} epochs are done, every image seen once in each; steps are of "
+                f"{self.stream.batch_size} × {self.job.world.size} images now: {self.trainer.step} of "
+                f"{self.trainer.steps} done"
+            )
+        self.step = self.trainer.step
+        return epochs
+
+
+def require_numbers(model: nn.Module, step: int) -> None:
+    """Never save what cannot be gone on with.
+
+    Raises:
+        TrainingError: a parameter is NaN or infinite, on any rank: after an all-reduce, on all.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise TrainingError(
+                f"{name} is not finite after step {step}: nothing was saved over the last checkpoint; "
+                f"try a lower --lr or a longer --warmup"
+            )

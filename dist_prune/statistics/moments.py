@@ -1,0 +1,310 @@
+"""Streamed second moments of every site in one forward pass, exact over any number of ranks.
+
+Each rank sums n, Σ(y−m) and Σ(y−m)(y−m)ᵀ about a shift m of its own (the mean of its first batch): without
+the shift, float32 products of data far from zero would cancel. At the end all ranks move their sums to one
+common shift, in float64, where the distance is a few standard deviations at most, and one all-reduce adds
+them. Products are taken in float32 (TF32 off), sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.distributed.world import World
+from dist_prune.network.sites import View, evaluating
+
+T = TypeVar("T")
+
+# Bytes of centred rows multiplied at once, and least width of a panel of their symmetric product: what stays in a
+# core's cache, and the width at which MKL is fastest; on a GPU, few large kernels.
+CPU_TILES = (2 << 20, 48)
+GPU_TILES = (1 << 27, 256)
+
+
+class StatisticsError(ValueError):
+    """Statistics that cannot be used; the message names the site."""
+
+
+class Sums(Protocol):
+    """What a pass over images adds up: it can be taken out between two batches, and put back."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, not copied."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        ...
+
+
+class Watch(Protocol):
+    """Hands a pass its batches; before the first it may put sums back, between two it may keep them."""
+
+    def __call__(self, batches: Iterable[T], sums: Mapping[str, Sums], /) -> Iterable[T]: ...
+
+
+def unwatched(batches: Iterable[T], _sums: Mapping[str, Sums], /) -> Iterable[T]:
+    """The batches, and nothing else."""
+    return batches
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Tensors that are added to in place."""
+
+    tensors: Mapping[str, Tensor]
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Sums`."""
+        return dict(self.tensors)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Sums`."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Raw sums over rows, never divided: they add over batches and ranks. All float64.
+
+    `count` is a scalar, `shift` and `total` are (g, k), `outer` is (g, k, k), where k is c on the output
+    side and d on the input side.
+    """
+
+    count: Tensor
+    shift: Tensor
+    total: Tensor
+    outer: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row, (g, k)."""
+        return self.shift + self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance, (g, k, k), symmetric, divided by n (the maximum-likelihood estimate)."""
+        offset = (self.total / self.count)[..., None]
+        return torch.baddbmm(self.outer, offset, offset.mT, beta=1 / max(1.0, self.count.item()), alpha=-1)
+
+    def moved_(self, shift: Tensor) -> Moments:
+        """The same sums about another shift (g, k); `outer` is changed in place, as it may be large.
+
+        Σ(y−m′)(y−m′)ᵀ with m′ = m − d expands exactly, in rank-one terms.
+        """
+        step, total = (self.shift - shift)[..., None], self.total[..., None]
+        outer = self.outer.baddbmm_(total, step.mT).baddbmm_(step, total.mT)
+        outer = outer.baddbmm_(step * self.count, step.mT)
+        return Moments(self.count, shift, self.total + self.count * step[..., 0], outer)
+
+
+class Accumulator:
+    """Adds rows to one site's moments, batch after batch, on the device, without a host synchronisation."""
+
+    def __init__(self, groups: int, width: int, device: torch.device) -> None:
+        self.count = 0
+        self.shift: Tensor | None = None
+        self.total = torch.zeros(groups, width, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(groups, width, width, dtype=torch.float64, device=device)  # its lower panels
+
+    @torch.no_grad()
+    def add(self, *blocks: Tensor) -> None:
+        """Add rows given as columns, (g·k, images, positions), of any strides and floating type.
+
+        Several blocks, (g·k₁, …), (g·k₂, …), are the parts of longer rows: k = k₁ + k₂ + … They are not joined in
+        memory before they are needed.
+        """
+        if not blocks[0].numel():
+            return
+        groups, dtype = len(self.total), torch.promote_types(blocks[0].dtype, torch.float32)
+        parts = [block.view(groups, -1, *block.shape[1:]) for block in blocks]
+        if self.shift is None:
+            self.shift = torch.cat([part.mean((2, 3), dtype=dtype) for part in parts], 1)
+        product = self.outer.new_zeros(self.outer.shape, dtype=dtype)
+        count, positions = blocks[0].shape[1:]
+        images = max(1, _tiles(product)[0] // (self.total.numel() * positions * dtype.itemsize))
+        for some in zip(*(torch.split(part, images, dim=2) for part in parts), strict=True):
+            columns = _minus(some, self.shift)
+            _add_lower_product(product, columns, self._panel)
+            self.total += columns.sum(-1)
+        _add_lower(self.outer, product, self._panel)
+        self.count += count * positions
+
+    @property
+    def _panel(self) -> int:
+        return max(_tiles(self.outer)[1], self.outer.shape[-1] // 4)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Sums`."""
+        sums = {"count": torch.tensor(self.count), "total": self.total, "outer": self.outer}
+        return sums if self.shift is None else sums | {"shift": self.shift}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Sums`."""
+        self.count = int(state["count"])
+        self.shift = state["shift"].to(self.total.device) if "shift" in state else None
+        self.total.copy_(state["total"])
+        self.outer.copy_(state["outer"])
+
+    def moments(self) -> Moments:
+        """The sums so far."""
+        _mirror_lower(self.outer, self._panel)
+        shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift.double()
+        return Moments(self.total.new_tensor(self.count), shift, self.total, self.outer)
+
+
+def _tiles(tensor: Tensor) -> tuple[int, int]:
+    return GPU_TILES if tensor.is_cuda else CPU_TILES
+
+
+def _minus(blocks: Sequence[Tensor], shift: Tensor) -> Tensor:
+    """Centred rows, (g, k, images·positions), laid out for the product: nothing is transposed in memory."""
+    groups, width = shift.shape
+    images, positions = blocks[0].shape[2:]
+    if len(blocks) == 1 and blocks[0].stride(1) == 1:  # channels last, linear layers
+        centred = shift.new_empty((images, positions, groups, width)).permute(2, 3, 0, 1)
+    else:
+        centred = shift.new_empty((groups, width, images, positions))
+    ends = list(accumulate(block.shape[1] for block in blocks))
+    for block, end in zip(blocks, ends, strict=True):
+        own = slice(end - block.shape[1], end)
+        torch.sub(block, shift[:, own, None, None], out=centred[:, own])
+    return centred.flatten(2)
+
+
+def _add_lower_product(product: Tensor, columns: Tensor, panel: int) -> None:
+    """Add columns·columnsᵀ, (g, k, k), in panels of columns that begin at the diagonal: about half of it."""
+    for start in range(0, product.shape[-1], panel):
+        end = start + panel
+        product[:, start:, start:end].baddbmm_(columns[:, start:], columns[:, start:end].mT)
+
+
+def _add_lower(sums: Tensor, product: Tensor, panel: int) -> None:
+    """Add the panels that `_add_lower_product` computes."""
+    for start in range(0, product.shape[-1], panel):
+        sums[:, start:, start : start + panel] += product[:, start:, start : start + panel]
+
+
+def _mirror_lower(product: Tensor, panel: int) -> None:
+    """Copy what the panels computed to the other side of the diagonal."""
+    for end in range(panel, product.shape[-1], panel):
+        product[:, end - panel : end, end:] = product[:, end:, end - panel : end].mT
+
+
+def collect_moments(
+    model: nn.Module,
+    views: Iterable[View],
+    batches: Iterable[Tensor],
+    world: World,
+    watch: Watch = unwatched,
+    bf16: bool = False,
+) -> dict[str, Moments]:
+    """Moments of all sites from one forward pass over this rank's batches, summed over the ranks.
+
+    Args:
+        model: the dense network, on the world's device.
+        views: of the sites, on either side.
+        batches: images (N, 3, H, W) of this rank; N may be 0 and may differ between ranks.
+        world: the ranks to sum over.
+        watch: hands over the batches.
+        bf16: run the network in bfloat16 autocast; what its layers return is then summed as exactly as else.
+
+    Returns:
+        site name → moments, equal on all ranks.
+
+    Raises:
+        StatisticsError: NaN or infinity, or no rows at all (site named).
+    """
+    with accumulating(model, views, world.device) as accumulators, evaluating(model), full_float32():
+        for images in watch(batches, accumulators):
+            if len(images):
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+                    model(images)
+    return sum_moments({name: a.moments() for name, a in accumulators.items()}, world)
+
+
+@contextmanager
+def accumulating(
+    model: nn.Module, views: Iterable[View], device: torch.device
+) -> Iterator[dict[str, Accumulator]]:
+    """While open, every forward pass of the model adds to the accumulators it gives, site name → moments."""
+    accumulators: dict[str, Accumulator] = {}
+    with ExitStack() as stack:
+        for view in views:
+            accumulator = Accumulator(view.site.groups, view.width, device)
+            accumulators[view.site.name] = accumulator
+            module = model.get_submodule(view.site.name)
+            stack.callback(module.register_forward_hook(_feed(view, accumulator)).remove)
+        yield accumulators
+
+
+def _feed(view: View, accumulator: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        source = view.source(inputs[0], y).detach()
+        with torch.autocast(y.device.type, enabled=False):  # the network's, not ours
+            for chunk in view.chunks(y, len(y)):
+                accumulator.add(view.rows(module, source[chunk]))
+
+    return hook
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Matrix products in true float32: TF32 keeps 10 bits, too few for small eigenvalues.
+
+    torch has two settings for this. Where the newer one was used alone, asking for the older one is an error.
+    """
+    newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in newer]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for setting, precision in zip(newer, before, strict=True):
+            setting.fp32_precision = precision
+
+
+def sum_moments(local: Mapping[str, Moments], world: World) -> dict[str, Moments]:
+    """Add every rank's moments, in place; rank 0's shift becomes everybody's.
+
+    Raises:
+        StatisticsError: see `collect_moments`.
+    """
+    shifts = [m.shift.clone() for m in local.values()]
+    world.broadcast_(*shifts)
+    moved = [m.moved_(shift) for m, shift in zip(local.values(), shifts, strict=True)]
+    world.sum_(*(t for m in moved for t in (m.count, m.total)))
+    world.sum_symmetric_(*(m.outer for m in moved))
+    summed = dict(zip(local, moved, strict=True))
+    for name, moments in summed.items():
+        require_finite(name, moments)
+    return summed
+
+
+def require_finite(name: str, moments: Moments) -> None:
+    """Refuse moments that would make an eigensolver answer nonsense (`eigh(inf)` does so silently).
+
+    Raises:
+        StatisticsError: see the message.
+    """
+    if not moments.count:
+        raise StatisticsError(f"{name}: no rows were seen; are there images in the statistics split?")
+    # A sum is not finite as soon as one term is not, and needs no memory.
+    if not torch.isfinite(moments.total.sum() + moments.outer.sum()):
+        raise StatisticsError(
+            f"{name}: its statistics hold NaN or infinity. Check the weights and the normalisation; "
+            f"with half precision, overflow is likely"
+        )

@@ -1,1 +1,0 @@
-"""Taking the compressed network away: other formats, and how fast it is."""

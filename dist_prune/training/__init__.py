@@ -1,0 +1,1 @@
+"""Training in lockstep, evaluation, and what each site loses alone."""

@@ -1,0 +1,126 @@
+"""Files that are whole or absent: written aside, flushed, renamed, with a checksum beside them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class CheckpointError(RuntimeError):
+    """A file that could not be written, or that is not what was written."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write; put it in the place of `path` only when the block ended well.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; what stood at `path` stays.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _flush(aside)
+        aside.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error
+    except RuntimeError as error:
+        # torch reports a full disk as "unexpected pos 704 vs 598".
+        if _is_full(path.parent) or "unexpected pos" in str(error):
+            raise CheckpointError(f"{path}: could not be written, {os.strerror(errno.ENOSPC)}") from error
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_full(folder: Path) -> bool:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize < 4096
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with replacing(path) as aside:
+        aside.write_text(text)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of the file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(path: Path, known: str = "") -> None:
+    """Write the file's checksum, if not `known`, beside it; without that, the file counts as unfinished."""
+    write_text(seal_of(path), f"{known or checksum(path)}  {path.name}\n")
+
+
+def seal_of(path: Path) -> Path:
+    """Where the checksum of a file stands."""
+    return path.with_name(path.name + ".sha256")
+
+
+def require_intact(path: Path) -> None:
+    """Compare the file with its checksum.
+
+    Raises:
+        CheckpointError: absent, unfinished, or changed since it was written.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    if not seal_of(path).is_file():
+        raise CheckpointError(f"{path}: has no {seal_of(path).name}; it was not written to the end")
+    expected = seal_of(path).read_text().split()[:1]
+    if [checksum(path)] != expected:
+        raise CheckpointError(f"{path}: its SHA-256 differs from the one in {seal_of(path).name}: damaged")
+
+
+# ── checkpoints of a run ───────────────────────────────────────────────────────────────────────────────────
+
+
+# ── the cache ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: $DIST_PRUNE_CACHE, else ~/.cache/dist_prune."""
+    given = os.environ.get("DIST_PRUNE_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "dist_prune"
+
+
+def name_of(key: list[str]) -> str:
+    """A short file name for everything that a cached file depends on."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the file is there as it was written."""
+    try:
+        require_intact(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a state dict with its checksum."""
+    with replacing(path) as aside:
+        torch.save(model.state_dict(), aside)
+    seal(path)

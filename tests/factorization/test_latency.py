@@ -1,0 +1,288 @@
+"""Times of sites: what is timed, at which shapes, how often, and what is kept."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_prune.config.recipes import parse
+from dist_prune.distributed.world import World
+from dist_prune.factorization import latency
+from dist_prune.factorization.budget import cheaper_ranks
+from dist_prune.factorization.latency import LatencyTable, Timing, candidates, input_shapes, measure, time_calls
+from dist_prune.factorization.planner import timed_planner
+from dist_prune.network.memory_format import channels_last
+from dist_prune.network.sites import Site, View, survey
+from dist_prune.run.job import load_network
+from tests.ranks import run_ranks
+from tests.spin import spin
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Module:
+    """Two convolutions of one shape, a third of another, and one that is called twice."""
+    torch.manual_seed(0)
+    twice = nn.Conv2d(8, 8, 3, padding=1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        Twice(twice),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+class Twice(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(nn.functional.max_pool2d(self.layer(x), 2))
+
+
+IMAGES = torch.zeros(4, 3, 8, 8)
+
+
+def ranks_of(model: nn.Module) -> dict[Site, np.ndarray]:
+    return {s: cheaper_ranks(View(s), 1) for s in survey(model, IMAGES[:1]).sites}
+
+
+class Clock:
+    """In the place of `time_calls`: remembers the outputs of what it was given; times are made up."""
+
+    def __init__(self) -> None:
+        self.timed: list[list[torch.Size]] = []
+        self.laid_out: list[bool] = []  # whether all outputs with height and width lay NHWC
+
+    def __call__(self, calls: list[Callable[[], torch.Tensor]], device: torch.device) -> list[int]:
+        assert device == CPU
+        outputs = [call() for call in calls]
+        self.timed.append([y.shape for y in outputs])
+        wide = [y for y in outputs if y.dim() == 4]
+        self.laid_out.append(all(y.is_contiguous(memory_format=torch.channels_last) for y in wide))
+        if len(calls) == 1:
+            return [10**6]
+        return [10**4 * (len(calls) - i) for i in range(len(calls))]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(latency, "time_calls", found)
+    return found
+
+
+def test_every_call_of_a_site_has_its_shape() -> None:
+    model = network()
+    shapes = input_shapes(model, survey(model, IMAGES[:1]).sites, IMAGES)
+    assert shapes["0"] == [(4, 3, 8, 8)]
+    assert shapes["3.layer"] == [(4, 8, 8, 8), (4, 8, 4, 4)]
+    assert shapes["6"] == [(4, 8)]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_equal_shapes_share_a_measurement_and_the_next_run_needs_none(clock: Clock, tmp_path: Path) -> None:
+    """The network, conv 0, convs 1 and 2 together, conv 3 at two sizes, the linear layer."""
+    model = network()
+    first = measure(model, ranks_of(model), IMAGES, tmp_path)
+    assert len(clock.timed) == 6
+    assert first.sites["1"] == first.sites["2"]
+    assert measure(model, ranks_of(model), IMAGES, tmp_path) == first
+    assert len(clock.timed) == 6
+
+
+def test_the_real_shapes_are_timed_dense_and_factored(clock: Clock, tmp_path: Path) -> None:
+    model = network()
+    table = measure(model, ranks_of(model), IMAGES, tmp_path)
+    assert clock.timed[0] == [(4, 5)]
+    assert all(shape == (4, 8, 8, 8) for shape in clock.timed[1])
+    pairs = len(candidates(cheaper_ranks(View(survey(model, IMAGES[:1]).sites[0]), 1)))
+    assert len(clock.timed[1]) == 1 + pairs == 1 + len(table.sites["0"].pairs)
+
+
+def test_the_layout_of_the_network_is_the_one_that_is_timed(clock: Clock, tmp_path: Path) -> None:
+    model = network()
+    plain = measure(model, ranks_of(model), IMAGES, tmp_path)
+    assert clock.laid_out == [True, *[False] * 4, True], "no output of the first and the last has a height"
+    measure(channels_last(model), ranks_of(model), IMAGES, tmp_path)
+    assert clock.laid_out[6:] == [True] * 6, "measured anew"
+    assert measure(model, ranks_of(model), IMAGES, tmp_path) == plain and len(clock.timed) == 12
+
+
+def test_a_site_called_twice_takes_the_sum(clock: Clock, tmp_path: Path) -> None:
+    model = network()
+    table = measure(model, ranks_of(model), IMAGES, tmp_path)
+    once, twice = table.sites["1"], table.sites["3.layer"]
+    assert (twice.dense, twice.pairs) == (2 * once.dense, tuple(2 * pair for pair in once.pairs))
+
+
+def test_other_circumstances_are_measured_anew(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+
+    def measured_again(images: torch.Tensor = IMAGES, round_to: int = 1) -> int:
+        before = len(clock.timed)
+        ranks = {s: cheaper_ranks(View(s), round_to) for s in survey(model, images[:1]).sites}
+        measure(model, ranks, images, tmp_path)
+        return len(clock.timed) - before
+
+    assert measured_again() == 6
+    assert measured_again() == 0
+    assert measured_again(images=torch.zeros(5, 3, 8, 8)) == 6
+    assert measured_again(images=torch.zeros(4, 3, 10, 10)) == 5  # the linear layer sees no difference
+    assert measured_again(round_to=2) == 5  # the whole network has no rank
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert measured_again() == 6
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert measured_again() == 6
+    model.double()
+    assert measured_again(images=IMAGES.double()) == 6
+
+
+def test_a_damaged_file_is_measured_anew(clock: Clock, tmp_path: Path) -> None:
+    model = network()
+    first = measure(model, ranks_of(model), IMAGES, tmp_path)
+    files = sorted(tmp_path.iterdir())
+    files[0].write_text("{")
+    files[1].write_text(json.dumps({"key": ["another"], "dense": 1, "ranks": [], "pairs": []}))
+    assert measure(model, ranks_of(model), IMAGES, tmp_path) == first
+    assert len(clock.timed) == 8
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_a_few_ranks_stand_for_all() -> None:
+    assert candidates(np.arange(8, 801, 8)) == (8, 120, 232, 344, 464, 576, 688, 800)
+    assert candidates(np.arange(1, 6)) == (1, 2, 3, 4, 5)
+    assert candidates(np.arange(0)) == ()
+
+
+TABLE = LatencyTable(1000, {"a": Timing(400, (2, 4, 8), (100, 200, 300)), "b": Timing(200)})
+
+
+def test_between_measured_ranks_times_lie_on_a_line() -> None:
+    assert TABLE.pair("a", np.array([2, 3, 4, 5, 8])).tolist() == [100, 150, 200, 225, 300]
+    assert TABLE.pair("b", np.arange(0)).tolist() == []
+    assert TABLE.predicted({"a": 3}) == 1000 - 400 + 150
+    assert TABLE.predicted({}) == 1000
+
+
+def test_layers_that_sum_to_more_than_the_pass_are_scaled_to_it() -> None:
+    table = LatencyTable(300, TABLE.sites)
+    assert (table.dense("a"), table.dense("b")) == (200, 100)
+    assert table.pair("a", np.array([4])).tolist() == [100]
+    assert table.predicted({"a": 4}) == 200
+
+
+def test_samples_are_taken_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "SHAPE_S", 0.0)
+    order = []
+
+    def worker(name: str, ms: float) -> Callable[[], None]:
+        def call() -> None:
+            order.append(name)
+            spin(1e-3 * (20 if len(order) < 4 else ms))  # the first calls are slow
+
+        return call
+
+    fast, slow = time_calls([worker("f", 3), worker("s", 6)], CPU)
+    assert 3e6 <= fast < slow
+    assert slow >= 6e6
+    assert "".join(order) == "fff" + "sss" + "fs" + "fsfsfs"
+
+
+def test_short_calls_are_timed_several_in_a_row() -> None:
+    count = 0
+
+    def call() -> None:
+        nonlocal count
+        count += 1
+
+    (spent,) = time_calls([call], CPU)
+    assert count > 100
+    assert spent < 10**5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_thread_is_not_charged_for_what_others_do(threads: int) -> None:
+    """A wait stands for them. Where several threads share the work, only the wall's clock sees all of it."""
+    torch.set_num_threads(threads)
+    try:
+        (spent,) = time_calls([lambda: time.sleep(0.02)], CPU)
+    finally:
+        torch.set_num_threads(1)
+    assert (spent >= 2e7) == (threads > 1)
+
+
+def test_wider_pairs_take_longer_and_the_network_more_than_its_layers(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3), nn.Flatten(), nn.Linear(128 * 144, 2))
+    images = torch.zeros(4, 3, 16, 16)
+    site = survey(model, images[:1]).sites[1]
+    table = measure(model, {site: cheaper_ranks(View(site), 8)}, images, tmp_path)
+    timing = table.sites["1"]
+    assert timing.pairs[0] < timing.pairs[-1]
+    assert timing.pairs[0] < timing.dense < table.whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "step"),
+    [
+        (("--ranks", "budget:macs=0.5"), 1),
+        (("--ranks", "budget:latency=0.5"), 16),
+        (("--ranks", "budget:latency=0.5", "--round-to", "3"), 3),
+    ],
+)
+def test_where_time_counts_ranks_fill_a_processor_s_registers(
+    clock: Clock, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: tuple[str, ...], step: int
+) -> None:
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
+    model, run = network(), parse(["digits", *flags])
+    assert timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1]).round_to == step
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_in_channels_last_has_its_times_in_that_layout(
+    clock: Clock, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: bool
+) -> None:
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
+    words = ["cifar10", "--ranks", "budget:latency=0.5", "--eval-batch-size", "2"]
+    run = parse([*words, *(["--channels-last"] if last else [])])
+    model, found = load_network(run, world)
+    timed_planner(run, model, found, world, torch.randn(1, 3, 32, 32))
+    assert clock.laid_out[1] == last
+
+
+def first_rank_only(world: World, folder: str) -> tuple[LatencyTable, int]:
+    clock = Clock()
+    clock_was, latency.time_calls = latency.time_calls, clock  # type: ignore[assignment]
+    cache_was, latency.cache_folder = latency.cache_folder, lambda: Path(folder)
+    try:
+        model = network()
+        run = parse(["digits", "--ranks", "budget:latency=0.5", "--eval-batch-size", "4"])
+        planner = timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1])
+    finally:
+        latency.time_calls, latency.cache_folder = clock_was, cache_was
+    assert planner.latency is not None and planner.batch == 4
+    return planner.latency, len(clock.timed)
+
+
+def test_one_rank_measures_for_all(tmp_path: Path) -> None:
+    (first, measured), (second, not_measured) = run_ranks(first_rank_only, 2, str(tmp_path))
+    assert first == second
+    assert (measured, not_measured) == (6, 0)
+
+
+def test_other_rules_measure_nothing(clock: Clock, world: World) -> None:
+    model = network()
+    run = parse(["digits", "--ranks", "budget:macs=0.5"])
+    assert timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1]).latency is None
+    assert clock.timed == []
