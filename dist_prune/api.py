@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import CompressionConfig, CorrectionConfig, Method, MethodConfig, Run, Side
 from dist_prune.correction import correct as correction
-from dist_prune.correction.correct import Calibration, divergence, judged, require_deterministic
+from dist_prune.correction.correct import Calibration, divergence, holdout_logits, require_deterministic
 from dist_prune.data.loader import Batch
-from dist_prune.distributed.launch_env import Place
+from dist_prune.distributed.launch_env import LaunchEnv
 from dist_prune.distributed.world import World, joined
 from dist_prune.factorization.bases import solve
 from dist_prune.factorization.plan import Cost, Plan, cost
@@ -80,7 +80,7 @@ def compress(
         method: as `--method`: where the directions to keep come from; `gradient` needs labels.
         side: of a layer, whose directions are kept.
         sites: as `--sites`: which layers.
-        correct: as `--correct`: whether the layers are solved anew against the given network.
+        correct: as `--correct`: whether the layers are solved again against the given network.
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
         round_to: ranks are multiples of this; 0: as `--round-to`.
@@ -102,7 +102,7 @@ def compress(
     )
     given = list(gathered(batches))
     device = next(model.parameters()).device
-    alone = Place(0, 1, device.index or 0, "", "single")
+    alone = LaunchEnv(0, 1, device.index or 0, "", "single")
     with joined(device.type, place=alone) as world:
         return _compress(run, model, Kept(tuple(given), device), world)
 
@@ -129,7 +129,7 @@ class Kept:
                 yield Batch(*parts)
 
     def calibration(self, count: int) -> Calibration:
-        """As many images, spread evenly; they are numbered anew."""
+        """As many images, spread evenly; they are numbered again."""
         pixels = torch.cat([b.images for b in self.batches])
         chosen = torch.arange(min(count, len(pixels))) * len(pixels) // min(count, len(pixels))
         size = max(len(b.images) for b in self.batches)
@@ -199,14 +199,14 @@ def _compress(run: Run, model: nn.Module, given: Kept, world: World) -> Compress
     if run.correction.correct != "none":
         require_deterministic(model, probe, world)
     sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed)
-    for told in statistics.warnings(sums, found.sites, basis, given.count):
-        warnings.warn(told, stacklevel=3)
+    for text in statistics.warnings(sums, found.sites, basis, given.count):
+        warnings.warn(text, stacklevel=3)
     bases = solve(model, found.sites, sums, basis, run.seed, world)
     plan = plans.plan(spectra_of(bases, basis))
     network = project(model, found.sites, bases, plan, basis.side).eval()
     before, after = corrected(run, model, network, everything, given, world)
     unit = unit_of(basis)
-    dense, table = Cost(found.macs, found.params), plans.told(plan, {}, unit)
+    dense, table = Cost(found.macs, found.params), plans.format_table(plan, {}, unit)
     return Compression(network, plan, dense, cost(found, plan), plan.loss, unit, before, after, table)
 
 
@@ -217,9 +217,9 @@ def corrected(
     images = given.calibration(run.correction.calibrate_images)
     if run.correction.correct == "none":
         with evaluating(model), evaluating(network):
-            before = divergence(network, judged(model, images), images.prepare, world)
+            before = divergence(network, holdout_logits(model, images), images.prepare, world)
         return before, before
     result = correction.correct(model, network, everything, images, run.correction, run.seed, world)
-    for told in result.notes:
-        warnings.warn(told, stacklevel=4)
+    for text in result.notes:
+        warnings.warn(text, stacklevel=4)
     return result.before, result.kept.kl if result.kept else result.before

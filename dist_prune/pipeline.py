@@ -17,7 +17,7 @@ from dist_prune.config.run import CorrectionConfig, Run, require_complete, to_di
 from dist_prune.config.training import TuningConfig
 from dist_prune.correction import batchnorm
 from dist_prune.correction import correct as correction
-from dist_prune.data.loader import Everything, evaluation_stream, normalise
+from dist_prune.data.loader import Unsharded, evaluation_stream, normalise
 from dist_prune.distributed.preemption import Preempted, listening, restarts
 from dist_prune.distributed.world import fingerprint, joined
 from dist_prune.factorization.project import balance
@@ -25,7 +25,7 @@ from dist_prune.factorization.spectra import unit_of
 from dist_prune.network import models
 from dist_prune.reporting.progress import Course
 from dist_prune.reporting.report import Report
-from dist_prune.run.checkpointing import Standing
+from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.compress import gather, stages
 from dist_prune.run.distill import distill
 from dist_prune.run.finish import finish, finished
@@ -108,10 +108,10 @@ def compress_and_tune(job: Job) -> None:
     train_dense(job)
     for name, work in story(job):
         if name not in job.done:
-            job.keeper.stage = name
+            job.checkpoints.stage = name
             work(job)
             job.done.append(name)
-            job.keeper.close()
+            job.checkpoints.close()
     if job.config.until == "end":
         finish(job)
 
@@ -169,7 +169,7 @@ def train_dense(job: Job) -> None:
         job.report.say(f"dense weights from {cached}")
         job.dense.load_state_dict(models.read_weights(config.network.arch, config.network.classes, str(cached)))
         return
-    job.keeper.stage = "pretrain"
+    job.checkpoints.stage = "pretrain"
     with job.report.phase("pretrain"):
         train(job, job.dense, config.pretrain, "pretrain")
     job.world.from_first(lambda: files.save_weights(cached, job.dense))
@@ -180,8 +180,8 @@ def baseline(job: Job) -> None:
     """The dense network on the validation images: figures, and logits for the divergence."""
     job.world.require_same("parameters (dense)", fingerprint(job.dense))
     with job.report.phase("baseline"):
-        metrics = judged(job, "dense", job.reference)
-    told(job, "dense", metrics)
+        metrics = evaluate_and_record(job, "dense", job.reference)
+    log_metrics(job, "dense", metrics)
 
 
 def measured(stage: str) -> Callable[[Job], None]:
@@ -191,13 +191,13 @@ def measured(stage: str) -> Callable[[Job], None]:
         job.world.require_same(f"parameters ({stage})", fingerprint(job.compressed))
         with job.report.phase(f"evaluate {stage}"):
             found = predict(job.compressed, watched_validation(job))
-            metrics = judged(job, stage, found, job.reference)
-        told(job, stage, metrics)
+            metrics = evaluate_and_record(job, stage, found, job.reference)
+        log_metrics(job, stage, metrics)
 
     return measure
 
 
-def judged(job: Job, stage: str, found: Predictions, dense: Predictions | None = None) -> Metrics:
+def evaluate_and_record(job: Job, stage: str, found: Predictions, dense: Predictions | None = None) -> Metrics:
     """Metrics over all ranks; which images were got right is kept."""
     images = len(job.dataset.val)
     metrics = score(found, images, job.world, dense)
@@ -205,7 +205,7 @@ def judged(job: Job, stage: str, found: Predictions, dense: Predictions | None =
     return metrics
 
 
-def told(job: Job, stage: str, metrics: Metrics) -> None:
+def log_metrics(job: Job, stage: str, metrics: Metrics) -> None:
     """Keep the figures: one line for people, one point on the curves."""
     job.metrics[stage] = metrics
     step, dense = STAGES.index(stage), job.metrics["dense"].top1
@@ -222,7 +222,7 @@ def measure_alone(job: Job) -> None:
     """What each site loses by itself, next to what was predicted."""
     images, split = job.config.images, statistics_split(job, SITE_IMAGES)
     with job.report.phase("measure sites"):
-        everything = Everything(job.world.device, job.world.local_rank)
+        everything = Unsharded(job.world.device, job.world.local_rank)
         stream = evaluation_stream(split, images.image, everything, images.eval_batch_size, images.threads)
         decoded = list(stream.raw())
         losses = sensitivity.measure_sites(
@@ -234,19 +234,19 @@ def measure_alone(job: Job) -> None:
             lambda names: job.report.meter.along(names, len(names), unit="layer"),
         )
     unit = unit_of(job.config.compression.basis)
-    job.report.say(sensitivity.told(losses, unit))
+    job.report.say(sensitivity.format_summary(losses, unit))
     path = job.folder / sensitivity.SITES
     job.world.from_first(lambda: sensitivity.save(path, losses, unit, len(split)))
     job.report.predictions([asdict(loss) for loss in losses], unit)
 
 
 def correct(job: Job) -> None:
-    """Solve the sites anew against the dense network, in place."""
+    """Solve the sites again against the dense network, in place."""
     settings, seed = job.config.correction, job.config.seed
     with job.report.phase("correction"):
         images = correction.decode(unlabelled_stream(job), settings.mirrored)
         course = correction.Course()
-        if (left := job.keeper.resumed()) is not None:
+        if (left := job.checkpoints.resumed()) is not None:
             course.restore(left.common)
         sites = len(correction.solvable(job.compressed, job.everything, settings))
         shown = job.report.meter.course(sites * len(settings.dampings), solved(course), "layer")
@@ -255,18 +255,18 @@ def correct(job: Job) -> None:
             job.dense, job.compressed, job.everything, images, settings, seed, job.world, course
         )
         shown.close()
-    job.report.say(correction.told(result))
+    job.report.say(correction.format_summary(result))
     for concern in correction.concerns(result):
         job.report.warn(concern)
 
 
 def reestimate(job: Job) -> None:
-    """Take batch norm's statistics anew, in place."""
+    """Take batch norm's statistics again, in place."""
     with job.report.phase("batch norm"):
         images = correction.decode(unlabelled_stream(job), mirrored=False)
         memory = job.config.correction.calibration_bytes
         result = batchnorm.reestimate(job.dense, job.compressed, images, memory, job.world)
-    job.report.say(batchnorm.told(result))
+    job.report.say(batchnorm.format_summary(result))
 
 
 def solved(course: correction.Course) -> int:
@@ -279,11 +279,11 @@ def pause_between_sites(job: Job, course: correction.Course, shown: Course) -> N
     number, trial, last = solved(course), len(course.trials) + 1, course.outcomes[-1]
     shown.step()
     job.report.scalars("calibration", len(course.outcomes), {f"trial {trial}": last.tried[last.chosen]})
-    standing = Standing(f"site {number} of trial {trial}", course.state())
+    standing = ResumePoint(f"site {number} of trial {trial}", course.state())
     if number % SITE_GROUP:
-        job.keeper.pause(lambda: standing)
+        job.checkpoints.pause(lambda: standing)
     else:
-        job.keeper.close(standing)
+        job.checkpoints.close(standing)
 
 
 def distill_further(job: Job) -> None:

@@ -32,10 +32,10 @@ def require_browser() -> tuple[str, str]:
     found = shutil.which("chromium"), shutil.which("chromedriver")
     if found[0] and found[1]:
         return found[0], found[1]
-    told = "no chromium and chromedriver here: apt-get install chromium chromium-driver"
+    text = "no chromium and chromedriver here: apt-get install chromium chromium-driver"
     if os.environ.get("REQUIRE_BROWSER"):
-        pytest.fail(told)
-    pytest.skip(told)
+        pytest.fail(text)
+    pytest.skip(text)
 
 
 class Browser:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_prune.distributed.launch_env import Place
+from dist_prune.distributed.launch_env import LaunchEnv
 from dist_prune.distributed.world import World, joined
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def run_ranks(
     context = _context()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        places = [Place(r, size, r, address or f"file://{folder}/meet", "torchrun") for r in range(size)]
+        places = [LaunchEnv(r, size, r, address or f"file://{folder}/meet", "torchrun") for r in range(size)]
         processes = [
             context.Process(target=_run_rank, args=(function, place, timeout_s, folder, args, joins))
             for place in places
@@ -95,7 +95,7 @@ def in_turn(world: World, functions: Sequence[Callable[[World], object]]) -> lis
 
 def _run_rank(
     function: Callable[..., Any],
-    place: Place,
+    place: LaunchEnv,
     timeout_s: float,
     folder: Path,
     args: tuple[object, ...],

@@ -34,8 +34,8 @@ def run_cells(folder: str) -> None:
 def test_its_code_runs_and_draws(bench: Bench, tmp_path: Path) -> None:
     done = bench.commands.succeed(tmp_path, function="tests.test_notebook:run_cells", ranks=0)
     assert "MACs" in done.out and "held-out KL" in done.out
-    (told,) = [line for line in done.out.splitlines() if line.startswith("accuracy")]
-    before, after = (float(word) for word in told.split() if word.replace(".", "").isdigit())
+    (text,) = [line for line in done.out.splitlines() if line.startswith("accuracy")]
+    before, after = (float(word) for word in text.split() if word.replace(".", "").isdigit())
     assert before > 93 and after > before - 3
     assert len(list(tmp_path.glob("*.png"))) == 3
 

@@ -102,8 +102,8 @@ def test_tensorboard_shows_the_run(runs: dict[int, Path]) -> None:
     assert set(tags["scalars"]) >= scalars | {f"layer/{site}/rank" for site in SITES}
     assert set(tags["images"]) >= {f"layer/{site}/spectrum" for site in SITES}
     shown = {event.step: event.value for event in found.Scalars("val/top1")}
-    told = {step: result[stage]["top1"] for step, stage in enumerate(STAGES) if result[stage]}
-    assert shown == pytest.approx(told)
+    text = {step: result[stage]["top1"] for step, stage in enumerate(STAGES) if result[stage]}
+    assert shown == pytest.approx(text)
     assert [found.Scalars(f"layer/{site}/rank")[0].value for site in SITES] == [c / 2 for c in SITES.values()]
     assert found.Images("layer/5/spectrum")[0].width > 100
     assert found.Scalars("final/top1")[0].value == pytest.approx(result["tuned"]["top1"])

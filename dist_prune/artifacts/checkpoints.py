@@ -79,9 +79,9 @@ def newest(folder: Path, world: World, whole: bool = False) -> tuple[Snapshot | 
             raise
         except CheckpointError as error:
             found, problem = None, str(error)
-        if not any(told := world.gather(problem)):
+        if not any(text := world.gather(problem)):
             return found, problems
-        problems.append(next(filter(None, told)))
+        problems.append(next(filter(None, text)))
         world.from_first(lambda path=path: _set_aside(path))  # type: ignore[misc]
     return None, problems
 

@@ -75,7 +75,7 @@ class Lock:
         return False
 
     def _read(self) -> dict[str, Any]:
-        """What the owner wrote last; opened anew each time, as network file systems compare then."""
+        """What the owner wrote last; opened again each time, as network file systems compare then."""
         with suppress(OSError, ValueError):
             found = json.loads(self._owner.read_text())
             return found if isinstance(found, dict) else {}

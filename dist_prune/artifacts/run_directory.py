@@ -82,11 +82,11 @@ def require_free(folder: Path, config: Run) -> None:
         )
     changed = changes(json.loads((folder / CONFIG).read_text())["run"], to_dict(config))
     if config.reshard:
-        changed = {name: told for name, told in changed.items() if name.rpartition(".")[2] not in PER_RANK}
+        changed = {name: text for name, text in changed.items() if name.rpartition(".")[2] not in PER_RANK}
     if changed:
         hint = "; --reshard allows this" if all(name.rpartition(".")[2] in PER_RANK for name in changed) else ""
-        told = "; ".join(changed.values())
-        raise CheckpointError(f"--resume: {folder} was started with other settings: {told}{hint}")
+        text = "; ".join(changed.values())
+        raise CheckpointError(f"--resume: {folder} was started with other settings: {text}{hint}")
 
 
 def require_writable(folder: Path) -> None:

@@ -28,9 +28,9 @@ from dist_prune.config.help import Program
 from dist_prune.config.recipes import given, parse
 from dist_prune.config.run import Run
 from dist_prune.data.dataset import Split, check_files, damaged, decode_fault, find_faults
-from dist_prune.data.loader import Everything, evaluation_stream
+from dist_prune.data.loader import Unsharded, evaluation_stream
 from dist_prune.data.timm_images import adapted
-from dist_prune.distributed.launch_env import find_place
+from dist_prune.distributed.launch_env import find_launch_env
 from dist_prune.distributed.world import RankError, World, joined
 from dist_prune.network import models
 from dist_prune.run.job import load_network, open_images, open_unlabelled, require_classes
@@ -61,7 +61,7 @@ class Finding:
 
     subject: str
     verdict: Verdict
-    told: str
+    text: str
     advice: str = ""
 
 
@@ -70,7 +70,7 @@ Look = Callable[[Run, World], Iterator[Finding]]
 
 def main(words: Sequence[str]) -> int:
     """Look at everything; 1 if anything fails, else 0."""
-    first = find_place(os.environ).rank == 0
+    first = find_launch_env(os.environ).rank == 0
     config, verdicts = adapted(parse(words, not first, CHECK), given(words)), set[Verdict]()
     with joined(config.device, config.timeout) as world:
         for subject, look in LOOKS.items():
@@ -102,14 +102,14 @@ def agreed(found: Sequence[Finding], world: World) -> list[Finding]:
         for finding in findings:
             known = worst.get(finding.subject)
             if known is None or SEVERITY.index(finding.verdict) > SEVERITY.index(known.verdict):
-                told = f"rank {rank}: {finding.told}" if rank else finding.told
-                worst[finding.subject] = replace(finding, told=told)
+                text = f"rank {rank}: {finding.text}" if rank else finding.text
+                worst[finding.subject] = replace(finding, text=text)
     return list(worst.values())
 
 
 def shown(finding: Finding, width: int) -> str:
     """A finding in lines of at most `width` columns."""
-    lines = [hanging(f"{finding.verdict:4}  {finding.subject}", finding.told, 22, width)]
+    lines = [hanging(f"{finding.verdict:4}  {finding.subject}", finding.text, 22, width)]
     if finding.advice and finding.verdict != "ok":
         lines.append(hanging("", f"→ {finding.advice}", 22, width))
     return "\n".join(lines)
@@ -120,20 +120,20 @@ def shown(finding: Finding, width: int) -> str:
 
 def packages(config: Run, world: World) -> Iterator[Finding]:
     """Versions, against those that this version was made for."""
-    told = [f"Python {platform.python_version()}"]
+    text = [f"Python {platform.python_version()}"]
     for requirement in requirements():
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             version = ""
         if requirement.specifier.contains(version or "0", prereleases=True):
-            told.append(f"{requirement.name} {version}")
+            text.append(f"{requirement.name} {version}")
         else:
             found = f"{version} where {requirement.specifier} is expected" if version else "not installed"
             yield Finding(
                 requirement.name, "fail", found, f"pip install '{requirement.name}{requirement.specifier}'"
             )
-    yield Finding("packages", "ok", ", ".join(told))
+    yield Finding("packages", "ok", ", ".join(text))
 
 
 def requirements() -> list[Requirement]:
@@ -149,14 +149,14 @@ def devices(config: Run, world: World) -> Iterator[Finding]:
     """The device of this rank, and whether it can do what training is asked to."""
     if world.device.type == "cuda":
         free, whole = (number / 2**30 for number in torch.cuda.mem_get_info(world.device))
-        told = f"{torch.cuda.get_device_name(world.device)}, {free:.0f} of {whole:.0f} GiB free"
+        text = f"{torch.cuda.get_device_name(world.device)}, {free:.0f} of {whole:.0f} GiB free"
         crowded = free < whole / 2
-        yield Finding("device", "warn" if crowded else "ok", told, "another process uses this GPU: see nvidia-smi")
+        yield Finding("device", "warn" if crowded else "ok", text, "another process uses this GPU: see nvidia-smi")
     else:
-        told = f"CPU, {len(os.sched_getaffinity(0))} cores for {world.size} rank(s) on {socket.gethostname()}"
+        text = f"CPU, {len(os.sched_getaffinity(0))} cores for {world.size} rank(s) on {socket.gethostname()}"
         meant = config.device == "cpu"
         advice = "no GPU is seen: ask the scheduler for one; --device cpu says that none is meant"
-        yield Finding("device", "ok" if meant else "warn", told, advice)
+        yield Finding("device", "ok" if meant else "warn", text, advice)
     for settings in (config.tuning, config.pretrain):
         require_possible(settings, world.device)
 
@@ -172,8 +172,8 @@ def ranks(config: Run, world: World) -> Iterator[Finding]:
     sound = total == numbers.numel() * world.size * (world.size + 1) / 2
     backend = "NCCL" if world.device.type == "cuda" else "gloo"
     hosts = len(set(world.gather(socket.gethostname())))
-    told = f"{world.size} on {hosts} node(s), {backend}: 16 MiB summed in {took:.3f} s"
-    yield Finding("ranks", "ok" if sound else "fail", told if sound else f"{told}, wrongly", "see NCCL_DEBUG=INFO")
+    text = f"{world.size} on {hosts} node(s), {backend}: 16 MiB summed in {took:.3f} s"
+    yield Finding("ranks", "ok" if sound else "fail", text if sound else f"{text}, wrongly", "see NCCL_DEBUG=INFO")
 
 
 def decoding(config: Run, world: World) -> Iterator[Finding]:
@@ -184,12 +184,12 @@ def decoding(config: Run, world: World) -> Iterator[Finding]:
         Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1).astype(np.uint8)).save(path, quality=95)
         split = Split(Path(folder), (), (path.name,), (-1,))
         spec = replace(config.images.image, resize=0, crop=32)
-        here = Everything(world.device, world.local_rank)
+        here = Unsharded(world.device, world.local_rank)
         (batch,) = evaluation_stream(split, spec, here, 1, 1).raw()
         expected = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     off = (batch.images[0].cpu().float() - expected).abs().max().item()
-    told = f"decodes JPEG on {world.device.type}, {off:.0f} of 255 off Pillow"
-    yield Finding("DALI", "ok" if off <= 16 else "fail", told, "reinstall nvidia-dali-cuda120")
+    text = f"decodes JPEG on {world.device.type}, {off:.0f} of 255 off Pillow"
+    yield Finding("DALI", "ok" if off <= 16 else "fail", text, "reinstall nvidia-dali-cuda120")
 
 
 # ── folders ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,8 +203,8 @@ def space(config: Run, world: World) -> Iterator[Finding]:
         name = "DIST_PRUNE_CACHE" if subject.endswith("cache") else "--run-dir"
         advice = f"make room, or name another place with {name}"
         writable = os.access(folder, os.W_OK)
-        told = f"{free:.1f} GB free in {folder}{'' if writable else ', which cannot be written'}"
-        yield Finding(subject, verdict if writable else "fail", told, advice)
+        text = f"{free:.1f} GB free in {folder}{'' if writable else ', which cannot be written'}"
+        yield Finding(subject, verdict if writable else "fail", text, advice)
 
 
 def run_folder(config: Run, world: World) -> Iterator[Finding]:
@@ -230,10 +230,10 @@ def shared(config: Run, world: World) -> Iterator[Finding]:
         if world.is_first:
             shutil.rmtree(folder, ignore_errors=True)
     advice = "name a folder that all nodes share and may write to: --run-dir"
-    told = f"{parent}: written, flushed, renamed, seen by {world.size} rank(s)"
+    text = f"{parent}: written, flushed, renamed, seen by {world.size} rank(s)"
     if absent:
-        told = f"{socket.gethostname()} does not see in {parent} what ranks {absent} wrote"
-    yield Finding("shared folder", "fail" if mine or absent else "ok", mine or told, advice)
+        text = f"{socket.gethostname()} does not see in {parent} what ranks {absent} wrote"
+    yield Finding("shared folder", "fail" if mine or absent else "ok", mine or text, advice)
     advice = "owner.json alone tells two runs in one directory apart, which takes some seconds"
     yield Finding("locks", "warn" if hole else "ok", hole or f"{parent}: kept out of what another holds", advice)
 
@@ -257,7 +257,7 @@ def _unseen(folder: Path, size: int) -> list[int]:
     """Ranks whose file does not show up here."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        names = {path.name for path in folder.iterdir()}  # listed anew, as network file systems keep old answers
+        names = {path.name for path in folder.iterdir()}  # listed again, as network file systems keep old answers
         absent = [rank for rank in range(size) if f"{rank}.txt" not in names]
         if not absent or time.monotonic() > deadline:
             return absent
@@ -320,10 +320,10 @@ def weights(config: Run, world: World) -> Iterator[Finding]:
     network, epochs = config.network, config.pretrain.epochs
     missing = models.missing_weights(network.arch, network.weights)
     if network.weights == "none":
-        told = (
+        text = (
             f"none: the network is trained first, {epochs} epochs" if epochs else "none, and no --pretrain.epochs"
         )
-        yield Finding("weights", "ok" if epochs else "fail", told, "give --weights FILE, or --pretrain.epochs N")
+        yield Finding("weights", "ok" if epochs else "fail", text, "give --weights FILE, or --pretrain.epochs N")
     elif missing:
         advice = f"where compute nodes have no network, fetch {missing} and give --weights FILE"
         yield Finding("weights", "warn", f"{network.weights} will be downloaded", advice)
@@ -332,8 +332,8 @@ def weights(config: Run, world: World) -> Iterator[Finding]:
     if network.weights != "none" and not missing:
         yield Finding("weights", "ok", f"{network.weights} fits {network.arch}")
     chosen = len(everything.select(config.compression.sites).sites)
-    told = f"{network.arch}: {everything.params / 1e6:.2f} M parameters, {everything.macs / 1e6:.1f} M MACs, "
-    yield Finding("network", "ok", f"{told}{chosen} of {len(everything.sites)} layers chosen by --sites")
+    text = f"{network.arch}: {everything.params / 1e6:.2f} M parameters, {everything.macs / 1e6:.1f} M MACs, "
+    yield Finding("network", "ok", f"{text}{chosen} of {len(everything.sites)} layers chosen by --sites")
 
 
 LOOKS: dict[str, Look] = {

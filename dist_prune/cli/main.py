@@ -14,7 +14,7 @@ from dist_prune.config.recipe_files import to_toml
 from dist_prune.config.recipes import LOCAL, given, parse
 from dist_prune.config.run import Run
 from dist_prune.data.timm_images import adapted
-from dist_prune.distributed.launch_env import find_place
+from dist_prune.distributed.launch_env import find_launch_env
 from dist_prune.distributed.preemption import PREEMPTED, STUCK, NoProgressError, Preempted
 from dist_prune.distributed.world import RankError
 from dist_prune.pipeline import WorkError, run
@@ -64,7 +64,7 @@ def exit_code(work: Callable[[bool], int]) -> int:
     first = True
     without_colours(os.environ)
     try:
-        first = find_place(os.environ).rank == 0
+        first = find_launch_env(os.environ).rank == 0
         return work(first)
     except Preempted as reason:
         return _failed(reason, PREEMPTED, first)

@@ -56,11 +56,11 @@ def gather(sweep: Sweep) -> str:
     write_text(sweep.folder / "results.csv", as_csv(found))
     with replacing(sweep.folder / "pareto.png") as aside:
         picture(found).savefig(aside, format="png", dpi=150)
-    told = as_table(found) + over_seeds(found)
-    write_text(sweep.folder / "results.txt", told + "\n")
+    text = as_table(found) + over_seeds(found)
+    write_text(sweep.folder / "results.txt", text + "\n")
     missing = len(sweep.combinations) - len(found)
     rest = f"; {missing} of {len(sweep.combinations)} runs are not finished" if missing else ""
-    return f"{told}\nwritten to {sweep.folder}: results.csv, results.txt, pareto.png{rest}"
+    return f"{text}\nwritten to {sweep.folder}: results.csv, results.txt, pareto.png{rest}"
 
 
 def as_table(found: Sequence[Outcome]) -> str:

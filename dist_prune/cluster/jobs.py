@@ -78,8 +78,8 @@ class Gather:
 def is_wanted(environ: Mapping[str, str]) -> bool:
     """Whether the job that this process belongs to is to go on: SLURM counts a cancelled one as not running."""
     job = environ.get("SLURM_JOB_ID") if environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
-    told = "" if job is None else _asked("scontrol", "show", "job", "-o", job)
-    return job is None or re.search(r"JobState=(RUNNING|SIGNALING) ", told) is not None
+    text = "" if job is None else _asked("scontrol", "show", "job", "-o", job)
+    return job is None or re.search(r"JobState=(RUNNING|SIGNALING) ", text) is not None
 
 
 # ── the files that jobs need ───────────────────────────────────────────────────────────────────────────────
@@ -167,8 +167,8 @@ def submit(
     try:
         jobs = executor.submit_array(functions) if len(functions) > 1 else [executor.submit(functions[0])]
     except Exception as error:  # submitit's own kinds, which hold the words of sbatch
-        told = re.findall(r"sbatch: (?:error: )?(.*)", str(error))
-        raise ConfigError(f"sbatch refused: {'; '.join(dict.fromkeys(told)) or error}") from error
+        text = re.findall(r"sbatch: (?:error: )?(.*)", str(error))
+        raise ConfigError(f"sbatch refused: {'; '.join(dict.fromkeys(text)) or error}") from error
     return [str(job.job_id) for job in jobs]
 
 
@@ -205,8 +205,8 @@ def _asked(*words: str, required: bool = False) -> str:
         return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         if required:
-            told = getattr(error, "stderr", "") or error
-            raise ConfigError(f"{words[0]} failed: {str(told).strip()}") from error
+            message = getattr(error, "stderr", "") or error
+            raise ConfigError(f"{words[0]} failed: {str(message).strip()}") from error
         return ""
 
 
@@ -244,7 +244,7 @@ class Book:
         return {task.name: state(task) for task in tasks}
 
     def reason(self, task: Task) -> str:
-        """The last error that any rank of a task told, else its last words."""
+        """The last error that any rank of a task text, else its last words."""
         job = self.jobs().get(task.name, "")
         lines = (
             [line for path in sorted(self.logs.glob(f"{job}_*_log.err")) for line in _lines(path)] if job else []

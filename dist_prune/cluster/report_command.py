@@ -1,4 +1,4 @@
-"""`dist-prune report`: a run's page drawn anew from its files, or one page over several runs."""
+"""`dist-prune report`: a run's page drawn again from its files, or one page over several runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_VALUES = 4  # differing settings that name a run
 
 @dataclass(frozen=True)
 class Reporting:
-    """Draw report.html and report.md of a run anew.
+    """Draw report.html and report.md of a run again.
 
     Of several finished runs: one page with their Pareto front. Of an unfinished run: how far it is.
 
@@ -113,19 +113,19 @@ def _outcome(run: Record, values: Mapping[str, str]) -> Outcome:
 
 def differing(runs: Sequence[Record]) -> list[dict[str, str]]:
     """Of each run the settings that not all have alike, by their flags' names: the first few."""
-    told = [flat(run.settings) for run in runs]
-    names = dict.fromkeys(name for settings in told for name in settings)
-    names = dict.fromkeys(n for n in names if len({settings.get(n) for settings in told}) > 1)
+    text = [flat(run.settings) for run in runs]
+    names = dict.fromkeys(name for settings in text for name in settings)
+    names = dict.fromkeys(n for n in names if len({settings.get(n) for settings in text}) > 1)
     first = list(names)[:MOST_VALUES]
-    return [{name.rpartition(".")[2]: settings.get(name, "") for name in first} for settings in told]
+    return [{name.rpartition(".")[2]: settings.get(name, "") for name in first} for settings in text]
 
 
 def pareto(outcomes: Sequence[Outcome]) -> Plot:
     """Top-1 over MACs; the Pareto front as a line, the dense network's accuracy as a guide."""
-    told = [o.combination.values["run"] for o in outcomes]
+    text = [o.combination.values["run"] for o in outcomes]
     names = {
-        id(o): f"{name} ({i + 1})" if told.count(name) > 1 else name
-        for i, (o, name) in enumerate(zip(outcomes, told, strict=True))
+        id(o): f"{name} ({i + 1})" if text.count(name) > 1 else name
+        for i, (o, name) in enumerate(zip(outcomes, text, strict=True))
     }
     points = {names[id(o)]: (o.macs, o.top1) for o in outcomes}
     best = [names[id(o)] for o in front(outcomes)]

@@ -33,8 +33,8 @@ class Combination:
     @property
     def name(self) -> str:
         """The values as a folder's name."""
-        told = "_".join(f"{key}={value}" for key, value in self.values.items()) or "run"
-        return re.sub(r"[^\w.=+-]+", "-", told)
+        text = "_".join(f"{key}={value}" for key, value in self.values.items()) or "run"
+        return re.sub(r"[^\w.=+-]+", "-", text)
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def _combination(recipe: str, words: Sequence[str], values: dict[str, str]) -> C
     except (ConfigError, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:  # --help
             raise
-        told = error if isinstance(error, ConfigError) else "its flags are not accepted, see above"
-        raise ConfigError(f"combination {values or 'of no axes'}: {told}") from error
+        text = error if isinstance(error, ConfigError) else "its flags are not accepted, see above"
+        raise ConfigError(f"combination {values or 'of no axes'}: {text}") from error
     return Combination(values, tuple(given), statistics_key(run), run.images.data)
 
 

@@ -45,6 +45,6 @@ def page(program: Program, default: Run, recipes: Sequence[str], width: int) -> 
 
 def _line(setting: Setting, default: Run, width: int) -> str:
     value = to_dict(setting.of(default))
-    told = "off" if value is False else "on" if value is True else "" if value is None else str(value)
-    line = f"{f'  --{setting.flag} {told}':{min(GAP, width // 2)}} {setting.text}"
+    message = "off" if value is False else "on" if value is True else "" if value is None else str(value)
+    line = f"{f'  --{setting.flag} {message}':{min(GAP, width // 2)}} {setting.text}"
     return line if len(line) <= width else f"{line[: width - 1]}…"

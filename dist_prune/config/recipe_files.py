@@ -32,8 +32,8 @@ def to_toml(run: Run) -> str:
         if flag not in ONE_RUN and value is not None:  # TOML has no null: absent keys are at their defaults
             table, _, key = flag.rpartition(".")
             (content.setdefault(table, {}) if table else content)[key] = value
-    told = "# A recipe of dist-prune: keys are flags of `dist-prune run`, which override them.\n\n"
-    return told + tomli_w.dumps(content)
+    text = "# A recipe of dist-prune: keys are flags of `dist-prune run`, which override them.\n\n"
+    return text + tomli_w.dumps(content)
 
 
 def read_recipe(path: Path, known: Mapping[str, Run]) -> Run:

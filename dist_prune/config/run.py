@@ -196,7 +196,7 @@ class CompressionConfig:
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """Solving each site anew against the dense network, in closed form, without labels."""
+    """Solving each site again against the dense network, in closed form, without labels."""
 
     correct: Literal["none", "refit", "regression"] = "regression"
     """none; refit: only the second layer of each pair; regression: both."""
@@ -205,7 +205,7 @@ class CorrectionConfig:
     calibrate_data: Path | None = None
     """A folder of unlabelled images, at any depth, to use instead of training images; for --distill-steps, too."""
     reestimate_bn: bool = False
-    """Then take batch norm's statistics anew from these images; kept where the images held out say so."""
+    """Then take batch norm's statistics again from these images; kept where the images held out say so."""
     metric_damping: tuple[float, ...] = (0.1,)
     """regression: added to the Fisher metric, as a share of its largest eigenvalue (inf: no metric); of several,
     each is tried, and the best on the images held out is taken."""
@@ -314,9 +314,9 @@ class Run:
 
     @property
     def repair(self) -> float:
-        """How much later sites repair of what earlier ones lose: `--repair` where they are solved anew, else 0."""
-        solved_anew = self.keeps_to_dense and self.correction.correct == "regression"
-        return self.correction.repair if solved_anew else 0.0
+        """How much later sites repair of what earlier ones lose: `--repair` if they are solved again, else 0."""
+        solved_again = self.keeps_to_dense and self.correction.correct == "regression"
+        return self.correction.repair if solved_again else 0.0
 
 
 def require_complete(run: Run) -> None:

@@ -78,11 +78,11 @@ class IterationConfig:
 
     step: float = 0.0
     """Shrink in rounds: each keeps this share of the ranks of the round before, such as 0.98, until all sites are
-    where --ranks wants them; statistics are collected anew for each. 0: at once."""
+    where --ranks wants them; statistics are collected again for each. 0: at once."""
     tune_epochs: int = 1
     """Epochs of training after each round; after the last one --epochs, if there are any."""
     alternate: int = 0
-    """Then so many times: train the pairs multiplied back to dense layers for --tune-epochs, rank them anew under
+    """Then so many times: train the pairs multiplied back to dense layers for --tune-epochs, rank them again under
     --ranks, and project again."""
 
     def __post_init__(self) -> None:

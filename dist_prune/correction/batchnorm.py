@@ -1,4 +1,4 @@
-"""Batch norm's statistics taken anew in the compressed network, layer by layer, and kept only where it helps."""
+"""Batch norm's statistics taken again in the compressed network, layer by layer, and kept only where it helps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_prune.correction.correct import Calibration, agreed_route, divergence, judged
+from dist_prune.correction.correct import Calibration, agreed_route, divergence, holdout_logits
 from dist_prune.distributed.world import World
 from dist_prune.network.replay import AnyPass
 from dist_prune.network.sites import evaluating
@@ -48,7 +48,7 @@ def reestimate(
     candidate = copy.deepcopy(compressed)
     names = [name for name, module in candidate.named_modules() if _has_statistics(module)]
     with evaluating(dense), evaluating(candidate):
-        judges = judged(dense, images)
+        judges = holdout_logits(dense, images)
         before = divergence(compressed, judges, images.prepare, world)
         route = agreed_route(candidate, names, images, world)
         passes = [route.begin(candidate, pixels, images.prepare) for pixels, _ in images.batches(held=False)]
@@ -95,7 +95,7 @@ def _set(norm: _BatchNorm, inputs: Iterable[Tensor], world: World) -> None:
         variance.copy_((squares - total.square() / count) / (count - 1))
 
 
-def told(result: Reestimation) -> str:
+def format_summary(result: Reestimation) -> str:
     """One line."""
     verdict = "kept" if result.kept else "rejected: the statistics stay as they were"
     return (

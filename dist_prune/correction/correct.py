@@ -133,7 +133,7 @@ def correct(
     world: World,
     course: Course | None = None,
 ) -> Result:
-    """Solve all sites of the compressed network anew, in place, once for each damping; keep the best if it helps.
+    """Solve all sites of the compressed network again, in place, once for each damping; keep the best if it helps.
 
     Args:
         dense: the network to come near to.
@@ -151,7 +151,7 @@ def correct(
     sites = solvable(compressed, survey, settings)
     route = agreed_route(dense, [site.name for site in sites], images, world)
     with evaluating(dense), evaluating(compressed):
-        judges = judged(dense, images)
+        judges = holdout_logits(dense, images)
         before = divergence(compressed, judges, images.prepare, world)
     metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
     course = course or Course()
@@ -249,7 +249,7 @@ def _pairs(
         )
 
 
-def judged(dense: nn.Module, images: Calibration) -> list[tuple[Tensor, Tensor]]:
+def holdout_logits(dense: nn.Module, images: Calibration) -> list[tuple[Tensor, Tensor]]:
     """This rank's held-out images as they are kept, and what the dense network says to them."""
     return [(pixels, logits_of(dense(images.prepare(pixels)))) for pixels, _ in images.batches(held=True)]
 
@@ -291,7 +291,7 @@ def concerns(result: Result) -> list[str]:
     return [*result.notes, *([] if result.kept else [vain])]
 
 
-def told(result: Result) -> str:
+def format_summary(result: Result) -> str:
     """What each site became, and whether the whole was kept."""
     rows = []
     best = result.kept or min(result.trials, key=lambda trial: trial.kl)

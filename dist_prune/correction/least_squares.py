@@ -1,4 +1,4 @@
-"""The equations of one site that is solved anew against the dense network.
+"""The equations of one site that is solved again against the dense network.
 
 When a site's turn comes, everything before it is compressed and corrected. With x̂ its input there and t what
 it should give, the best linear map is least squares; kept near the dense weight by a ridge,
@@ -27,7 +27,7 @@ from dist_prune.statistics.moments import Moments
 
 
 @dataclass(frozen=True)
-class Normal:
+class NormalEquations:
     """The normal equations of one site: means (g, d), (g, c), covariances (g, d, d), (g, c, d), rows seen."""
 
     mean_x: Tensor
@@ -47,12 +47,12 @@ class Normal:
         solved = _solve(_shifted(self.xx, shift), right.mT).mT
         return solved, _symmetric(right @ solved.mT)
 
-    def through(self, inner: Tensor) -> Normal:
+    def through(self, inner: Tensor) -> NormalEquations:
         """The equations of a layer that is given inner·x̂."""
         xx, tx = inner @ self.xx @ inner.mT, self.tx @ inner.mT
-        return Normal((inner @ self.mean_x[..., None])[..., 0], self.mean_t, xx, tx, self.rows)
+        return NormalEquations((inner @ self.mean_x[..., None])[..., 0], self.mean_t, xx, tx, self.rows)
 
-    def uncentred(self) -> Normal:
+    def uncentred(self) -> NormalEquations:
         """Moments about zero: what a layer without bias is solved from."""
         xx = self.xx + self.mean_x[..., :, None] * self.mean_x[..., None, :]
         tx = self.tx + self.mean_t[..., :, None] * self.mean_x[..., None, :]
@@ -60,7 +60,7 @@ class Normal:
 
 
 @dataclass(frozen=True)
-class Few:
+class DualNormalEquations:
     """The same where there are fewer rows than inputs: centred rows over √n, (g, d, n) and (g, c, n).
 
     They are solved in n dimensions instead of d: (xxᵀ + λI)⁻¹x = x(xᵀx + λI)⁻¹.
@@ -83,12 +83,14 @@ class Few:
         solved = weight + _solve(_shifted(self.x.mT @ self.x, shift), lost.mT).mT @ self.x.mT
         return solved, _symmetric(self.t @ (solved @ self.x).mT + shift * weight @ solved.mT)
 
-    def through(self, inner: Tensor) -> Normal:
+    def through(self, inner: Tensor) -> NormalEquations:
         """The equations of a layer that is given inner·x̂."""
         x = inner @ self.x
-        return Normal((inner @ self.mean_x[..., None])[..., 0], self.mean_t, x @ x.mT, self.t @ x.mT, self.rows)
+        return NormalEquations(
+            (inner @ self.mean_x[..., None])[..., 0], self.mean_t, x @ x.mT, self.t @ x.mT, self.rows
+        )
 
-    def uncentred(self) -> Few:
+    def uncentred(self) -> DualNormalEquations:
         """Moments about zero: what a layer without bias is solved from."""
         x = self.x + self.mean_x[..., None] / math.sqrt(self.rows)
         t = self.t + self.mean_t[..., None] / math.sqrt(self.rows)
@@ -105,10 +107,10 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def normal_equations(joint: Moments, inputs: int) -> Normal:
+def normal_equations(joint: Moments, inputs: int) -> NormalEquations:
     """From the moments of rows (x̂, t), (g, d + c), with d = `inputs`."""
     mean, covariance = joint.mean, joint.covariance
-    return Normal(
+    return NormalEquations(
         mean[:, :inputs],
         mean[:, inputs:],
         covariance[:, :inputs, :inputs],
@@ -117,15 +119,17 @@ def normal_equations(joint: Moments, inputs: int) -> Normal:
     )
 
 
-def few_rows(rows: Tensor, groups: int, inputs: int) -> Few:
+def dual_normal_equations(rows: Tensor, groups: int, inputs: int) -> DualNormalEquations:
     """From the rows (x̂, t) themselves, (g·(d + c), images, positions), with d = `inputs`."""
     rows = rows.double().reshape(groups, rows.shape[0] // groups, -1)
     count, mean = rows.shape[-1], rows.mean(-1)
     rows = (rows - mean[..., None]) / math.sqrt(count)
-    return Few(mean[:, :inputs], mean[:, inputs:], rows[:, :inputs], rows[:, inputs:], count)
+    return DualNormalEquations(mean[:, :inputs], mean[:, inputs:], rows[:, :inputs], rows[:, inputs:], count)
 
 
-def least_squares(normal: Normal | Few, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def least_squares(
+    normal: NormalEquations | DualNormalEquations, weight: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
     """P, and the covariance of what it predicts, P(C_xx + λI)Pᵀ.
 
     Args:
@@ -150,7 +154,9 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def reduced_rank(normal: Normal | Few, weight: Tensor, rank: int, ridge: float, metric: Tensor) -> Factors:
+def reduced_rank(
+    normal: NormalEquations | DualNormalEquations, weight: Tensor, rank: int, ridge: float, metric: Tensor
+) -> Factors:
     """The rank-`rank` map that predicts t best in the metric (g, c, c); ranks beyond the outputs' are zero."""
     solved, predicted = least_squares(normal, weight, ridge)
     encode, decode = metric_basis(predicted, normal.mean_t, metric).kept(rank)
@@ -159,12 +165,12 @@ def reduced_rank(normal: Normal | Few, weight: Tensor, rank: int, ridge: float, 
     return Factors(decode, inner, bias(normal, decode @ inner))
 
 
-def refit(normal: Normal | Few, inner: Tensor, outer: Tensor, ridge: float) -> Factors:
+def refit(normal: NormalEquations | DualNormalEquations, inner: Tensor, outer: Tensor, ridge: float) -> Factors:
     """Keep the first layer; solve the second, and the bias, by least squares on its outputs."""
     solved, _ = least_squares(normal.through(inner), outer, ridge)
     return Factors(solved, inner, bias(normal, solved @ inner))
 
 
-def bias(normal: Normal | Few, weight: Tensor) -> Tensor:
+def bias(normal: NormalEquations | DualNormalEquations, weight: Tensor) -> Tensor:
     """t̄ − weight·x̄, (g, c): with it the errors have mean zero."""
     return normal.mean_t - (weight @ normal.mean_x[..., None])[..., 0]

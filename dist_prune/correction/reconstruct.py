@@ -1,4 +1,4 @@
-"""Closed-form correction: each site is solved anew against the dense network, in execution order.
+"""Closed-form correction: each site is solved again against the dense network, in execution order.
 
 When a site's turn comes, everything before it is compressed and corrected. Where its output is added to a shortcut
 that is compressed too, the target is y + (s − ŝ)/γ: the site repairs what the shortcut lost, γ being the slope of
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.correction.least_squares import (
-    Few,
-    Normal,
+    DualNormalEquations,
+    NormalEquations,
     bias,
-    few_rows,
+    dual_normal_equations,
     least_squares,
     normal_equations,
     reduced_rank,
@@ -58,7 +58,13 @@ class Solver:
         return ("refit",) if self.kind == "refit" else tuple(f"regression, damping {d:g}" for d in self.dampings)
 
     def solve(
-        self, name: str, present: nn.Module, dense: nn.Module, site: Site, normal: Normal | Few, metric: Tensor
+        self,
+        name: str,
+        present: nn.Module,
+        dense: nn.Module,
+        site: Site,
+        normal: NormalEquations | DualNormalEquations,
+        metric: Tensor,
     ) -> nn.Module:
         """The layer that `name` stands for."""
         weight = weight_of(dense, site).double()
@@ -82,7 +88,9 @@ def damped(metric: Tensor, damping: float) -> Tensor:
     return torch.where(largest > 0, metric / torch.where(largest > 0, largest, 1) + damping * identity, identity)
 
 
-def _resolved(dense: nn.Module, site: Site, normal: Normal | Few, ridge: float) -> nn.Module:
+def _resolved(
+    dense: nn.Module, site: Site, normal: NormalEquations | DualNormalEquations, ridge: float
+) -> nn.Module:
     solved, _ = least_squares(normal, weight_of(dense, site).double(), ridge)
     module = copy.deepcopy(dense)
     state = {"weight": solved, "bias": bias(normal, solved)} if site.bias else {"weight": solved}
@@ -163,7 +171,9 @@ class Correction:
         present.load_state_dict(best.state_dict())
         return Outcome(site.name, dict(zip(tried, losses, strict=True)), list(tried)[chosen], normal.rows)
 
-    def _solutions(self, site: Site, present: nn.Module, normal: Normal | Few) -> dict[str, nn.Module]:
+    def _solutions(
+        self, site: Site, present: nn.Module, normal: NormalEquations | DualNormalEquations
+    ) -> dict[str, nn.Module]:
         """Rank 0 solves; all ranks get the same layers."""
         dense, found = self.dense.get_submodule(site.name), {}
         for name in self.solver.names(present):
@@ -174,7 +184,7 @@ class Correction:
         self.world.broadcast_(*(p.data for module in found.values() for p in module.parameters()))
         return found
 
-    def _normal(self, site: Site) -> Normal | Few:
+    def _normal(self, site: Site) -> NormalEquations | DualNormalEquations:
         """Advance all passes to the site, and sum the normal equations over images and ranks."""
         if 2 * self._rows_to_come(site) <= site.inputs:
             return self._few(site)
@@ -191,14 +201,14 @@ class Correction:
         self.world.sum_(images)
         return int(images) * min(site.rows, self.positions or site.rows)
 
-    def _few(self, site: Site) -> Few:
+    def _few(self, site: Site) -> DualNormalEquations:
         """The rows of all ranks, as they are: fewer numbers than their products."""
         mine = [_joined(site, *rows) for rows in self._rows(site)]
         parts = self.world.gather(torch.cat(mine, 1).cpu() if mine else None)
         found = [part for part in parts if part is not None]
         if not found or not all(torch.isfinite(part.sum()) for part in found):
             raise StatisticsError(f"{site.name}: no image reaches it, or NaN or infinity does; check the weights")
-        return few_rows(torch.cat(found, 1).to(self.world.device), site.groups, site.inputs)
+        return dual_normal_equations(torch.cat(found, 1).to(self.world.device), site.groups, site.inputs)
 
     def _rows(self, site: Site) -> Iterator[Rows]:
         """Rows of the images to solve from."""

@@ -37,7 +37,7 @@ class Share(Protocol):
 
 
 @dataclass(frozen=True)
-class Everything:
+class Unsharded:
     """All images, on the device of one rank."""
 
     device: torch.device

@@ -76,8 +76,8 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
         raise DataError(f"{path}: begins with {content[:4].hex()}, expected {magic.hex()} and {dimensions} sizes")
     shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
     if (values := len(content) - start) != math.prod(shape):
-        told = "×".join(map(str, shape))
-        raise DataError(f"{path}: its header promises {told} values, it has {values}; fetch it again")
+        text = "×".join(map(str, shape))
+        raise DataError(f"{path}: its header promises {text} values, it has {values}; fetch it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 

@@ -44,7 +44,7 @@ def spec_of(arch: str, crop: int = 0) -> ImageSpec:
     return ImageSpec(int(side / known["crop_pct"]), side, tuple(known["mean"]), tuple(known["std"]), kind)
 
 
-def told(run: Run) -> str:
+def adopted(run: Run) -> str:
     """A line for the log: timm's configuration, and where this run's is another; empty for other networks."""
     arch, image = run.network.arch, to_dict(run.images.image)
     if not is_timms(arch):

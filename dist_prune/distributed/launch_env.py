@@ -9,7 +9,7 @@ SLURM_STEP_ID_MAX = 0xFFFFFFF0  # above: batch scripts and interactive shells, w
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchEnv:
     """Where one process stands: `rank` of `size`, `local_rank` on its node, the rendezvous url they share.
 
     `has_launcher`: its parent is torchrun, without which no rank shall go on; `launcher_serves`: torchrun serves
@@ -25,7 +25,7 @@ class Place:
     launcher_serves: bool = False
 
 
-def find_place(environ: Mapping[str, str]) -> Place:
+def find_launch_env(environ: Mapping[str, str]) -> LaunchEnv:
     """Read the place from torchrun's variables, else submitit's on one machine, else srun's, else be alone.
 
     MASTER_ADDR and MASTER_PORT, where set, override what is derived from SLURM's variables.
@@ -37,17 +37,17 @@ def find_place(environ: Mapping[str, str]) -> Place:
         rank, size, local_rank = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         url = _url(_required(environ, "MASTER_ADDR"), environ)
         launcher = "TORCHELASTIC_RUN_ID" in environ, environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return Place(rank, size, local_rank, url, "torchrun", *launcher)
+        return LaunchEnv(rank, size, local_rank, url, "torchrun", *launcher)
     if environ.get("SUBMITIT_EXECUTOR") == "local":
         rank, size = (_number(environ, f"SUBMITIT_LOCAL_{name}") for name in ("GLOBALID", "NTASKS"))
         port = str(_port(_number(environ, "SUBMITIT_LOCAL_JOB_ID")))
-        return Place(rank, size, rank, _url("127.0.0.1", {"MASTER_PORT": port}), "submitit")
+        return LaunchEnv(rank, size, rank, _url("127.0.0.1", {"MASTER_PORT": port}), "submitit")
     if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_ID", SLURM_STEP_ID_MAX)) < SLURM_STEP_ID_MAX:
-        return _slurm_place(environ)
-    return Place(0, 1, 0, "", "single")
+        return _slurm_launch_env(environ)
+    return LaunchEnv(0, 1, 0, "", "single")
 
 
-def _slurm_place(environ: Mapping[str, str]) -> Place:
+def _slurm_launch_env(environ: Mapping[str, str]) -> LaunchEnv:
     # The step's own numbers win: a step may be smaller than its job.
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     names = [name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ]
@@ -55,7 +55,7 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
     # Steps of one job, and jobs of one array, may share a node: neighbours must not get the same port.
     port = _port(_number(environ, "SLURM_JOB_ID") + 1009 * _number(environ, "SLURM_STEP_ID"))
     master = environ.get("MASTER_ADDR") or expand_nodelist(nodes)[0]
-    return Place(
+    return LaunchEnv(
         rank=_number(environ, "SLURM_PROCID"),
         size=_number(environ, tasks),
         local_rank=_number(environ, "SLURM_LOCALID"),

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from dist_prune.distributed.launch_env import Place
+from dist_prune.distributed.launch_env import LaunchEnv
 
 POLL_S = 0.5  # how often a rank shows that it lives and looks for errors of the others
 SILENCE_S = 2.0  # once a connection broke, a rank without a sign of life for this long is called dead
@@ -50,7 +50,7 @@ def describe(error: BaseException) -> str:
 class Alarm:
     """Carries the first error of any rank to all, through the rendezvous store and past any collective."""
 
-    def __init__(self, store: Board, watched: Board, place: Place, where: Whereabouts) -> None:
+    def __init__(self, store: Board, watched: Board, place: LaunchEnv, where: Whereabouts) -> None:
         """Begin to watch; `watched` is another connection to the store: the main thread may block in its own."""
         self.store = store
         self.place = place

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_prune.distributed.launch_env import Place, find_place
+from dist_prune.distributed.launch_env import LaunchEnv, find_launch_env
 from dist_prune.distributed.watchdog import Alarm, Whereabouts, describe
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class RankError(RuntimeError):
 
 
 @contextmanager
-def joined(device: str = "auto", timeout_s: float = 600, place: Place | None = None) -> Iterator["World"]:
+def joined(device: str = "auto", timeout_s: float = 600, place: LaunchEnv | None = None) -> Iterator["World"]:
     """Join the other ranks, lend a `World`, leave together.
 
     An exception on any rank ends all. A rank that is free to raise gets a `RankError` naming the first
@@ -57,7 +57,7 @@ def joined(device: str = "auto", timeout_s: float = 600, place: Place | None = N
     """
     if dist.is_initialized():
         raise RuntimeError("this process has already joined a world: pass that World on instead")
-    place = place or find_place(os.environ)
+    place = place or find_launch_env(os.environ)
     store = _open_store(place, timeout_s)
     # A launcher's store outlives one world: number the worlds, or the second would read the first one's keys.
     store = PrefixStore(f"world{store.add(f'joins/{place.rank}', 1)}", store)
@@ -77,12 +77,12 @@ def joined(device: str = "auto", timeout_s: float = 600, place: Place | None = N
         _leave()
 
 
-def _open_store(place: Place, timeout_s: float) -> Store:
+def _open_store(place: LaunchEnv, timeout_s: float) -> Store:
     return HashStore() if place.size == 1 else _meet(place, timeout_s)
 
 
 @functools.cache  # rank 0 serves the store: others may still read its last words, or join the next world
-def _meet(place: Place, timeout_s: float) -> Store:
+def _meet(place: LaunchEnv, timeout_s: float) -> Store:
     patience_s = min(timeout_s, LAUNCHER_S) if place.launcher_serves else timeout_s
     try:
         timeout = timedelta(seconds=patience_s)
@@ -101,7 +101,7 @@ def _meet(place: Place, timeout_s: float) -> Store:
     return found
 
 
-def _enter(store: Store, place: Place, wanted: str, timeout_s: float) -> torch.device:
+def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> torch.device:
     device = _choose_device(wanted, place.local_rank)
     agreed = store.compare_set("device", "", device.type).decode()
     if agreed != device.type:
@@ -176,7 +176,7 @@ def _collective(method: Callable[P, T]) -> Callable[P, T]:
 class World:
     """The ranks of a run and what they do together; every rank calls the same methods in the same order."""
 
-    def __init__(self, place: Place, device: torch.device, where: Whereabouts) -> None:
+    def __init__(self, place: LaunchEnv, device: torch.device, where: Whereabouts) -> None:
         self.rank = place.rank
         self.size = place.size
         self.local_rank = place.local_rank

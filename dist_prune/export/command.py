@@ -114,14 +114,14 @@ def _onnx(asked: Export, taken: Compressed, path: Path) -> str:
     agreement = write_onnx(path, taken.network, chosen.images, asked.opset)
     side, classes = taken.description.image.crop, taken.description.classes
     shape = f"opset {asked.opset}, images (batch, 3, {side}, {side}) → logits (batch, {classes})"
-    return f"{_written(path)}, {shape}\nonnxruntime against PyTorch on {chosen.told}: {agreement}"
+    return f"{_written(path)}, {shape}\nonnxruntime against PyTorch on {chosen.text}: {agreement}"
 
 
 def _program(asked: Export, taken: Compressed, path: Path) -> str:
     require_absent(path, asked.overwrite)
     chosen = _samples(asked, taken)
     agreement = write_program(path, taken.network, chosen.images)
-    return f"{_written(path)}, any number of images\nread back, on {chosen.told}: {agreement}"
+    return f"{_written(path)}, any number of images\nread back, on {chosen.text}: {agreement}"
 
 
 def _state(asked: Export, taken: Compressed, path: Path) -> str:
@@ -139,7 +139,7 @@ def _python(asked: Export, taken: Compressed, path: Path) -> str:
     constants += textwrap.wrap(f"LABELS = {what.labels}", 110, subsequent_indent="    ")
     title = f"{what.arch.rpartition('/')[2]} with low-rank layers."
     agreement = write_source(path, taken.network, chosen.images, title, constants)
-    return f"{_written(path)}, and {weights}\nwithout this package, on {chosen.told}: {agreement}"
+    return f"{_written(path)}, and {weights}\nwithout this package, on {chosen.text}: {agreement}"
 
 
 def _samples(asked: Export, taken: Compressed) -> Samples:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_prune.artifacts.run_directory import CONFIG
 from dist_prune.config.run import ImageSpec
 from dist_prune.data.dataset import DataError, Split, list_unlabelled, write_digits
-from dist_prune.data.loader import Everything, evaluation_stream
+from dist_prune.data.loader import Unsharded, evaluation_stream
 from dist_prune.data.mnist import has_idx, unpack
 from dist_prune.utils.files import CheckpointError, cache_folder
 
@@ -27,7 +27,7 @@ class Samples:
     origin: str
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """For people."""
         return f"{len(self.images)} {self.origin}"
 
@@ -87,5 +87,5 @@ def _validation(source: str) -> Path:
 
 def _read(split: Split, spec: ImageSpec, count: int, origin: str) -> Samples:
     chosen = split.subset(min(count, len(split)), 0)
-    stream = evaluation_stream(chosen, spec, Everything(torch.device("cpu"), 0), BATCH, THREADS)
+    stream = evaluation_stream(chosen, spec, Unsharded(torch.device("cpu"), 0), BATCH, THREADS)
     return Samples(torch.cat([batch.images for batch in stream]), origin)

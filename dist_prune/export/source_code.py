@@ -175,8 +175,8 @@ class _Kind:
     def text(self) -> str:
         shown = self.used[:SHOWN] if len(", ".join(self.used[:SHOWN])) < WIDTH - 20 else self.used[:1]
         rest = f" and {len(self.used) - len(shown)} more" if len(self.used) > len(shown) else ""
-        told = ", ".join(shown) + rest
-        lines = (f'"""{told or "The network."}"""', *self.lines)
+        message = ", ".join(shown) + rest
+        lines = (f'"""{message or "The network."}"""', *self.lines)
         return f"class {self.name}(nn.Module):\n" + "\n".join(f"    {line}".rstrip() for line in lines)
 
 

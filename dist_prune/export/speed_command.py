@@ -80,11 +80,11 @@ def main(words: Sequence[str]) -> int:
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     found = measure_speed(dense, taken.network.to(device), image, asked.batches, asked.engines)
     write_text(path, found.to_json())
-    print(f"{told(found)}\nwritten to {path}")
+    print(f"{format_summary(found)}\nwritten to {path}")
     return 0
 
 
-def told(speed: Speed) -> str:
+def format_summary(speed: Speed) -> str:
     """For people."""
     lines = [f"{speed.device}, torch {speed.torch}", _sizes(speed), "", _passes(speed), *speed.notes, ""]
     share = f"{speed.site_share:.0%} of the dense eager pass is spent in these sites; the rest is not compressed"

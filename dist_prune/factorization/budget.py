@@ -10,7 +10,7 @@ import numpy as np
 
 from dist_prune.config.flags import Rule
 from dist_prune.factorization.knapsack import Floats, Ints, Options
-from dist_prune.factorization.latency import LatencyTable, told
+from dist_prune.factorization.latency import LatencyTable, format_time
 from dist_prune.network.sites import Site, Survey, View
 
 NAMED = 5  # layers that an error names
@@ -131,7 +131,7 @@ def _menu(of: str, view: View, round_to: int, latency: LatencyTable | None) -> M
     if latency is not None and of == "latency":
         costs, dense = latency.pair(site.name, ranks), latency.dense(site.name)
         if len(ranks):
-            reason = f"no measured rank is faster than the dense layer ({told(dense)})"
+            reason = f"no measured rank is faster than the dense layer ({format_time(dense)})"
     elif of == "macs":
         costs, dense = ranks * site.factored_macs(1), site.macs
     else:

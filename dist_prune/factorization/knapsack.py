@@ -56,24 +56,24 @@ def lagrangian(sites: Sequence[Options], budget: int) -> Relaxed:
     Raises:
         ValueError: not even the cheapest options fit.
     """
-    dear = tuple(int(site.losses.argmin()) for site in sites)
+    over_budget = tuple(int(site.losses.argmin()) for site in sites)
     fits = tuple(int(np.lexsort((site.losses, site.costs))[0]) for site in sites)
     if total_cost(sites, fits) > budget:
         raise ValueError(f"the cheapest options cost {total_cost(sites, fits)}, the budget is {budget}")
-    if total_cost(sites, dear) <= budget:
-        return Relaxed(dear, 0.0)
+    if total_cost(sites, over_budget) <= budget:
+        return Relaxed(over_budget, 0.0)
     while True:
-        price = _secant(sites, dear, fits)
+        price = _secant(sites, over_budget, fits)
         middle = tuple(int((site.losses + price * site.costs).argmin()) for site in sites)
         value, known = (_value(sites, choice, price) for choice in (middle, fits))
-        if middle in (dear, fits) or value >= known - SLACK * abs(known):
+        if middle in (over_budget, fits) or value >= known - SLACK * abs(known):
             return Relaxed(fits, price)
-        dear, fits = (dear, middle) if total_cost(sites, middle) <= budget else (middle, fits)
+        over_budget, fits = (over_budget, middle) if total_cost(sites, middle) <= budget else (middle, fits)
 
 
-def _secant(sites: Sequence[Options], dear: Sequence[int], fits: Sequence[int]) -> float:
-    saved = total_cost(sites, dear) - total_cost(sites, fits)
-    return max(0.0, total_loss(sites, fits) - total_loss(sites, dear)) / saved
+def _secant(sites: Sequence[Options], over_budget: Sequence[int], fits: Sequence[int]) -> float:
+    saved = total_cost(sites, over_budget) - total_cost(sites, fits)
+    return max(0.0, total_loss(sites, fits) - total_loss(sites, over_budget)) / saved
 
 
 def _value(sites: Sequence[Options], choice: Sequence[int], price: float) -> float:

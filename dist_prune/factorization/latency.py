@@ -74,7 +74,7 @@ class LatencyTable:
         return self.whole - sum(saved)
 
 
-def told(nanoseconds: int) -> str:
+def format_time(nanoseconds: int) -> str:
     """For people: `0.41 ms`."""
     return f"{nanoseconds / 1e6:.3g} ms"
 

@@ -193,7 +193,7 @@ def require_reachable(
     """Refuse a budget before any work is done for it. Arguments as for `make_plan`.
 
     Raises:
-        PlanError: out of reach; what can be reached is told, and which layers are in the way.
+        PlanError: out of reach; what can be reached is message, and which layers are in the way.
     """
     budget = budget_of(rule, survey, round_to, side, latency)
     if budget.is_reachable:
@@ -209,7 +209,7 @@ def require_reachable(
 def _within(budget: Budget, spectra: Spectra, repair: float) -> list[Choice]:
     """The ranks of least predicted loss; see `knapsack.solve`.
 
-    A site that is solved anew repairs part of what those before it lost, above all what reaches it on a shortcut:
+    A site that is solved again repairs part of what those before it lost, above all what reaches it on a shortcut:
     a loss counts exp(−repair · the share of sites still to come).
     """
     menus = budget.menus

@@ -72,22 +72,22 @@ class Planner:
 
     def way(self, target: Plan, iteration: IterationConfig) -> str:
         """The rounds to the target in words, one a line; empty where there is only one."""
-        told, step = [], iteration.step
+        text, step = [], iteration.step
         if step and self.rule.needs_spectra:
-            told.append(f"--step {step:g}: how many rounds follows from the ranks")
+            text.append(f"--step {step:g}: how many rounds follows from the ranks")
         elif step:
             plans = self.rounds(target, step)
-            told.append(f"{len(plans)} rounds to get there, --step {step:g}")
-            told += [f"   round {number}: {self.brief(plan)}" for number, plan in enumerate(plans, start=1)]
+            text.append(f"{len(plans)} rounds to get there, --step {step:g}")
+            text += [f"   round {number}: {self.brief(plan)}" for number, plan in enumerate(plans, start=1)]
         if iteration.alternate:
-            told.append(f"--alternate {iteration.alternate}: then trained as dense layers and projected anew")
-        return "\n".join(told)
+            text.append(f"--alternate {iteration.alternate}: then trained as dense layers and projected again")
+        return "\n".join(text)
 
     def brief(self, plan: Plan) -> str:
         """A plan in a few words."""
         return f"{len(plan.ranks)} sites factored, MACs ×{cost(self.survey, plan).macs / self.survey.macs:.3f}"
 
-    def told(self, plan: Plan, shares: Mapping[str, float], unit: str = "") -> str:
+    def format_table(self, plan: Plan, shares: Mapping[str, float], unit: str = "") -> str:
         """The plan's table with its totals.
 
         Args:
@@ -105,7 +105,8 @@ class Planner:
         if self.latency is not None:
             whole, predicted = self.latency.whole, self.latency.predicted(plan.ranks)
             lines.append(
-                f"predicted latency of a batch of {self.batch}: {latency.told(whole)} → {latency.told(predicted)} "
+                f"predicted latency of a batch of {self.batch}: "
+                f"{latency.format_time(whole)} → {latency.format_time(predicted)} "
                 f"({predicted / whole:.3f})"
             )
         if plan.loss is not None:

@@ -273,8 +273,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> No
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{len(v)} {k}: {', '.join(v[:4])}" for k, v in problems.items() if v)
-        raise ModelError(f"{what}: the checkpoint is of another architecture ({told})")
+        text = "; ".join(f"{len(v)} {k}: {', '.join(v[:4])}" for k, v in problems.items() if v)
+        raise ModelError(f"{what}: the checkpoint is of another architecture ({text})")
     model.load_state_dict(state)
 
 

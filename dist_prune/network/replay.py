@@ -1,4 +1,4 @@
-"""The same as a walk for networks that torch.fx cannot trace: the forward pass starts anew for every site.
+"""The same as a walk for networks that torch.fx cannot trace: the forward pass starts again for every site.
 
 Nothing is known about the graph, so there are no shortcuts to repair: targets are the dense layers' plain outputs.
 A network may decide by its values which sites it calls; a site that a batch passes by is given no rows of it.

@@ -42,11 +42,11 @@ def main(words: Sequence[str]) -> int:
     asked = tyro.cli(Comparison, args=words, prog="dist-prune compare")
     if len(asked.runs) < 2:
         raise CheckpointError("compare needs two finished runs or more: dist-prune compare RUN RUN")
-    print(told([read_run(folder) for folder in asked.runs], columns()))
+    print(format_summary([read_run(folder) for folder in asked.runs], columns()))
     return 0
 
 
-def told(runs: Sequence[Record], width: int) -> str:
+def format_summary(runs: Sequence[Record], width: int) -> str:
     """All of it, for people; runs are called A, B, … and named once."""
     names = [chr(ord("A") + i) for i in range(len(runs))]
     room = max(12, (width - 30) // len(runs))
@@ -76,9 +76,9 @@ def cut(text: str, room: int) -> str:
 
 def settings(runs: Sequence[Record]) -> list[list[str]]:
     """Flags whose values differ, and versions; not those that only say where and how often to save."""
-    told = [flat(run.settings) | {"ranks of the job": str(run.result["world_size"])} for run in runs]
+    text = [flat(run.settings) | {"ranks of the job": str(run.result["world_size"])} for run in runs]
     made = [flat({"package": run.environment.get("packages", {})}) for run in runs]
-    return _differing([a | b for a, b in zip(told, made, strict=True)])
+    return _differing([a | b for a, b in zip(text, made, strict=True)])
 
 
 def flat(settings: Mapping[str, Any], where: str = "") -> dict[str, str]:

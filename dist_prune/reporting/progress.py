@@ -113,7 +113,7 @@ class Course:
     images: int = 0  # since `began`, on this rank
 
     def __post_init__(self) -> None:
-        self.began = self.told = time.monotonic()
+        self.began = self.reported_at = time.monotonic()
         self.before = self.done
 
     def step(self, images: int = 0) -> None:
@@ -124,8 +124,8 @@ class Course:
             if self.images:
                 self.bar.set_postfix_str(self._rate(now), refresh=False)
             self.bar.update()
-        if self.meter.shows and now - self.told >= self.meter.every_s and self.done < self.total:
-            self.told = now
+        if self.meter.shows and now - self.reported_at >= self.meter.every_s and self.done < self.total:
+            self.reported_at = now
             self.meter.line(self._line(now))
 
     def _rate(self, now: float) -> str:

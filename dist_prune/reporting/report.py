@@ -66,7 +66,7 @@ class Report:
             return
         kept = (self.folder / METRICS).read_bytes()[:size] if (self.folder / METRICS).is_file() else b""
         write_text(self.folder / METRICS, kept.decode())
-        self.curves.begin_anew()
+        self.curves.restart()
         for point in points_of(kept):
             self.curves.point(point)
 

@@ -1,4 +1,4 @@
-"""TensorBoard: curves, pictures and tables, in a folder that can be drawn anew from a run's own files."""
+"""TensorBoard: curves, pictures and tables, in a folder that can be drawn again from a run's own files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Curves:
                     writer.close()
             self.tell(f"{self.folder}: could not be written ({error}); the run goes on without TensorBoard")
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Forget everything drawn: what comes now is the whole."""
         if self._writer is None:
             return

@@ -25,7 +25,7 @@ GO_ON, SAVE, LEAVE = 0, 1, 2  # what a rank may wish
 
 
 @dataclass(frozen=True)
-class Standing:
+class ResumePoint:
     """How far a stage has come that is not done.
 
     Attributes:
@@ -42,7 +42,7 @@ class Standing:
 
 
 @dataclass
-class Keeper:
+class CheckpointManager:
     """Saves the run when it is time or a signal came, and hands each stage what it had left.
 
     `describe` gives the run's own part of a checkpoint, in plain types and tensors the same on all ranks.
@@ -72,7 +72,7 @@ class Keeper:
         if self.left is None:
             set_randomness(self.own)
 
-    def resumed(self) -> Standing | None:
+    def resumed(self) -> ResumePoint | None:
         """Where the stage under way had stood, once; this rank's random numbers continue from there."""
         if self.left is None or self.left["stage"] != self.stage:
             return None
@@ -80,22 +80,24 @@ class Keeper:
         self.left, self.own = None, {}
         set_randomness(own)
         self.say(f"   going on from {left['at']}")
-        return Standing(left["at"], left["common"], own.get("standing", {}), left["whole"])
+        return ResumePoint(left["at"], left["common"], own.get("standing", {}), left["whole"])
 
     # ── leaving ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def watched(self, batches: Iterable[T], standing: Callable[[], Standing | None] | None = None) -> Iterator[T]:
+    def watched(
+        self, batches: Iterable[T], standing: Callable[[], ResumePoint | None] | None = None
+    ) -> Iterator[T]:
         """The batches; whenever the next one is asked for, the run may be left. See `pause`."""
         for batch in batches:
             yield batch
             self.pause(standing)
 
-    def pause(self, standing: Callable[[], Standing | None] | None = None) -> None:
+    def pause(self, standing: Callable[[], ResumePoint | None] | None = None) -> None:
         """A place where all ranks stand alike: save if it is time, leave if any rank was asked to.
 
         Args:
             standing: of the stage, or None if it cannot be left exactly here. Without it the stage will start
-                anew, from the checkpoint before it.
+                again, from the checkpoint before it.
 
         Raises:
             Preempted: on all ranks; the checkpoint is written.
@@ -109,7 +111,7 @@ class Keeper:
             self._leave()
         self._vote.begin(self._own_wish())
 
-    def close(self, standing: Standing | None = None) -> None:
+    def close(self, standing: ResumePoint | None = None) -> None:
         """The end of a stage, or of an epoch: save, and leave if any rank was asked to.
 
         Raises:
@@ -120,7 +122,7 @@ class Keeper:
         if wish == LEAVE:
             self._leave()
 
-    def save(self, standing: Standing | None) -> None:
+    def save(self, standing: ResumePoint | None) -> None:
         """Write a checkpoint, now."""
         left = standing and {
             "stage": self.stage,
@@ -152,13 +154,13 @@ class Resumable(Passes):
 
     def __init__(
         self,
-        keeper: Keeper,
+        manager: CheckpointManager,
         opening: Callable[[int], Stream],
         along: Callable[[Stream], Iterable[Batch]] = iter,
     ) -> None:
         """Take up the passes of the stage under way; `opening` gives its streams, `along` their batches."""
-        self.keeper, self.opening, self.along = keeper, opening, along
-        self.left = keeper.resumed()
+        self.checkpoints, self.opening, self.along = manager, opening, along
+        self.left = manager.resumed()
         self.found: dict[str, dict[str, Tensor]] = self.left.common["found"] if self.left else {}
         self.stream: Stream | None = None
 
@@ -174,23 +176,23 @@ class Resumable(Passes):
             for name, each in sums.items():
                 each.restore(self.left.own["sums"][name])
             self.left = None
-        return self.keeper.watched(batches, lambda: self._standing(sums))
+        return self.checkpoints.watched(batches, lambda: self._standing(sums))
 
     def once(self, collect: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
         """See `Passes`."""
         if not self.found:
             self.found = {name: vars(moments) for name, moments in collect().items()}
-        device = self.keeper.world.device
+        device = self.checkpoints.world.device
         return {
             name: Moments(**{part: tensor.to(device) for part, tensor in parts.items()})
             for name, parts in self.found.items()
         }
 
-    def _standing(self, sums: Mapping[str, Sums]) -> Standing:
+    def _standing(self, sums: Mapping[str, Sums]) -> ResumePoint:
         assert self.stream is not None
         own = {"stream": self.stream.state(), "sums": {name: each.state() for name, each in sums.items()}}
         which = "second pass" if self.found else "pass"
-        return Standing(f"{which}, batch {self.stream.position}", {"found": self.found}, own)
+        return ResumePoint(f"{which}, batch {self.stream.position}", {"found": self.found}, own)
 
 
 def randomness(world: World) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def stages(job: Job) -> Iterator[Stage]:
         yield f"round {number}: projection", partial(shrink, number=number, plan=plan)
     for number in range(1, job.config.iteration.alternate + 1):
         yield f"alternation {number}: training", partial(train_unfolded, number=number)
-        yield f"alternation {number}: projection", partial(project_anew, number=number)
+        yield f"alternation {number}: projection", partial(project_again, number=number)
 
 
 def rounds_of(job: Job) -> list[Plan]:
@@ -107,7 +107,7 @@ def compress(job: Job) -> None:
 
 def passes_of(job: Job) -> Resumable:
     """Over the statistics' images, in a run that can be left in their middle."""
-    return Resumable(job.keeper, lambda images: calibration(job, images), job.report.meter.batches)
+    return Resumable(job.checkpoints, lambda images: calibration(job, images), job.report.meter.batches)
 
 
 def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
@@ -128,11 +128,11 @@ def directions(
 
 
 def decide(job: Job, spectra: Spectra | None) -> Plan:
-    """The plan, made on rank 0, and told."""
+    """The plan, made on rank 0, and text."""
     plan = job.world.from_first(lambda: job.planner.plan(spectra))
     noise = probe(job.config, job.world, 16)
     shares = job.world.from_first(lambda: time_sites(job.dense, job.survey.sites, noise))
-    job.report.say(job.planner.told(plan, shares, spectra.unit if spectra else ""))
+    job.report.say(job.planner.format_table(plan, shares, spectra.unit if spectra else ""))
     return plan
 
 
@@ -177,8 +177,8 @@ def train_unfolded(job: Job, number: int) -> None:
         train(job, job.network, between(job.config), "rounds/train", before=before)
 
 
-def project_anew(job: Job, number: int) -> None:
-    """Rank all sites anew under the rule, and project them."""
+def project_again(job: Job, number: int) -> None:
+    """Rank all sites again under the rule, and project them."""
     sites, side = job.survey.sites, job.config.compression.basis.side
     with job.report.phase(f"alternation {number}: projection"):
         bases, spectra = directions(job, job.compressed, sites, gathered_from(job, job.compressed, sites))

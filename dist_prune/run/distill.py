@@ -50,7 +50,7 @@ def distill(job: Job, model: nn.Module) -> None:
         endless = job.report.meter.along(
             chain.from_iterable(repeat(stream)), trainer.steps, trainer.step, images=count_images
         )
-        watched = job.keeper.watched(endless, lambda: session.in_epoch(0))
+        watched = job.checkpoints.watched(endless, lambda: session.in_epoch(0))
         batches = islice(watched, settings.distill_steps - trainer.step)
         for progress in trainer.epoch(batches):
             job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})

@@ -44,7 +44,7 @@ def finish(job: Job) -> None:
 
 
 def draw(job: Job, result: dict[str, Any]) -> None:
-    """The pages of the run, which is worth more than they are: whatever goes wrong with them is only told."""
+    """The pages of the run, which is worth more than they are: whatever goes wrong with them is only text."""
     try:
         page.write(job.folder, result)
     except Exception as error:

@@ -34,7 +34,7 @@ from dist_prune.network import models
 from dist_prune.network.memory_format import lay_out
 from dist_prune.network.sites import Survey, survey
 from dist_prune.reporting.report import Report
-from dist_prune.run.checkpointing import Keeper
+from dist_prune.run.checkpointing import CheckpointManager
 from dist_prune.training import sensitivity
 from dist_prune.training.evaluate import Metrics, Predictions, predict, time_sites
 from dist_prune.training.trainer import require_possible
@@ -57,7 +57,7 @@ class Job:
     everything: Survey  # all sites of the network
     survey: Survey  # those that --sites chooses
     planner: Planner
-    keeper: Keeper
+    checkpoints: CheckpointManager
     unlabelled: Split | None = None  # --calibrate-data
     done: list[str] = field(default_factory=list)  # names of stages
     metrics: dict[str, Metrics] = field(default_factory=dict)
@@ -173,11 +173,11 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     ranks.check()
     if config.correction.correct != "none":
         require_deterministic(dense, probe(config, world, 2), world)
-    keeper = Keeper(
+    manager = CheckpointManager(
         world, folder / "checkpoints", flag, report.say, 60 * config.save_minutes, config.keep_checkpoints
     )
-    job = Job(config, world, report, folder, dataset, dense, everything, found, ranks, keeper, unlabelled)
-    keeper.describe = job.state
+    job = Job(config, world, report, folder, dataset, dense, everything, found, ranks, manager, unlabelled)
+    manager.describe = job.state
     # The streams refuse to share fewer images than ranks.
     job.identity, validation(job), calibration(job, 0), unlabelled_stream(job)
     return job
@@ -198,7 +198,7 @@ def opened(job: Job) -> Iterator[None]:
         if job.world.is_first:
             job.report.open(job.folder)
         job.report.say(f"run directory {job.folder}, {job.world.size} rank(s) on {job.world.device.type}")
-        if note := timm_images.told(job.config):
+        if note := timm_images.adopted(job.config):
             job.report.say(note)
         if job.config.resume:
             take_up(job)
@@ -225,12 +225,12 @@ def take_up(job: Job) -> None:
         job.report.rewind(0)
     else:
         job.restore(found.common)
-        job.keeper.take_up(found)
+        job.checkpoints.take_up(found)
 
 
 def newest_checkpoint(job: Job, whole: bool = False) -> Snapshot | None:
-    """The newest intact checkpoint; damaged ones are told."""
-    found, problems = checkpoints.newest(job.keeper.folder, job.world, whole)
+    """The newest intact checkpoint; damaged ones are text."""
+    found, problems = checkpoints.newest(job.checkpoints.folder, job.world, whole)
     for problem in problems:
         job.report.warn(f"{problem}; renamed to ….damaged, using the checkpoint before")
     return found
@@ -246,7 +246,7 @@ def require_identity(job: Job, before: dict[str, str]) -> None:
     if differing:
         raise ConfigError(
             f"--resume: the {' and the '.join(differing)} are not what {job.folder} was begun with: "
-            f"put them back, or begin anew with --overwrite"
+            f"put them back, or begin again with --overwrite"
         )
 
 
@@ -346,8 +346,8 @@ def show_plan(config: Run, world: World, report: Report) -> None:
     found = everything.select(config.compression.sites)
     known = planner(config, found, world)
     plan, note = known.foreseen()
-    report.say(known.told(plan, time_sites(dense, found.sites, probe(config, world, 4))))
-    for more in filter(None, (note, known.way(plan, config.iteration), timm_images.told(config))):
+    report.say(known.format_table(plan, time_sites(dense, found.sites, probe(config, world, 4))))
+    for more in filter(None, (note, known.way(plan, config.iteration), timm_images.adopted(config))):
         report.say(more)
 
 
@@ -359,7 +359,7 @@ def validation(job: Job) -> Stream:
 
 def watched_validation(job: Job) -> Iterator[Batch]:
     """The same in a run that can be left in its middle."""
-    return job.keeper.watched(job.report.meter.batches(validation(job)))
+    return job.checkpoints.watched(job.report.meter.batches(validation(job)))
 
 
 def calibration(job: Job, count: int) -> Stream:

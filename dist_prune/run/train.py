@@ -9,9 +9,9 @@ from torch import nn
 
 from dist_prune.config.training import TrainingConfig, TuningConfig
 from dist_prune.data.loader import Batch, Stream, training_stream
-from dist_prune.run.checkpointing import Standing
+from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, probe
-from dist_prune.training.trainer import Trainer, TrainingError, steps_of, taught, told
+from dist_prune.training.trainer import Trainer, TrainingError, distillation_loss, format_summary, steps_of
 
 
 def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, before: int = 0) -> None:
@@ -24,9 +24,9 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, befo
         split, images.image, job.world, settings.batch_size, images.threads, seed, images.augment
     )
     teacher = settings.distillation if isinstance(settings, TuningConfig) else None
-    loss = taught(job.dense, teacher, settings) if teacher else None
+    loss = distillation_loss(job.dense, teacher, settings) if teacher else None
     trainer = Trainer(model, settings, settings.epochs * steps_of(settings, len(stream)), job.world, loss)
-    job.report.say(told(settings, len(stream), job.world.size, teacher))
+    job.report.say(format_summary(settings, len(stream), job.world.size, teacher))
     session = Session(job, trainer, stream)
     for epoch in range(session.resume(), settings.epochs):
         for progress in trainer.epoch(session.batches(settings.epochs, epoch)):
@@ -36,7 +36,7 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, befo
             f"   epoch {epoch + 1}/{settings.epochs}: loss {progress.loss:.4f}, "
             f"{progress.images_per_second:.0f} images/s"
         )
-        job.keeper.close(session.standing(epoch + 1, f"epoch {epoch + 1}", whole=True))
+        job.checkpoints.close(session.standing(epoch + 1, f"epoch {epoch + 1}", whole=True))
     trainer.finish()
 
 
@@ -51,16 +51,16 @@ class Session:
     def batches(self, epochs: int, epoch: int) -> Iterator[Batch]:
         """Of one epoch; training may be left after each step."""
         shown = self.job.report.meter.batches(self.stream, epochs, epoch)
-        return self.job.keeper.watched(shown, lambda: self.in_epoch(epoch))
+        return self.job.checkpoints.watched(shown, lambda: self.in_epoch(epoch))
 
-    def in_epoch(self, epoch: int) -> Standing | None:
+    def in_epoch(self, epoch: int) -> ResumePoint | None:
         """After a step, unless it is the last of its epoch, whose end follows; None between two steps."""
         stepped, self.step = self.trainer.step > self.step, self.trainer.step
         if not stepped or self.stream.at_end:
             return None
         return self.standing(epoch, f"epoch {epoch + 1}, step {self.trainer.step}")
 
-    def standing(self, epoch: int, at: str, whole: bool = False) -> Standing:
+    def standing(self, epoch: int, at: str, whole: bool = False) -> ResumePoint:
         """All that training goes on from, once `epoch` epochs are done.
 
         Raises:
@@ -68,7 +68,7 @@ class Session:
         """
         model = self.trainer.model
         require_numbers(model, self.trainer.step)
-        return Standing(
+        return ResumePoint(
             at,
             {"epoch": epoch, "began": self.began, "trainer": self.trainer.state(), "model": model.state_dict()},
             {"stream": self.stream.state(), "buffers": self.trainer.buffers()},
@@ -77,7 +77,7 @@ class Session:
 
     def resume(self) -> int:
         """Go on where training was left, if it was; the epochs already done."""
-        left = self.job.keeper.resumed()
+        left = self.job.checkpoints.resumed()
         if left is None:
             return 0
         epochs, model = int(left.common["epoch"]), self.trainer.model

@@ -129,22 +129,22 @@ def _fisher(
 
 def warnings(statistics: Statistics, sites: Sequence[Site], method: MethodConfig, images: int) -> list[str]:
     """What leaves directions undetermined: fewer rows, or fewer probes, than dimensions; sites named."""
-    told = []
+    text = []
     for site in sites:
         width = View(site, method.side).width
         rows = int(statistics.moments[site.name].count) if site.name in statistics.moments else width
         if rows < width:
-            told.append(
+            text.append(
                 f"{site.name}: {rows} rows for {width} dimensions, the covariance is rank-deficient; "
                 f"raise --statistics-images"
             )
         probes = min(method.probes, images) // site.groups
         if method.probing and probes < width:
-            told.append(
+            text.append(
                 f"{site.name}: {probes} probes for {width} dimensions, the Hessian is rank-deficient; "
                 f"raise --probes"
             )
-    return told
+    return text
 
 
 # ── on disk ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,7 +167,7 @@ def load(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: 
 
     Raises:
         CheckpointError: absent or damaged.
-        StatisticsError: made of something else (what differs is told), or a site is not in it.
+        StatisticsError: made of something else (what differs is text), or a site is not in it.
     """
     require_intact(path)
     try:
@@ -178,8 +178,8 @@ def load(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: 
         raise StatisticsError(f"--statistics {path}: not a statistics file ({error})") from error
     differing = [key for key in made_of if before.get(key) != made_of[key]]
     if differing:
-        told = "; ".join(f"{key}: {before.get(key)} there, {made_of[key]} here" for key in differing)
-        raise StatisticsError(f"--statistics {path} does not fit this run: {told}; leave the flag out")
+        text = "; ".join(f"{key}: {before.get(key)} there, {made_of[key]} here" for key in differing)
+        raise StatisticsError(f"--statistics {path} does not fit this run: {text}; leave the flag out")
     moments = {}
     for site in sites:
         parts = [f"moments/{part}/{site.name}" for part in ("count", "shift", "total", "outer")]

@@ -119,8 +119,10 @@ class _Sum:
     ) -> None:
         self.module, self.view, self.step, self.mean = module, view, step, mean
         self.total = torch.zeros(view.site.groups, view.width, view.width, dtype=torch.float64, device=device)
-        self.spoiled = torch.full((), -1, device=device)  # the first batch with a gradient that is no number
-        self.kept = Tally({"total": self.total, "spoiled": self.spoiled})
+        self.first_nonfinite_batch = torch.full(
+            (), -1, device=device
+        )  # the first batch with a gradient that is no number
+        self.kept = Tally({"total": self.total, "first_nonfinite_batch": self.first_nonfinite_batch})
         self.images = self.calls = self.batch = 0
         self.pending: list[tuple[Tensor, Tensor]] = []
 
@@ -155,8 +157,8 @@ class _Sum:
             gradients = _joined([self._gradients(g[chunk]) for _, g in self.pending])
             step = self.step(partial(self._rows, chunk), gradients)
             self.total += step
-            sound = torch.isfinite(step.sum()) | (self.spoiled >= 0)
-            self.spoiled.copy_(torch.where(sound, self.spoiled, self.batch))
+            sound = torch.isfinite(step.sum()) | (self.first_nonfinite_batch >= 0)
+            self.first_nonfinite_batch.copy_(torch.where(sound, self.first_nonfinite_batch, self.batch))
         self.pending = []
 
     def _rows(self, chunk: slice) -> Tensor:
@@ -252,8 +254,8 @@ def _differentiate(
 
 
 def _require_sound(sums: list[_Sum], world: World) -> None:
-    spoiled = torch.stack([each.spoiled for each in sums]).tolist()
-    for each, batch in zip(sums, spoiled, strict=True):
+    first_nonfinite_batch = torch.stack([each.first_nonfinite_batch for each in sums]).tolist()
+    for each, batch in zip(sums, first_nonfinite_batch, strict=True):
         if batch >= 0:
             raise StatisticsError(
                 f"{each.view.site.name}: its gradients hold NaN or infinity, first in batch {batch} of rank "

@@ -79,7 +79,7 @@ def divergence(reference: Predictions, found: Predictions) -> float:
     return float(kl(reference.logits.double(), found.logits.double()).mean())
 
 
-def told(losses: Sequence[SiteLoss], unit: str) -> str:
+def format_summary(losses: Sequence[SiteLoss], unit: str) -> str:
     """The table, and the sums."""
     rows = [
         [s.site, str(s.rank), "" if s.predicted is None else f"{s.predicted:.3g}", f"{s.measured:.3g}"]

@@ -67,7 +67,7 @@ class Trainer:
         self.loss = loss or (lambda logits, batch: cross_entropy(logits, batch, settings.label_smoothing))
         self.step = 0
         self.optimizer = torch.optim.SGD(
-            decayed(self.model, settings.weight_decay),
+            weight_decay_groups(self.model, settings.weight_decay),
             lr=scaled_lr(settings, world.size),
             momentum=settings.momentum,
             nesterov=settings.momentum > 0,
@@ -181,7 +181,7 @@ class Trainer:
     def rehearse(self, images: Tensor) -> None:
         """One step without consequences but for the model's buffers, before a `restore`.
 
-        DDP orders its messages anew after the first backward. With three ranks or more sums depend on that, so
+        DDP orders its messages again after the first backward. With three ranks or more sums depend on that, so
         that a run that goes on must have that behind it as the one that was left had.
         """
         nn.Module.train(self.replica)
@@ -214,7 +214,7 @@ def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
 
 
-def taught(dense: nn.Module, how: Distillation, settings: TrainingConfig) -> Loss:
+def distillation_loss(dense: nn.Module, how: Distillation, settings: TrainingConfig) -> Loss:
     """α·T²·KL(dense ‖ trained) at temperature T + (1−α)·cross-entropy (Hinton et al. 2015).
 
     The factor T² keeps the gradient of the first part in proportion, whatever T. The dense network runs in the
@@ -310,7 +310,7 @@ def steps_of(settings: TrainingConfig, batches: int) -> int:
     return math.ceil(batches / settings.accumulate)
 
 
-def told(settings: TrainingConfig, batches: int, ranks: int, teacher: Distillation | None) -> str:
+def format_summary(settings: TrainingConfig, batches: int, ranks: int, teacher: Distillation | None) -> str:
     """What training will be, in lines for the log."""
     product = f"{settings.batch_size} images × {settings.accumulate} × {ranks} rank(s)"
     lines = [
@@ -319,9 +319,10 @@ def told(settings: TrainingConfig, batches: int, ranks: int, teacher: Distillati
         f"({settings.lr} per 256 images), batch norm {settings.bn}"
     ]
     if teacher is not None:
-        alpha, heat = teacher.alpha, teacher.temperature
+        alpha, temperature = teacher.alpha, teacher.temperature
         labels = f"{1 - alpha:g} × cross-entropy to the labels"
-        lines.append(f"loss: {alpha:g} × {heat**2:g} × KL(dense ‖ compressed) at temperature {heat:g} + {labels}")
+        divergence = f"{temperature**2:g} × KL(dense ‖ compressed) at temperature {temperature:g}"
+        lines.append(f"loss: {alpha:g} × {divergence} + {labels}")
     if settings.ema:
         lines.append(f"weights evaluated and saved: running average, {settings.ema} of the old at each step")
     return "\n".join(f"   {line}" for line in lines)
@@ -334,7 +335,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: matrices and kernels decay, biases and normalisation do not."""
     wide = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     flat = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]

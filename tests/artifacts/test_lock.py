@@ -155,6 +155,6 @@ def test_a_run_whose_clock_jumps_is_left_taken_up_and_drawn_as_any_other(bench: 
     done = bench.commands.succeed(*bench.words(folder, **flags, resume=True), **clock)
     assert "resuming after finetune, epoch" in done.out
     assert result_of(folder)["parameter_hash"] == result_of(tmp_path / "steady")["parameter_hash"]
-    told = [line["step"] for line in points(folder) if line["group"] == "train"]
-    assert told == sorted(set(told)) == [event.step for event in curves(folder).Scalars("train/loss")]
+    text = [line["step"] for line in points(folder) if line["group"] == "train"]
+    assert text == sorted(set(text)) == [event.step for event in curves(folder).Scalars("train/loss")]
     assert all(0 <= seconds < 1000 for seconds in result_of(folder)["seconds"].values())

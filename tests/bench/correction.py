@@ -44,7 +44,7 @@ class Cost:
     forward: float
     products: float
 
-    def told(self) -> str:
+    def text(self) -> str:
         """For people."""
         rest = (self.total - self.products) / self.forward
         return (
@@ -59,7 +59,7 @@ def cost_alone(setting: Setting) -> Row:
         costs = [cost(world, setting) for _ in range(setting.rounds)]
     ratios = sorted(c.total / (FORWARDS * c.forward + c.products) for c in costs)
     middle = costs[len(costs) // 2]
-    detail = f"{setting.describe(setting.forward_size)}; {middle.told()} ({setting.clock()} clock)"
+    detail = f"{setting.describe(setting.forward_size)}; {middle.text()} ({setting.clock()} clock)"
     name = f"correction ÷ ({FORWARDS} forward passes + products)"
     return Row(name, ratios[len(ratios) // 2], ratios[0], ratios[-1], 1.0, detail)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dist_prune.config.run import Augment, ImageSpec
 from dist_prune.data.dataset import list_images
-from dist_prune.data.loader import Everything, Stream, training_stream
+from dist_prune.data.loader import Stream, Unsharded, training_stream
 from tests.bench.figures import Figure, missing, rate, ratio
 from tests.bench.phases import Bench
 from tests.bench.timing import interleaved
@@ -28,8 +28,8 @@ DISTINCT = 32
 
 def decoding(bench: Bench) -> Iterator[Figure]:
     """Training images from file to normalised batch on the device, both ways."""
-    if told := without_dali():
-        why = f"DALI cannot be imported ({told}); all other parts run on synthetic batches anyway"
+    if text := without_dali():
+        why = f"DALI cannot be imported ({text}); all other parts run on synthetic batches anyway"
         yield from (missing(name, why) for name in (MIXED, CPU, BOTH))
         return
     with tempfile.TemporaryDirectory() as name:
@@ -57,7 +57,7 @@ def stream(folder: Path, place: torch.device, bench: Bench) -> Stream:
     """Random-resized crops as ImageNet's recipes have them, decoded at this place, by all cores."""
     side, size = bench.scale.side, min(bench.scale.images, bench.scale.pictures)
     spec, threads = ImageSpec(max(256, side), side), len(os.sched_getaffinity(0))
-    return training_stream(list_images(folder), spec, Everything(place, 0), size, threads, 0, Augment())
+    return training_stream(list_images(folder), spec, Unsharded(place, 0), size, threads, 0, Augment())
 
 
 def read(source: Stream, device: torch.device) -> None:

@@ -83,7 +83,7 @@ def has_failed(figure: Figure) -> bool:
     return figure.value is None and figure.name.endswith(": failed")
 
 
-def told(parts: dict[str, list[Figure]]) -> str:
+def format_table(parts: dict[str, list[Figure]]) -> str:
     """For people: a table, and below it what cannot stand in one."""
     rows = [[f"{part}: {cells[0]}", *cells[1:]] for part in parts for cells in (f.cells() for f in parts[part])]
     notes = [f"{part}: {f.name}: {f.detail}" for part in parts for f in parts[part] if f.detail]

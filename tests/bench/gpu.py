@@ -29,7 +29,7 @@ import torch
 from dist_prune.distributed.world import World, joined
 from tests.bench.ceilings import Ceilings, measure_ceilings
 from tests.bench.decoding import decoding
-from tests.bench.figures import Figure, has_failed, kept_going, missing, told
+from tests.bench.figures import Figure, format_table, has_failed, kept_going, missing
 from tests.bench.phases import Bench, Scale, curvature_pass, fine_tuning, statistics_pass
 from tests.bench.roughness import bases_of_rough_passes
 from tests.bench.shapes import graphed_networks, rounded_ranks, whole_networks
@@ -109,7 +109,7 @@ def main() -> int:
 
     with joined(options.device) as world:
         sound = measure(world, scale, options.parts, end, keep)
-    print(told(found))
+    print(format_table(found))
     return 0 if sound else 1
 
 

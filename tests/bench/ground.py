@@ -20,7 +20,7 @@ from dist_prune.network.memory_format import lay_out
 from dist_prune.network.sites import survey
 from dist_prune.run.job import limited
 from dist_prune.training.evaluate import Metrics, Predictions, predict, score
-from dist_prune.training.trainer import Loss, Trainer, steps_of, taught
+from dist_prune.training.trainer import Loss, Trainer, distillation_loss, steps_of
 
 RECIPE = RECIPES["cifar10"]
 SPEC, CLASSES = RECIPE.images.image, RECIPE.network.classes
@@ -71,7 +71,7 @@ class Ground:
         return self.measure(network)
 
     def _loss(self, how: TuningConfig) -> Loss | None:
-        return taught(self.dense, how.distillation, how) if how.distillation else None
+        return distillation_loss(self.dense, how.distillation, how) if how.distillation else None
 
 
 def macs_of(network: nn.Module) -> int:

@@ -113,7 +113,7 @@ def row(rule: str, speed: Speed, found: Pass) -> Row:
     return Row(rule, found.engine, found.batch, macs, 1 / found.speedup, *bounds)
 
 
-def told(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """For people."""
     cells = [
         [
@@ -149,7 +149,7 @@ def main() -> None:
             notes.append(str(error))
     rows = [row(rule, speed, one) for rule, speed in found.items() for one in speed.passes]
     notes += [f"{rule}: {note}" for rule, speed in found.items() for note in speed.notes]
-    print(told(rows), *notes, sep="\n")
+    print(format_table(rows), *notes, sep="\n")
     if output := options.output or (None if options.quick else RESULT):
         write_json(output, content(setting, found, rows) | {"notes": notes})
 

@@ -84,7 +84,7 @@ def leave_gradients(network: nn.Module, ground: Ground, images: int, seed: int) 
 
 @torch.no_grad()
 def reestimated(network: nn.Module, ground: Ground, images: int, seed: int) -> nn.Module:
-    """Batch norm's statistics anew: the mean over batches of training images."""
+    """Batch norm's statistics again: the mean over batches of training images."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()

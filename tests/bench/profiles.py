@@ -59,7 +59,7 @@ def collecting(method: str, setting: Setting, world: World) -> Work:
 
 
 def correcting(setting: Setting, world: World) -> Work:
-    """All sites solved anew, in place."""
+    """All sites solved again, in place."""
     dense = network(setting).eval()
     compressed, images = halved(dense, setting).to(setting.place), calibration(setting, world)
     everything = survey(dense, images_of(setting, setting.forward_size)[:1])
@@ -105,7 +105,7 @@ def operators(phase: str, setting: Setting) -> list[Operator]:
     return [Operator(phase, name, spent[name] / total, spent[name] / 1e6, calls[name]) for name in most]
 
 
-def told(found: list[Operator]) -> str:
+def format_table(found: list[Operator]) -> str:
     """For people."""
     cells = [[o.phase, o.name, f"{100 * o.share:.1f} %", f"{o.seconds:.3g}", str(o.calls)] for o in found]
     return table(["phase", "operator", "share", "seconds", "calls"], cells)
@@ -127,7 +127,7 @@ def main() -> None:
     full = CUDA if options.device == "cuda" else replace(CPU, batches=4)
     setting = replace(QUICK, device=options.device) if options.quick else full
     found = [operator for phase in PHASES for operator in operators(phase, setting)]
-    print(told(found))
+    print(format_table(found))
     if output := options.output or (None if options.quick else RESULT):
         write_json(output, content(setting, found))
 

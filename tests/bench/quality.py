@@ -251,14 +251,18 @@ def show(found: Sequence[Row], options: argparse.Namespace) -> str:
     extra = [name for name in TUNING if any(name in row.tuned for row in found)]
     cells = []
     for r in found:
-        after = [told(*t[:2], options.tuned) if (t := r.tuned.get(name)) else "" for name in extra]
-        plain = [f"{r.macs:.3f}", told(r.drop, r.drop_std, options.seeds), told(r.kl, r.kl_std, options.seeds, 3)]
+        after = [format_spread(*t[:2], options.tuned) if (t := r.tuned.get(name)) else "" for name in extra]
+        plain = [
+            f"{r.macs:.3f}",
+            format_spread(r.drop, r.drop_std, options.seeds),
+            format_spread(r.kl, r.kl_std, options.seeds, 3),
+        ]
         cells.append([r.way, *plain, *after])
     heads = ["way", "MACs", f"top-1 drop, pp, {seeds_of(options.seeds)}", "KL to dense"]
     return table([*heads, *(f"drop, {name}, {seeds_of(options.tuned)}" for name in extra)], cells)
 
 
-def told(mean: float, deviation: float, seeds: Sequence[int], digits: int = 2) -> str:
+def format_spread(mean: float, deviation: float, seeds: Sequence[int], digits: int = 2) -> str:
     """With the deviation where there are several seeds."""
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(seeds) > 1 else "")
 

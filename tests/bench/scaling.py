@@ -262,18 +262,18 @@ def efficiency(phase: str, alone: Rounds, two: Rounds) -> Row:
     """Seconds of two ranks ÷ those of one for the same work: 1 ÷ the efficiency, which is in the detail."""
     work = 1 if phase == "finetune" else 2  # every rank has batches of its own, but a share of images and layers
     ratios = [work * b[phase] / a[phase] for (_, a), (_, b) in zip(alone, two, strict=True)]
-    told = [work * b[phase] / a[phase] for (a, _), (b, _) in zip(alone, two, strict=True)]
+    text = [work * b[phase] / a[phase] for (a, _), (b, _) in zip(alone, two, strict=True)]
     median = statistics.median(ratios)
-    detail = f"efficiency {1 / median:.2f}, foretold {1 / statistics.median(told):.2f}"
+    detail = f"efficiency {1 / median:.2f}, foretold {1 / statistics.median(text):.2f}"
     return Row(f"2 ranks ÷ 1 rank, {phase}: seconds for the same", median, min(ratios), max(ratios), 1.2, detail)
 
 
 def foretold(size: int, phase: str, rounds: Rounds) -> Row:
     """Measured ÷ predicted seconds of a phase."""
     ours = [_of(measured, phase) for _, measured in rounds]
-    told = [_of(predicted, phase) for predicted, _ in rounds]
-    ratios = [a / b for a, b in zip(ours, told, strict=True)]
-    detail = f"{statistics.median(ours):.3g} s of processor, foretold {statistics.median(told):.3g} s"
+    text = [_of(predicted, phase) for predicted, _ in rounds]
+    ratios = [a / b for a, b in zip(ours, text, strict=True)]
+    detail = f"{statistics.median(ours):.3g} s of processor, foretold {statistics.median(text):.3g} s"
     name = f"{size} rank(s), {phase}: measured ÷ predicted"
     return Row(name, statistics.median(ratios), min(ratios), max(ratios), 1.2, detail)
 
@@ -328,10 +328,10 @@ def main() -> None:
     torch.set_num_threads(1)
     found = rows(QUICK if options.quick else Setting())
     print(comparison(found))
-    told = [outlook(arch, options.rate) for arch in ("resnet18", "resnet50")]
-    print("\n\n".join(["", *told]))
+    text = [outlook(arch, options.rate) for arch in ("resnet18", "resnet50")]
+    print("\n\n".join(["", *text]))
     if not options.quick:
-        write_json(RESULT, report(found, command_line("tests.bench.scaling")) | {"outlook": told})
+        write_json(RESULT, report(found, command_line("tests.bench.scaling")) | {"outlook": text})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dist_prune.network.sites import View, survey
 from tests.bench import gpu
 from tests.bench.ceilings import Ceilings, Work, forward_work, moments_work, tensor_cores
 from tests.bench.decoding import decoding
-from tests.bench.figures import Figure, has_failed, told
+from tests.bench.figures import Figure, format_table, has_failed
 from tests.bench.phases import Bench
 from tests.bench.roughness import distance, kept_energy
 from tests.bench.timing import interleaved
@@ -92,7 +92,7 @@ def test_a_part_that_fails_keeps_what_it_had_and_the_others_go_on(
     assert [f.value for f in found["bad"]] == [1.0, None]
     assert has_failed(found["bad"][1]) and found["bad"][1].detail == "RuntimeError: CUDA out of memory"
     assert [f.value for f in found["good"]] == [2.0]
-    assert "bad: bad: failed: RuntimeError: CUDA out of memory" in told(found)
+    assert "bad: bad: failed: RuntimeError: CUDA out of memory" in format_table(found)
     assert gpu.measure(world, gpu.QUICK, ["good"], end, found.update)
 
 

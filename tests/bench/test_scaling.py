@@ -20,17 +20,17 @@ def exchanged(world: World) -> tuple[int, int, int]:
 
 def test_volumes_are_those_that_two_ranks_exchange(world: World) -> None:
     work = bench(world, QUICK)
-    told = volume(work.model, work.sites)
+    text = volume(work.model, work.sites)
     for found in run_ranks(exchanged, 2):
-        assert found == (told.statistics_summed, told.shifts_sent, told.bases_sent)
-    assert told.gradients_summed == 4 * sum(p.numel() for p in work.model.parameters())
+        assert found == (text.statistics_summed, text.shifts_sent, text.bases_sent)
+    assert text.gradients_summed == 4 * sum(p.numel() for p in work.model.parameters())
 
 
 def test_seconds_are_shares_solves_and_the_ring() -> None:
-    told = Volume(1000, 0, 200, 100, 0, (2, 2, 3))
+    text = Volume(1000, 0, 200, 100, 0, (2, 2, 3))
     constants = Constants(moments=0.5, step=0.1, solve={2: 1.0, 3: 2.0}, byte=0.001)
-    assert seconds(told, constants, 1, 12, 5, 2) == {"statistics": 6.0, "bases": 4.0, "finetune": 1.0}
-    four = seconds(told, constants, 4, 12, 5, 2)
+    assert seconds(text, constants, 1, 12, 5, 2) == {"statistics": 6.0, "bases": 4.0, "finetune": 1.0}
+    four = seconds(text, constants, 4, 12, 5, 2)
     assert (four["statistics"], four["bases"], round(four["finetune"], 9)) == (
         1.5 + 1.5,
         2.0 + 0.2,

@@ -116,8 +116,8 @@ def _driver() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    told = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    return next(iter(told.stdout.splitlines()), None)
+    message = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return next(iter(message.stdout.splitlines()), None)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -45,18 +45,18 @@ def test_damaged_images_are_named(bench: Bench, world: World, tmp_path: Path) ->
     data = Path(shutil.copytree(bench.data, tmp_path / "images"))
     (data / "val/b/3.png").write_bytes(b"")
     found = findings("images", bench, world, tmp_path / "run", data=data)
-    assert found["images"].verdict == "fail" and "b/3.png (empty)" in found["images"].told
+    assert found["images"].verdict == "fail" and "b/3.png (empty)" in found["images"].text
     (data / "val/b/3.png").write_bytes((bench.data / "val/b/4.png").read_bytes())
     broken = bytearray((data / "train/a/0.jpg").read_bytes())
     broken[4:200] = bytes(196)  # both ends are sound
     (data / "train/a/0.jpg").write_bytes(bytes(broken))
     found = findings("images", bench, world, tmp_path / "run", data=data)
-    assert found["train"].verdict == "ok" and "a/0.jpg" in found["images"].told
+    assert found["train"].verdict == "ok" and "a/0.jpg" in found["images"].text
 
 
 def test_classes_that_are_not_the_networks(bench: Bench, world: World, tmp_path: Path) -> None:
     found = findings("images", bench, world, tmp_path / "run", classes=7)
-    assert found["images"].verdict == "fail" and "has 4 classes, the network 7 outputs" in found["images"].told
+    assert found["images"].verdict == "fail" and "has 4 classes, the network 7 outputs" in found["images"].text
 
 
 def test_without_data_nothing_is_claimed(bench: Bench, world: World, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_without_data_nothing_is_claimed(bench: Bench, world: World, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("flags", "verdict", "told"),
+    ("flags", "verdict", "text"),
     [
         ({"weights": "none"}, "fail", "none, and no --pretrain.epochs"),
         ({"weights": "none", "pretrain.epochs": 2}, "ok", "trained first, 2 epochs"),
@@ -80,26 +80,26 @@ def test_weights_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch,
     flags: dict[str, object],
     verdict: str,
-    told: str,
+    text: str,
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     found = findings("weights", bench, world, tmp_path / "run", **flags)["weights"]
-    assert (found.verdict, told in found.told) == (verdict, True), found
-    assert "IMAGENET1K_V1" not in found.told or "resnet18-f37072fd.pth" in found.advice
+    assert (found.verdict, text in found.text) == (verdict, True), found
+    assert "IMAGENET1K_V1" not in found.text or "resnet18-f37072fd.pth" in found.advice
 
 
 def test_a_run_directory_that_is_taken(bench: Bench, world: World, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
     found = findings("run directory", bench, world, tmp_path / "run")["run directory"]
-    assert found.verdict == "fail" and "not of a run" in found.told
+    assert found.verdict == "fail" and "not of a run" in found.text
 
 
 def test_a_folder_that_cannot_be_written(bench: Bench, world: World) -> None:
     found = findings("shared folder", bench, world, Path("/proc/nothing/run"))["shared folder"]
-    assert found.verdict == "fail" and "/proc cannot be written" in found.told
+    assert found.verdict == "fail" and "/proc cannot be written" in found.text
     found = findings("space", bench, world, Path("/proc/nothing/run"))["space for runs"]
-    assert found.verdict == "fail" and "0.0 GB free" in found.told
+    assert found.verdict == "fail" and "0.0 GB free" in found.text
 
 
 def test_a_rank_that_does_not_see_anothers_file(
@@ -123,8 +123,8 @@ def test_another_version_than_asked_for_fails(
     monkeypatch.setattr(check, "requirements", lambda: wanted)
     found = findings("packages", bench, world, tmp_path / "run")
     assert found["torch"].verdict == found["no-such-package"].verdict == "fail"
-    assert ">=99" in found["torch"].told and "not installed" in found["no-such-package"].told
-    assert "numpy" in found["packages"].told
+    assert ">=99" in found["torch"].text and "not installed" in found["no-such-package"].text
+    assert "numpy" in found["packages"].text
 
 
 def test_what_this_program_needs_is_known() -> None:

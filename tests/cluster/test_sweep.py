@@ -172,8 +172,8 @@ def test_without_slurm_it_says_where_to_go(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     assert main(["--recipe", "cifar10", *GIVEN, "--sweep", "seed=0,1"]) == 2
-    told = capsys.readouterr().err
-    assert "sbatch, srun, squeue, scontrol not found; submit from a login node, or use --cluster local" in told
+    text = capsys.readouterr().err
+    assert "sbatch, srun, squeue, scontrol not found; submit from a login node, or use --cluster local" in text
 
 
 def test_a_dry_run_needs_no_slurm_and_writes_nothing(

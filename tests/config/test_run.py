@@ -21,8 +21,8 @@ def test_correction_is_on_by_default_from_as_many_images_as_the_recipes_networks
 
 
 def test_the_dense_network_teaches_by_default_where_images_are_many() -> None:
-    taught = {name for name, run in RECIPES.items() if run.tuning.distillation is not None}
-    assert taught == {name for name in RECIPES if "imagenet" in name}
+    distillation_loss = {name for name, run in RECIPES.items() if run.tuning.distillation is not None}
+    assert distillation_loss == {name for name in RECIPES if "imagenet" in name}
 
 
 def test_flags_override_the_recipe() -> None:

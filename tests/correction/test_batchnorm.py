@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.config.run import ImageSpec
-from dist_prune.correction.batchnorm import Reestimation, reestimate, told
+from dist_prune.correction.batchnorm import Reestimation, format_summary, reestimate
 from dist_prune.correction.correct import HELD, Calibration
 from dist_prune.data.loader import normalise
 from dist_prune.distributed.world import World
@@ -101,7 +101,7 @@ def test_what_does_not_help_is_not_kept(world: World) -> None:
     result = reestimate(dense, other, calibration(), PLENTY, world)
     assert result.before == 0 < result.after and not result.kept
     assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in other.state_dict().items())
-    assert told(result).endswith("rejected: the statistics stay as they were")
+    assert format_summary(result).endswith("rejected: the statistics stay as they were")
 
 
 def share(world: World) -> tuple[Reestimation, dict[str, Tensor]]:

@@ -152,7 +152,7 @@ def test_the_network_comes_nearer_on_what_it_saw_and_on_what_it_did_not(kind: st
 
 @torch.no_grad()
 def test_each_choice_is_the_least_of_the_held_out_divergences_that_a_forward_pass_gives(world: World) -> None:
-    """The loss told for the last site, after which nothing is dense, is that of the finished network."""
+    """The loss text for the last site, after which nothing is dense, is that of the finished network."""
     dense, x, judged = small(), pictures(60), pictures(15, 4)
     projected = compressed_copy(dense, x, world, 0.5)
     network, outcomes = corrected(dense, projected, x, judged, world)

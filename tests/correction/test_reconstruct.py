@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.correction.least_squares import (
-    Few,
-    Normal,
-    few_rows,
+    DualNormalEquations,
+    NormalEquations,
+    dual_normal_equations,
     least_squares,
     normal_equations,
     reduced_rank,
@@ -26,11 +26,11 @@ from tests.layers import LAYERS, layer
 # ── one site's equations ───────────────────────────────────────────────────────────────────────────────────
 
 
-def rows_of(x: Tensor, t: Tensor) -> Normal:
-    """Normal equations of rows x (g, d, n), t (g, c, n), from first principles."""
+def rows_of(x: Tensor, t: Tensor) -> NormalEquations:
+    """NormalEquations equations of rows x (g, d, n), t (g, c, n), from first principles."""
     n, mean_x, mean_t = x.shape[-1], x.mean(-1), t.mean(-1)
     x, t = x - mean_x[..., None], t - mean_t[..., None]
-    return Normal(mean_x, mean_t, x @ x.mT / n, t @ x.mT / n, n)
+    return NormalEquations(mean_x, mean_t, x @ x.mT / n, t @ x.mT / n, n)
 
 
 def problem(seed: int = 0, groups: int = 2, d: int = 6, c: int = 4, n: int = 60) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,8 +162,8 @@ def test_refit_is_least_squares_on_the_encoded_inputs() -> None:
 def test_few_rows_are_solved_to_the_same(n: int, ridge: float) -> None:
     """In as many dimensions as there are rows."""
     x, t, weight = problem(n=n)
-    whole, few = rows_of(x, t), few_rows(torch.cat([x, t], 1).flatten(0, 1)[:, None], 2, x.shape[1])
-    assert isinstance(few, Few) and few.rows == n
+    whole, few = rows_of(x, t), dual_normal_equations(torch.cat([x, t], 1).flatten(0, 1)[:, None], 2, x.shape[1])
+    assert isinstance(few, DualNormalEquations) and few.rows == n
     for expected, found in ((whole, few), (whole.uncentred(), few.uncentred())):
         for first, second in zip(
             least_squares(expected, weight, ridge), least_squares(found, weight, ridge), strict=True
@@ -245,7 +245,7 @@ def test_damping_is_a_share_of_the_largest_eigenvalue() -> None:
 # ── one layer of every kind ────────────────────────────────────────────────────────────────────────────────
 
 
-def equations(site: Site, module: nn.Module, x: Tensor, target: Tensor) -> Normal:
+def equations(site: Site, module: nn.Module, x: Tensor, target: Tensor) -> NormalEquations:
     rows = input_rows(site, module, x).reshape(site.groups, site.inputs, -1)
     return rows_of(rows, output_rows(site, target).reshape(site.groups, site.width, -1))
 

@@ -45,7 +45,7 @@ def test_a_recipes_file_counts_as_flags(tmp_path: Path) -> None:
     "arch", ["resnet18", "resnet20", "mnist", "net.py:vit_tiny_patch16_224", "no_such_network"]
 )
 def test_other_networks_are_left_alone(arch: str) -> None:
-    assert not is_timms(arch) and timm_images.told(parse(["--arch", arch])) == ""
+    assert not is_timms(arch) and timm_images.adopted(parse(["--arch", arch])) == ""
     assert read("digits", "--arch", arch).images == parse(["digits"]).images
 
 
@@ -58,7 +58,7 @@ def test_what_cannot_be_had_is_refused_or_told(monkeypatch: pytest.MonkeyPatch) 
     known["input_size"] = (3, 28, 28)
     run = read("digits", "--arch", VIT, "--crop", "20")
     assert run.images.image.interpolation == "bilinear"
-    said = timm_images.told(run)
+    said = timm_images.adopted(run)
     assert "its own interpolation, lanczos, cannot be had" in said and "it cuts by 'squash'" in said
     assert "resize 56, crop 28" in said and "here: resize 40, crop 20" in said
 

@@ -40,11 +40,11 @@ def test_every_fault_is_found_and_named_and_the_last_slice_sums_up(
     save(data / "train" / "n00000002" / "n00000002_9.JPEG", picture(40, 8))
     codes = [main([str(data), "--slice", f"{i}/2", "--report", str(report)]) for i in (1, 0)]
     assert codes == [1, 1]
-    told = (report / "summary.txt").read_text()
-    assert told in capsys.readouterr().out
+    text = (report / "summary.txt").read_text()
+    assert text in capsys.readouterr().out
     for name, (kind, _) in WRONG.items():
-        assert f"  {name} ({kind}: " in told
-    assert "n00000002_9.JPEG (wrong size: 40×8 pixels, need 16)" in told
+        assert f"  {name} ({kind}: " in text
+    assert "n00000002_9.JPEG (wrong size: 40×8 pixels, need 16)" in text
     for line in (
         "train: 10 files, 2 classes",
         "val: 6 files, 2 classes",
@@ -52,7 +52,7 @@ def test_every_fault_is_found_and_named_and_the_last_slice_sums_up(
         "wrong name: 3",
         "8 faults",
     ):
-        assert line in told.splitlines()
+        assert line in text.splitlines()
 
 
 def test_sound_images_are_said_to_be(tmp_path: Path) -> None:

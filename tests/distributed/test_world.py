@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_prune.distributed import watchdog as alarm_module
 from dist_prune.distributed import world as world_module
-from dist_prune.distributed.launch_env import find_place
+from dist_prune.distributed.launch_env import find_launch_env
 from dist_prune.distributed.world import DeviceError, RankError, World, digest, fingerprint, joined
 from tests.ranks import RanksFailed, free_address, in_turn, run_alone, run_ranks
 
@@ -265,7 +265,7 @@ def test_a_rank_that_hangs_is_killed_and_named():
 
 def join_twice():
     for _ in range(2):
-        with joined("cpu", place=find_place({})) as world:
+        with joined("cpu", place=find_launch_env({})) as world:
             assert dist.is_initialized()
             check_sum(world)
             with pytest.raises(RuntimeError, match="already joined"), joined("cpu"):
@@ -280,7 +280,7 @@ def test_a_single_process_may_join_again_and_leaves_nothing_behind():
 
 
 def fail_inside():
-    with pytest.raises(ZeroDivisionError), joined("cpu", place=find_place({})):
+    with pytest.raises(ZeroDivisionError), joined("cpu", place=find_launch_env({})):
         _ = 1 / 0
     assert not dist.is_initialized()
 

@@ -163,7 +163,7 @@ def test_the_command_shows_and_keeps_what_it_measured(folder: Path, capsys: pyte
     assert speed_command.main(words) == 0
     shown = capsys.readouterr().out
     found = Speed.from_json((folder / "speed.json").read_text())
-    assert speed_command.told(found) in shown
+    assert speed_command.format_summary(found) in shown
     assert "eager, batch 2" in shown and "layer2.0.conv1" in shown and "speed-up (range)" in shown
     with pytest.raises(CheckpointError, match=r"speed\.json is there already"):
         speed_command.main(words)

@@ -114,7 +114,7 @@ def test_the_layout_of_the_network_is_the_one_that_is_timed(clock: Clock, tmp_pa
     plain = measure(model, ranks_of(model), IMAGES, tmp_path)
     assert clock.laid_out == [True, *[False] * 4, True], "no output of the first and the last has a height"
     measure(channels_last(model), ranks_of(model), IMAGES, tmp_path)
-    assert clock.laid_out[6:] == [True] * 6, "measured anew"
+    assert clock.laid_out[6:] == [True] * 6, "measured again"
     assert measure(model, ranks_of(model), IMAGES, tmp_path) == plain and len(clock.timed) == 12
 
 

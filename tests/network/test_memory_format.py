@@ -45,7 +45,7 @@ def lies_last(y: Tensor) -> bool:
 
 
 def kernels(model: nn.Module) -> list[Tensor]:
-    """Those of which the layout can be told."""
+    """Those of which the layout can be text."""
     return [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
 
 

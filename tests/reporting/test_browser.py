@@ -62,12 +62,12 @@ def shown(browser: Browser, address: str, *expected: str) -> str:
     """The words of a page, once the expected ones are among them."""
     browser.open("about:blank")
     browser.open(address)
-    deadline, told = time.monotonic() + READY_S, ""
-    while any(word not in told for word in expected):
-        assert time.monotonic() < deadline, f"{[w for w in expected if w not in told]} not in {told[-2000:]}"
+    deadline, text = time.monotonic() + READY_S, ""
+    while any(word not in text for word in expected):
+        assert time.monotonic() < deadline, f"{[w for w in expected if w not in text]} not in {text[-2000:]}"
         time.sleep(0.2)
-        told = re.sub(r"\s+", " ", browser.ask(WORDS))
-    return told
+        text = re.sub(r"\s+", " ", browser.ask(WORDS))
+    return text
 
 
 def test_custom_scalars_open_on_what_matters(browser: Browser, board: str) -> None:
@@ -81,9 +81,9 @@ def test_custom_scalars_open_on_what_matters(browser: Browser, board: str) -> No
         "correction",
         "held-out KL after each layer",
     ]
-    told = shown(browser, f"{board}/#custom_scalars", *charts)
-    assert sorted(charts, key=told.index) == charts
-    assert "rounds" not in told, "a chart of what there is not"
+    text = shown(browser, f"{board}/#custom_scalars", *charts)
+    assert sorted(charts, key=text.index) == charts
+    assert "rounds" not in text, "a chart of what there is not"
     asked = browser.requests()
     assert asked and all(address.startswith((board, "data:", "blob:")) for address in asked), (
         "works without a network"
@@ -103,8 +103,8 @@ def test_images_show_spectra_and_predictions(browser: Browser, board: str) -> No
 
 
 def test_text_shows_the_plan(browser: Browser, board: str) -> None:
-    told = shown(browser, f"{board}/#text", "plan/text_summary", "16×16·3×3", "weights")
-    assert "| 16" not in told, "a table, not its source"
+    message = shown(browser, f"{board}/#text", "plan/text_summary", "16×16·3×3", "weights")
+    assert "| 16" not in message, "a table, not its source"
 
 
 def test_settings_and_final_figures_are_compared(browser: Browser, board: str) -> None:

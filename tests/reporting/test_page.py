@@ -36,43 +36,43 @@ def words_of(page: Path) -> str:
 
 
 def test_the_page_tells_every_stage_with_its_intervals(whole_run: Path) -> None:
-    result, told = result_of(whole_run), words_of(whole_run / "report.html")
+    result, text = result_of(whole_run), words_of(whole_run / "report.html")
     for stage in ("dense", "projected", "corrected", "distilled", "tuned"):
-        assert f"{stage} {result[stage]['top1']:.2f} %" in told
-    assert "36 validation images" in told
+        assert f"{stage} {result[stage]['top1']:.2f} %" in text
+    assert "36 validation images" in text
     gained, lost = result["tuned"]["gained"], result["tuned"]["lost"]
     low, high = paired_interval(gained, lost, 36)
-    assert f"{100 * (gained - lost) / 36:+.2f} {low:+.2f} … {high:+.2f}" in told
+    assert f"{100 * (gained - lost) / 36:+.2f} {low:+.2f} … {high:+.2f}" in text
     assert result["tuned"]["top1"] - result["dense"]["top1"] == pytest.approx(100 * (gained - lost) / 36)
 
 
 def test_the_page_tells_every_layer_with_its_cost_and_losses(whole_run: Path) -> None:
-    told = words_of(whole_run / "report.html")
+    text = words_of(whole_run / "report.html")
     measured = {s["site"]: s["measured"] for s in json.loads((whole_run / "sites.json").read_text())["sites"]}
     plan = json.loads((whole_run / "plan.json").read_text())["choices"]
     for choice in plan:
-        assert f"{choice['site']} " in told
+        assert f"{choice['site']} " in text
         if choice["rank"]:
-            assert f"{choice['rank']}/{SITES[choice['site']]}" in told
-            assert f"{measured[choice['site']]:.3g}" in told
-            assert f"{choice['site']}: rank {choice['rank']} keeps" in told, "its spectrum"
+            assert f"{choice['rank']}/{SITES[choice['site']]}" in text
+            assert f"{measured[choice['site']]:.3g}" in text
+            assert f"{choice['site']}: rank {choice['rank']} keeps" in text, "its spectrum"
 
 
 def test_the_page_tells_what_was_done_what_was_warned_of_and_how_to_do_it_again(whole_run: Path) -> None:
-    told, config = words_of(whole_run / "report.html"), json.loads((whole_run / "config.json").read_text())
-    assert "by fisher: their covariance in the metric" in told
-    assert "Correction in closed form (regression), from 16 of the training images" in told
-    assert "Label-free distillation on: 20 steps" in told
-    assert "Fine-tuned with labels for 1 epochs" in told
-    assert "Distillation from the dense network was off" in told
+    text, config = words_of(whole_run / "report.html"), json.loads((whole_run / "config.json").read_text())
+    assert "by fisher: their covariance in the metric" in text
+    assert "Correction in closed form (regression), from 16 of the training images" in text
+    assert "Label-free distillation on: 20 steps" in text
+    assert "Fine-tuned with labels for 1 epochs" in text
+    assert "Distillation from the dense network was off" in text
     assert result_of(whole_run)["warnings"] and all(
-        " ".join(w.split()) in told for w in result_of(whole_run)["warnings"]
+        " ".join(w.split()) in text for w in result_of(whole_run)["warnings"]
     )
-    assert config["environment"]["start"] in told
-    assert f"torch {config['environment']['packages']['torch']}" in told
-    assert result_of(whole_run)["parameter_hash"] in told
+    assert config["environment"]["start"] in text
+    assert f"torch {config['environment']['packages']['torch']}" in text
+    assert result_of(whole_run)["parameter_hash"] in text
     for phase in result_of(whole_run)["seconds"]:
-        assert phase in told
+        assert phase in text
 
 
 def test_latencies_are_told_where_they_were_measured(bench: Bench, whole_run: Path, tmp_path: Path) -> None:
@@ -87,11 +87,11 @@ def test_latencies_are_told_where_they_were_measured(bench: Bench, whole_run: Pa
 
 
 def test_markdown_says_the_same(whole_run: Path) -> None:
-    result, told = result_of(whole_run), (whole_run / "report.md").read_text()
-    assert f"| tuned | {result['tuned']['top1']:.2f} |" in told
-    assert all(f"| `{site}` |" in told for site in SITES)
-    assert all(f"- {warning}" in told for warning in result["warnings"])
-    rows = [line for line in told.splitlines() if line.startswith("|")]
+    result, text = result_of(whole_run), (whole_run / "report.md").read_text()
+    assert f"| tuned | {result['tuned']['top1']:.2f} |" in text
+    assert all(f"| `{site}` |" in text for site in SITES)
+    assert all(f"- {warning}" in text for warning in result["warnings"])
+    rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9, 10, 3}, "one width for each of three tables"
 
 
@@ -128,10 +128,10 @@ def test_of_an_unfinished_run_the_page_says_how_far_it_is(bench: Bench, whole_ru
     kept = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"step": 4' not in line]
     (folder / "metrics.jsonl").write_text("\n".join(kept) + '\n{"group": "tr')
     assert report(bench, folder).codes == [0]
-    told = words_of(folder / "report.html")
-    assert "not finished. Stages measured so far: dense, projected, corrected, distilled." in told
-    assert f"--run-dir {folder} --resume" in told
-    assert "What was asked for" in told
+    text = words_of(folder / "report.html")
+    assert "not finished. Stages measured so far: dense, projected, corrected, distilled." in text
+    assert f"--run-dir {folder} --resume" in text
+    assert "What was asked for" in text
     assert "not finished" in (folder / "report.md").read_text()
 
 
@@ -180,12 +180,12 @@ def test_a_page_that_cannot_be_drawn_does_not_cost_the_run(bench: Bench, whole_r
 def test_one_page_over_several_runs(bench: Bench, runs: dict[int, Path], whole_run: Path, tmp_path: Path) -> None:
     done = report(bench, runs[1], whole_run, "--output", tmp_path / "all.html")
     assert done.codes == [0], done.err
-    told = words_of(tmp_path / "all.html")
+    text = words_of(tmp_path / "all.html")
     for folder, stage in ((runs[1], "tuned"), (whole_run, "tuned")):
         result = result_of(folder)
-        assert f"×{result['macs']['compressed'] / result['macs']['dense']:.3f}" in told
-        assert f"{stage} {result[stage]['top1']:.2f} %" in told
-    assert "method" in told and "fisher" in told and "pca" in told, "settings that differ"
+        assert f"×{result['macs']['compressed'] / result['macs']['dense']:.3f}" in text
+        assert f"{stage} {result[stage]['top1']:.2f} %" in text
+    assert "method" in text and "fisher" in text and "pca" in text, "settings that differ"
     link = re.search(r'<a href="([^"]*)"', (tmp_path / "all.html").read_text())
     assert link and (tmp_path / link[1]).resolve().is_file()
     assert "| pca |" in (tmp_path / "all.md").read_text()
@@ -263,10 +263,10 @@ def test_a_paired_interval_holds_the_difference_in_95_of_100_draws() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_can_be_told(recipe: str) -> None:
-    told = " ".join(account(to_dict(replace(RECIPES[recipe], recipe=recipe))))
-    assert f"Recipe {recipe}." in told and RECIPES[recipe].compression.ranks in told
+    text = " ".join(account(to_dict(replace(RECIPES[recipe], recipe=recipe))))
+    assert f"Recipe {recipe}." in text and RECIPES[recipe].compression.ranks in text
     on = "Distillation from the dense network was on, share 0.9 at temperature 4."
-    assert (on in told) == recipe.startswith("resnet")
+    assert (on in text) == recipe.startswith("resnet")
 
 
 def test_every_method_has_its_words() -> None:
@@ -276,13 +276,13 @@ def test_every_method_has_its_words() -> None:
 def test_what_did_not_run_is_not_told() -> None:
     settings = to_dict(parse(["digits", "--epochs", "0", "--calibrate-images", "77"]))
     assert "77" in " ".join(account(settings))
-    told = account(settings, ["dense", "projected"])
-    assert told[-3:] == ["No correction.", "No label-free distillation.", "No fine-tuning."]
+    text = account(settings, ["dense", "projected"])
+    assert text[-3:] == ["No correction.", "No label-free distillation.", "No fine-tuning."]
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(4.21, "4.2 s"), (65, "1:05"), (3723.4, "1:02:03")])
-def test_times(seconds: float, told: str) -> None:
-    assert told_time(seconds) == told
+@pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2 s"), (65, "1:05"), (3723.4, "1:02:03")])
+def test_times(seconds: float, text: str) -> None:
+    assert told_time(seconds) == text
 
 
 def test_charts_are_in_per_cent_downwards_and_skip_what_is_no_number() -> None:
@@ -306,7 +306,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": 
 
 
 @pytest.mark.parametrize(
-    ("argv", "environ", "told"),
+    ("argv", "environ", "text"),
     [
         (["launch/local.py", "digits"], {}, "python launch/local.py digits"),
         (["/x/bin/dist-prune", "run", "digits"], {}, "dist-prune run digits"),
@@ -328,5 +328,5 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": 
         ),
     ],
 )
-def test_the_command_that_starts_it_again(argv: list[str], environ: dict[str, str], told: str) -> None:
-    assert start_of(argv, environ) == told
+def test_the_command_that_starts_it_again(argv: list[str], environ: dict[str, str], text: str) -> None:
+    assert start_of(argv, environ) == text

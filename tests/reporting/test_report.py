@@ -162,8 +162,8 @@ def test_each_layer_gets_its_rank_and_a_picture_of_its_spectrum_and_the_plan_is_
     ranks = {site: events.Scalars(f"layer/{site}/rank")[0].value for site in "013"}
     assert ranks == {"0": 2, "1": 16, "3": 1}
     assert all(events.Images(f"layer/{site}/spectrum")[0].encoded_image_string for site in "013")
-    told = events.Tensors("plan/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
-    assert told[2:] == [
+    text = events.Tensors("plan/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
+    assert text[2:] == [
         "| `0` | 8×3·3×3 | 2/8 | 7.78k → 2.52k | 216 → 70 |  |",
         "| `1` | 16×4·3×3 g2 | dense | 9.22k | 576 | kept |",
         "| `3` | 4×256 | 1/4 | 1.02k → 260 | 1.02k → 260 |  |",

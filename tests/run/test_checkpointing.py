@@ -14,7 +14,7 @@ from dist_prune.artifacts.answers import load as load_answers
 from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World
 from dist_prune.run import checkpointing
-from dist_prune.run.checkpointing import Keeper, Standing
+from dist_prune.run.checkpointing import CheckpointManager, ResumePoint
 from dist_prune.run.job import place_of
 from tests.commands import Done
 from tests.runs import CLASSES, SITES, STAGES, TRAIN, Bench, content, copied, curves, points, result_of
@@ -61,10 +61,10 @@ def test_a_killed_run_resumes_to_the_very_same_network(
 def test_the_curves_of_a_resumed_run_do_not_overlap(resumed: tuple[Path, Done]) -> None:
     folder, _ = resumed
     steps = EPOCHS * math.ceil(TRAIN * len(CLASSES) / 2 / 4)
-    told = [line["step"] for line in points(folder) if line["group"] == "train"]
+    text = [line["step"] for line in points(folder) if line["group"] == "train"]
     shown = [event.step for event in curves(folder).Scalars("train/loss")]
-    assert told == sorted(set(told)) and told[-1] == steps
-    assert shown == told
+    assert text == sorted(set(text)) and text[-1] == steps
+    assert shown == text
     stages = [line["step"] for line in points(folder) if line["group"] == "val"]
     assert stages == sorted(set(stages)) and len(stages) >= 3
 
@@ -130,9 +130,9 @@ def test_in_between_one_is_left_whenever_it_is_time(
 ) -> None:
     now = 0
     monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now))
-    keeper = Keeper(world, tmp_path, Flag(), print, every_s=10, keep=99)
+    manager = CheckpointManager(world, tmp_path, Flag(), print, every_s=10, keep=99)
     left = []
-    for _ in keeper.watched(range(40), lambda: Standing("on the way")):
+    for _ in manager.watched(range(40), lambda: ResumePoint("on the way")):
         now += 1
         left.append(len(list(tmp_path.glob("????????-mid.pt"))))
     assert [left.count(n) for n in range(4)] == [12, 12, 12, 4], "every 10 s, and a batch to agree"

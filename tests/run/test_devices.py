@@ -23,7 +23,7 @@ from dist_prune.network.sites import Site, survey
 from dist_prune.statistics import collect as statistics
 from dist_prune.training import trainer
 from dist_prune.training.evaluate import predict, score
-from dist_prune.training.trainer import Trainer, taught
+from dist_prune.training.trainer import Trainer, distillation_loss
 
 AFTER = -1  # the last batch
 METHODS = [
@@ -153,7 +153,7 @@ def test_training_does_not_wait_for_the_gpu_between_reports(
     monkeypatch.setattr(trainer, "fingerprint", lambda _: {})
     monkeypatch.setattr(trainer, "lay_out", lambda _model, _layout: None)  # parameters cannot be exchanged here
     model, settings = network(), TuningConfig(epochs=1, batch_size=8, distill="0.9,4", **more)
-    loss = taught(network(), settings.distillation, settings)
+    loss = distillation_loss(network(), settings.distillation, settings)
     progress = list(Trainer(model, settings, 4, gpu, loss).epoch(gpu.batches(), every=100))
     assert len(progress) == 1 and gpu.waited == {AFTER}
 

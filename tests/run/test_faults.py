@@ -39,9 +39,9 @@ def test_another_number_of_ranks_goes_on_from_an_epoch_s_end_where_asked_to(
     assert "resharding: 2 ranks with batches of 4 → 3 ranks with batches of 4, from the last boundary" in done.out
     assert "is done again" in done.out
     steps = math.ceil(TRAIN * len(CLASSES) / 3 / 4)
-    told = re.search(r"(\d+) epochs are done.*steps are of 4 × 3 images now: (\d+) of (\d+) done", done.out)
-    assert told
-    assert (int(told[2]), int(told[3])) == (int(told[1]) * steps, EPOCHS * steps)
+    text = re.search(r"(\d+) epochs are done.*steps are of 4 × 3 images now: (\d+) of (\d+) done", done.out)
+    assert text
+    assert (int(text[2]), int(text[3])) == (int(text[1]) * steps, EPOCHS * steps)
     assert result_of(folder)["world_size"] == 3
 
 
@@ -54,9 +54,9 @@ def test_another_batch_size_is_refused_and_allowed_where_asked_to(
     assert all(refused.codes)
     assert refused.errors[0].endswith("tuning.batch_size: 4 → 5; --reshard allows this")
     done = bench.commands.succeed(*words, "--reshard", ranks=2)
-    told = re.search(r"(\d+) epochs are done.*steps are of 5 × 2 images now: (\d+) of 24 done", done.out)
-    assert told
-    assert int(told[2]) == 4 * int(told[1]) > 0
+    text = re.search(r"(\d+) epochs are done.*steps are of 5 × 2 images now: (\d+) of 24 done", done.out)
+    assert text
+    assert int(text[2]) == 4 * int(text[1]) > 0
 
 
 def test_from_a_checkpoint_at_a_boundary_nothing_is_done_again(bench: Bench, left: Path, tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_the_cost_falls_in_every_round_and_ends_where_it_was_to(
 def test_a_dry_run_foretells_the_rounds(bench: Bench, shrunk: Path, tmp_path: Path, step: float) -> None:
     done = bench.commands.succeed(*bench.words(tmp_path / "run", **(SHRINKING | {"step": step}), dry_run=True))
     line = r"round \d+: \d+ sites factored, .*"
-    foretold, told = re.findall(line, done.out), re.findall(line, (shrunk / "log.txt").read_text())
-    assert foretold == told if step == SHRINKING["step"] else len(foretold) > len(told)
+    foretold, text = re.findall(line, done.out), re.findall(line, (shrunk / "log.txt").read_text())
+    assert foretold == text if step == SHRINKING["step"] else len(foretold) > len(text)
     assert f"{len(foretold)} rounds to get there, --step {step}" in done.out
 
 
@@ -73,7 +73,7 @@ def test_a_dry_run_says_that_rounds_follow_from_ranks_that_are_not_known_yet(ben
     flags = {"ranks": "budget:macs=0.5", "step": 0.7, "alternate": 2, "dry_run": True}
     done = bench.commands.succeed(*bench.words(tmp_path / "run", **flags))
     assert "--step 0.7: how many rounds follows from the ranks" in done.out
-    assert "--alternate 2: then trained as dense layers and projected anew" in done.out
+    assert "--alternate 2: then trained as dense layers and projected again" in done.out
 
 
 def test_a_site_is_two_layers_however_often_it_was_projected(shrunk: Path) -> None:

@@ -72,18 +72,18 @@ def test_a_run_says_how_it_trains_and_saves_the_averaged_weights(bench: Bench, t
 
 
 @pytest.mark.parametrize(
-    ("network", "told"),
+    ("network", "text"),
     [
         ("loose", "parameters (dense) {} 1 of 12: 9.bias"),
         ("looser", "parameters and buffers after step 5 {} 1 of 17: 9.expand.bias"),
     ],
 )
 def test_a_rank_with_another_parameter_ends_the_run_at_the_next_comparison(
-    bench: Bench, tmp_path: Path, network: str, told: str
+    bench: Bench, tmp_path: Path, network: str, text: str
 ) -> None:
     done = bench.commands(*bench.words(tmp_path / "run", arch=f"{bench.network}:{network}"), ranks=2)
     assert all(done.codes)
-    message = told.format("must be the same on all ranks, but rank 1 differs from rank 0 in")
+    message = text.format("must be the same on all ranks, but rank 1 differs from rank 0 in")
     assert done.errors and all(message in line for line in done.errors)
     assert not (tmp_path / "run" / "result.json").exists()
 

@@ -26,8 +26,8 @@ def test_an_array_checks_slices_and_its_last_task_reports(jobs: Jobs, tmp_path: 
     job = jobs.cluster.submit(*words, cwd=tmp_path, REPORT=str(tmp_path / "report"), **jobs.environ)
     wait_for(lambda: not jobs.cluster.jobs(), 150, "the array")
     states = [jobs.cluster.state(f"{job}_{index}") for index in (0, 1)]
-    told = (tmp_path / "report" / "summary.txt").read_text()
-    assert "train: 3 files, 3 classes" in told and "train/b/x.jpg (truncated: truncated JPEG)" in told
+    text = (tmp_path / "report" / "summary.txt").read_text()
+    assert "train: 3 files, 3 classes" in text and "train/b/x.jpg (truncated: truncated JPEG)" in text
     assert "FAILED" in states, "a slice with faults does not end well"
 
 

@@ -46,7 +46,7 @@ def is_tuning(jobs: Jobs, run: str) -> bool:
 
 
 def require_gone_on(jobs: Jobs, run: str, job: str, expected: str, starts: int = 2) -> None:
-    """It ended well, in so many starts, each told in one log; with the weights expected; nothing of it is left."""
+    """It ended well, in so many starts, each text in one log; with the weights expected; nothing of it is left."""
     assert jobs.cluster.finish(job, 500) == "COMPLETED", jobs.log(run)
     assert jobs.cluster.show(job)["Restarts"] == str(starts - 1)
     said = jobs.log(run)
@@ -202,7 +202,7 @@ def test_a_sweeps_run_may_reach_its_time_limit_more_than_three_times(jobs: Jobs,
 
 
 def epochs_of(log: Path, job: str, jobs: Jobs) -> int:
-    """How many epochs the run has told; a job that waits after a requeue is let go."""
+    """How many epochs the run has text; a job that waits after a requeue is let go."""
     if jobs.cluster.show(job).get("Reason") == "BeginTime":
         jobs.cluster.release(job)
     return log.read_text().count(" epoch ") if log.is_file() else 0

@@ -121,8 +121,8 @@ def test_a_run_directory_that_a_node_does_not_share_is_told(jobs: Jobs, tmp_path
     with jobs.cluster.hidden_on("n3", tmp_path):
         job = jobs.submit("unshared", "--nodelist=n2,n3", nodes=2, environ={"RUN_DIR": str(tmp_path / "run")})
         assert jobs.cluster.finish(job) == "FAILED"
-    told = f"error: {tmp_path}/run/code/COMMIT is not there on node n3: put it on a file system all nodes share"
-    assert told in jobs.log("unshared")
+    text = f"error: {tmp_path}/run/code/COMMIT is not there on node n3: put it on a file system all nodes share"
+    assert text in jobs.log("unshared")
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from tests.commands import ROOT
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("required", "code", "told"), [("", 0, "1 skipped"), ("1", 1, "REQUIRE_SLURM is set, and")]
+    ("required", "code", "message"), [("", 0, "1 skipped"), ("1", 1, "REQUIRE_SLURM is set, and")]
 )
-def test_a_machine_without_slurm(tmp_path: Path, required: str, code: int, told: str) -> None:
+def test_a_machine_without_slurm(tmp_path: Path, required: str, code: int, message: str) -> None:
     words = [
         "tests/slurm/test_script.py",
         "-k",
@@ -38,5 +38,5 @@ def test_a_machine_without_slurm(tmp_path: Path, required: str, code: int, told:
         check=False,
     )
     assert done.returncode == code, done.stdout
-    assert told in done.stdout
+    assert message in done.stdout
     assert "not installed: apt-get install slurm-wlm" in done.stdout

@@ -190,9 +190,9 @@ def test_too_few_rows_and_probes_are_told_with_the_site(world: World) -> None:
 
     method = MethodConfig("hessian-global", probes=3)
     found = statistics.collect(network(), SITES, few, world, method, 0)
-    told = statistics.warnings(found, SITES, method, 3)
-    assert any(t.startswith("4: 3 rows for 4 dimensions, the covariance is rank-deficient") for t in told)
-    assert any(t.startswith("0: 3 probes for 6 dimensions, the Hessian is rank-deficient") for t in told)
+    text = statistics.warnings(found, SITES, method, 3)
+    assert any(t.startswith("4: 3 rows for 4 dimensions, the covariance is rank-deficient") for t in text)
+    assert any(t.startswith("0: 3 probes for 6 dimensions, the Hessian is rank-deficient") for t in text)
     assert not statistics.warnings(statistics.Statistics(), SITES, MethodConfig("random"), 3)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from dist_prune.config.flags import Rule
 from dist_prune.config.run import ImageSpec, MethodConfig
 from dist_prune.data.dataset import list_images
-from dist_prune.data.loader import Batch, Everything, evaluation_stream
+from dist_prune.data.loader import Batch, Unsharded, evaluation_stream
 from dist_prune.distributed.world import World, digest
 from dist_prune.factorization.bases import solve
 from dist_prune.factorization.plan import Choice, Plan, make_plan
@@ -20,7 +20,7 @@ from dist_prune.factorization.project import project
 from dist_prune.factorization.spectra import spectra_of
 from dist_prune.network.sites import survey
 from dist_prune.statistics.collect import collect
-from dist_prune.training.sensitivity import SiteLoss, measure_sites, save, told
+from dist_prune.training.sensitivity import SiteLoss, format_summary, measure_sites, save
 from tests.ranks import run_ranks
 
 IMAGES = 3000
@@ -108,7 +108,7 @@ def test_only_the_one_site_is_compressed(world: World) -> None:
 
 def test_table_and_file(tmp_path: Path) -> None:
     losses = [SiteLoss("conv1", 6, 0.25, 0.5), SiteLoss("conv2", 3, None, 0.125)]
-    lines = told(losses, "KL").splitlines()
+    lines = format_summary(losses, "KL").splitlines()
     assert lines[0].split() == ["site", "alone", "rank", "predicted", "KL", "measured", "KL"]
     assert lines[2].split() == ["conv1", "6", "0.25", "0.5"]
     assert lines[4].split() == ["sum", "0.25", "0.625"]
@@ -120,7 +120,7 @@ def test_table_and_file(tmp_path: Path) -> None:
 
 def seen(world: World, folder: str) -> list[int]:
     split, spec = list_images(Path(folder)), ImageSpec(resize=0, crop=8)
-    stream = evaluation_stream(split, spec, Everything(world.device, world.local_rank), 3, 1)
+    stream = evaluation_stream(split, spec, Unsharded(world.device, world.local_rank), 3, 1)
     return [i for batch in stream.raw() for i in batch.indices.tolist()]
 
 

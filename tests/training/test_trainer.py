@@ -16,13 +16,13 @@ from dist_prune.training.trainer import (
     Trainer,
     TrainingError,
     _synchronised,
-    decayed,
+    distillation_loss,
+    format_summary,
     require_possible,
     scaled_lr,
     schedule,
     steps_of,
-    taught,
-    told,
+    weight_decay_groups,
 )
 from tests.ranks import RanksFailed, run_ranks
 
@@ -171,8 +171,8 @@ def drift(world: World, name: str) -> str:
 def test_a_rank_that_leaves_the_lockstep_ends_the_run_and_is_named_with_its_parameter() -> None:
     with pytest.raises(RanksFailed) as failed:
         run_ranks(drift, 2, "0.bias")
-    told = "parameters and buffers after step 4 must be the same on all ranks, but rank 1 differs from rank 0 in 1"
-    assert all(told in report and "0.bias" in report for report in failed.value.reports.values())
+    text = "parameters and buffers after step 4 must be the same on all ranks, but rank 1 differs from rank 0 in 1"
+    assert all(text in report and "0.bias" in report for report in failed.value.reports.values())
     assert len(failed.value.reports) == 2
 
 
@@ -277,7 +277,7 @@ def test_distillation_is_hinton_s_loss() -> None:
     p, q = (dense(batch.images) / 4).softmax(1), (logits / 4).softmax(1)
     soft = 16 * (p * (p.log() - q.log())).sum(1).mean()
     hard = nn.functional.cross_entropy(logits, batch.labels, label_smoothing=0.1)
-    found = taught(dense, settings.distillation, settings)(logits, batch)
+    found = distillation_loss(dense, settings.distillation, settings)(logits, batch)
     torch.testing.assert_close(found, 0.3 * soft + 0.7 * hard)
     assert not found.requires_grad
 
@@ -288,7 +288,9 @@ def test_a_taught_network_comes_closer_to_its_teacher(world: World) -> None:
     dense, share = network(1, norm=False).eval(), batches(100, 16)
     settings = TuningConfig(epochs=1, batch_size=16, lr=1.0, distill="1,2")
     assert settings.distillation is not None
-    trainer = Trainer(network(2, norm=False), settings, 100, world, taught(dense, settings.distillation, settings))
+    trainer = Trainer(
+        network(2, norm=False), settings, 100, world, distillation_loss(dense, settings.distillation, settings)
+    )
     first, *_, last = (p.loss for p in trainer.epoch(share, every=20))
     assert last < 0.5 * first
 
@@ -337,7 +339,7 @@ def test_compiled_training_is_the_same_training() -> None:
 
 def test_the_log_says_what_training_will_be() -> None:
     settings = TuningConfig(epochs=3, batch_size=8, accumulate=4, lr=0.1, ema=0.99, distill="0.5,2")
-    lines = told(settings, 10, 2, settings.distillation).splitlines()
+    lines = format_summary(settings, 10, 2, settings.distillation).splitlines()
     assert lines == [
         "   3 epochs of 3 steps, global batch 64 (8 images × 4 × 2 rank(s)), peak learning rate 0.025 "
         "(0.1 per 256 images), batch norm local",
@@ -374,7 +376,7 @@ def test_the_learning_rate_is_linear_in_the_global_batch() -> None:
 
 def test_only_matrices_and_kernels_decay() -> None:
     model = network()
-    wide, flat = decayed(model, 0.01)
+    wide, flat = weight_decay_groups(model, 0.01)
     assert (wide["weight_decay"], flat["weight_decay"]) == (0.01, 0.0)
     assert [p.dim() for p in wide["params"]] == [4, 2]
     assert len(flat["params"]) == 4  # two biases, batch norm's scale and shift

@@ -80,9 +80,9 @@ def _correction(settings: Mapping[str, Any], stages: Collection[str]) -> str:
         return "No correction."
     source = correction["calibrate_data"] or "the training images"
     parts = [] if correction["correct"] == "none" else [f"correction in closed form ({correction['correct']})"]
-    parts += ["batch norm's statistics taken anew"] if correction["reestimate_bn"] else []
-    told = " and ".join(parts)
-    return f"{told[0].upper()}{told[1:]}, from {correction['calibrate_images']:,} of {source}, without labels."
+    parts += ["batch norm's statistics taken again"] if correction["reestimate_bn"] else []
+    text = " and ".join(parts)
+    return f"{text[0].upper()}{text[1:]}, from {correction['calibrate_images']:,} of {source}, without labels."
 
 
 def _distillation(settings: Mapping[str, Any]) -> str:
@@ -107,9 +107,9 @@ def _tuning(tuning: Mapping[str, Any], stages: Collection[str]) -> str:
         f"batch norm {tuning['bn']}",
     ]
     parts += [f"running average of the weights {tuning['ema']}"] if tuning["ema"] else []
-    alpha, _, heat = tuning["distill"].partition(",")
+    alpha, _, temperature = tuning["distill"].partition(",")
     teacher = "Distillation from the dense network was off."
-    if heat:
-        teacher = f"Distillation from the dense network was on, share {alpha} at temperature {heat}."
-    told = ", ".join(parts)
-    return f"{told[0].upper()}{told[1:]}. {teacher}"
+    if temperature:
+        teacher = f"Distillation from the dense network was on, share {alpha} at temperature {temperature}."
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}. {teacher}"

@@ -155,10 +155,10 @@ def scatter(
     way = "L".join(f"{a:g} {b:g}" for a, b in (places[name] for name in joined))
     dots = tuple(_labelled([Dot(a, b, name) for name, (a, b) in places.items()]))
     guide = "" if level is None else f"M0 {100 - y(level):g}L100 {100 - y(level):g}"
-    told = "; ".join(f"{name}: {a:.4g}, {b:.4g}" for name, (a, b) in list(points.items())[:40])
+    text = "; ".join(f"{name}: {a:.4g}, {b:.4g}" for name, (a, b) in list(points.items())[:40])
     line = Line("", f"M{way}" if way else "", dots)
     guide = "M0 100L100 0" if logarithmic else guide
-    return Plot(title, across, up, x.ticks, y.ticks, (line,), f"{up} against {across}: {told}", None, guide)
+    return Plot(title, across, up, x.ticks, y.ticks, (line,), f"{up} against {across}: {text}", None, guide)
 
 
 def _labelled(dots: Sequence[Dot]) -> Iterator[Dot]:

@@ -196,12 +196,12 @@ def prediction(found: Findings) -> Plot | None:
 
 def curves(found: Findings) -> Iterator[Plot]:
     """Loss and learning rate of every training, the correction's progress, and rounds."""
-    for group, told in TRAININGS.items():
+    for group, text in TRAININGS.items():
         if loss := found.curve(group, "loss"):
-            yield plot(f"Loss, {told}", {"": loss}, "step", "loss")
-            yield plot(f"Learning rate, {told}", {"": found.curve(group, "lr")}, "step", "learning rate")
+            yield plot(f"Loss, {text}", {"": loss}, "step", "loss")
+            yield plot(f"Learning rate, {text}", {"": found.curve(group, "lr")}, "step", "learning rate")
             rate = found.curve(group, "images_per_second")
-            yield plot(f"Images per second, {told}", {"": rate}, "step", "images per second")
+            yield plot(f"Images per second, {text}", {"": rate}, "step", "images per second")
     trials = sorted({name for p in found.points if p["group"] == "calibration" for name in p if "trial" in name})
     if trials:
         lines = {name: found.curve("calibration", name) for name in trials}
