@@ -24,7 +24,7 @@ from PIL import Image
 
 from dist_prune.artifacts import run_directory
 from dist_prune.artifacts.lock import LOCK, Lock
-from dist_prune.config.help import Program
+from dist_prune.config.help import Usage
 from dist_prune.config.recipes import given, parse
 from dist_prune.config.run import Run
 from dist_prune.data.dataset import Split, check_files, damaged, decode_fault, find_faults
@@ -33,12 +33,12 @@ from dist_prune.data.timm_images import adapted
 from dist_prune.distributed.launch_env import find_launch_env
 from dist_prune.distributed.world import RankError, World, joined
 from dist_prune.network import models
-from dist_prune.run.job import load_network, open_images, open_unlabelled, require_classes
+from dist_prune.run.prepare import load_network, open_images, open_unlabelled, require_classes
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils.console import columns, hanging
 from dist_prune.utils.files import CheckpointError, cache_folder, write_text
 
-CHECK = Program(
+CHECK = Usage(
     "dist-prune check",
     "Look at all that `run` with the same words will need: versions, devices, ranks, DALI, folders, images, "
     "weights. Exit code 1 if anything fails.",

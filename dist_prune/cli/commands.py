@@ -15,7 +15,7 @@ import tyro
 
 from dist_prune.cli import main as cli
 from dist_prune.config.flags import ConfigError, did_you_mean
-from dist_prune.config.help import Program
+from dist_prune.config.help import Usage
 from dist_prune.config.recipes import RECIPES
 from dist_prune.utils.console import columns, hanging
 
@@ -102,7 +102,7 @@ COMMANDS = {
     "completion": Command("bash, zsh or fish: print a script to be sourced", completion),
 }
 
-RUN = Program(
+RUN = Usage(
     "dist-prune run",
     "Compress a network: load, collect statistics, choose ranks, project, correct, fine-tune, evaluate, save.",
     (
@@ -111,7 +111,7 @@ RUN = Program(
         "dist-prune run mine.toml --epochs 5",
     ),
 )
-PLAN = Program(
+PLAN = Usage(
     "dist-prune plan",
     "Show what `run` with the same words would do to each layer. Reads no data and no weights.",
     (
@@ -129,15 +129,12 @@ EXAMPLES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the first word says with the words after it; the exit code, see `cli.exit_code`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return cli.exit_code(lambda first: _work(words, first))
-
-
-def _work(words: Sequence[str], first: bool) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        if first:
+    with cli.exit_code() as status:
+        if words and words[0] not in ("-h", "--help"):
+            status.code = find(words[0]).work(words[1:])
+        elif status.first:
             print(overview(columns()))
-        return 0
-    return find(words[0]).work(words[1:])
+    return status.code
 
 
 def find(name: str) -> Command:

@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from dist_prune.config.help import Program
+from dist_prune.config.help import Usage
 from dist_prune.config.recipe_files import to_toml
 from dist_prune.config.recipes import LOCAL, given, parse
 from dist_prune.config.run import Run
@@ -26,19 +28,16 @@ from dist_prune.utils.files import CheckpointError, write_text
 FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must be able to speak before
 
 
-def main(arguments: Sequence[str] | None = None, program: Program = LOCAL) -> int:
+def main(arguments: Sequence[str] | None = None, program: Usage = LOCAL) -> int:
     """Run what the words say; the exit code, see `exit_code`."""
     words = sys.argv[1:] if arguments is None else arguments
-
-    def work(first: bool) -> int:
-        config = adapted(parse(words, not first, program), given(words))
+    with exit_code() as status:
+        config = adapted(parse(words, not status.first, program), given(words))
         if config.save_recipe is None:
             run(config)
-        elif first:
+        elif status.first:
             save_recipe(config.save_recipe, config)
-        return 0
-
-    return exit_code(work)
+    return status.code
 
 
 def save_recipe(path: Path, config: Run) -> None:
@@ -53,29 +52,38 @@ def save_recipe(path: Path, config: Run) -> None:
     print(f"written to {path}: give it in place of a recipe's name")
 
 
-def exit_code(work: Callable[[bool], int]) -> int:
-    """Do the work, told whether this is rank 0; its own exit code, or that of the error it ended with.
+@dataclass
+class ExitStatus:
+    """Whether this is rank 0, and the exit code that the work came to."""
+
+    first: bool = True
+    code: int = 0
+
+
+@contextmanager
+def exit_code() -> Iterator[ExitStatus]:
+    """While open, expected errors become one line and an exit code.
 
     0 done, 1 failed while working, 2 could not start as asked, 75 left because a signal asked to (start it again,
     and it goes on), 3 was started again three times and got no further.
 
-    An error that all ranks share is told by rank 0; what a rank hears of another's, it tells itself.
+    An error that all ranks share is printed by rank 0; what a rank hears of another's, it prints itself.
     """
-    first = True
+    status = ExitStatus()
     without_colours(os.environ)
     try:
-        first = find_launch_env(os.environ).rank == 0
-        return work(first)
+        status.first = find_launch_env(os.environ).rank == 0
+        yield status
     except Preempted as reason:
-        return _failed(reason, PREEMPTED, first)
+        status.code = _failed(reason, PREEMPTED, status.first)
     except NoProgressError as error:
-        return _failed(error, STUCK, first)
+        status.code = _failed(error, STUCK, status.first)
     except RankError as error:
-        return _failed(error, 1)
+        status.code = _failed(error, 1)
     except ValueError as error:
-        return _failed(error, 2, first)
+        status.code = _failed(error, 2, status.first)
     except (CheckpointError, EvaluationError, TrainingError, WorkError, OSError) as error:
-        return _failed(error, 1, first)
+        status.code = _failed(error, 1, status.first)
 
 
 def _failed(error: Exception, code: int, speaks: bool = True) -> int:

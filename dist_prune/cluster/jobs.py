@@ -23,7 +23,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from dist_prune.cli import main as cli
 from dist_prune.cluster.gathering import gather
-from dist_prune.cluster.profile import Site
+from dist_prune.cluster.profile import ClusterProfile
 from dist_prune.cluster.sweep import Sweep, Task
 from dist_prune.config.flags import ConfigError
 from dist_prune.distributed.preemption import PREEMPTED
@@ -111,7 +111,7 @@ def snapshot(folder: Path) -> Path:
 
 
 def parameters(
-    name: str, sweep: Sweep, shape: Shape, site: Site, code: Path, dependency: str = ""
+    name: str, sweep: Sweep, shape: Shape, site: ClusterProfile, code: Path, dependency: str = ""
 ) -> dict[str, Any]:
     """What submitit's SLURM executor is told of a job that has one rank for each GPU."""
     paths = [code / "COMMIT", *sweep.data]

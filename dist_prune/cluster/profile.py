@@ -20,7 +20,7 @@ from dist_prune.config.flags import ConfigError
 
 
 @dataclass(frozen=True)
-class Site:
+class ClusterProfile:
     """One cluster's ways; see `slurm/site.example.toml`."""
 
     partition: str = ""
@@ -47,19 +47,19 @@ class Site:
         return "\n".join([*self.setup, *chosen])
 
 
-def read_site(path: Path | None) -> Site:
+def read_site(path: Path | None) -> ClusterProfile:
     """The site a file describes; without a file one that asks for nothing special.
 
     Raises:
         ConfigError: absent, no TOML, or a key or type that is not known.
     """
     if path is None:
-        return Site()
+        return ClusterProfile()
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--site {path}: cannot be read ({error}); slurm/site.example.toml is one") from error
-    known = {f.name: f for f in dataclasses.fields(Site)}
+    known = {f.name: f for f in dataclasses.fields(ClusterProfile)}
     for key, value in content.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -71,7 +71,7 @@ def read_site(path: Path | None) -> Site:
         if not isinstance(value, expected):
             raise ConfigError(f"--site {path}: {key} is {value!r}, expected a {expected.__name__}")
     found: dict[str, Any] = {key: tuple(value) if key == "setup" else value for key, value in content.items()}
-    return Site(**found)
+    return ClusterProfile(**found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from dist_prune.cluster.jobs import (
     snapshot,
     submit,
 )
-from dist_prune.cluster.profile import Site, read_site
+from dist_prune.cluster.profile import ClusterProfile, read_site
 from dist_prune.cluster.sweep import Sweep, Task, plan_sweep
 from dist_prune.utils.tables import table
 
@@ -73,7 +73,7 @@ class Submission:
         """What one run asks for."""
         return Shape(self.nodes, self.gpus_per_node, self.cpus_per_task, self.time, self.array_parallelism)
 
-    def read_site(self) -> Site:
+    def read_site(self) -> ClusterProfile:
         """The site, flags over its file."""
         given = {name: value for name in ("partition", "account") if (value := getattr(self, name))}
         return replace(read_site(self.site), **given)
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ── seen before ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def show(asked: Submission, sweep: Sweep, site: Site) -> int:
+def show(asked: Submission, sweep: Sweep, site: ClusterProfile) -> int:
     """Combinations, batch scripts, cost."""
     shape, passes, runs = asked.shape, sweep.passes(), sweep.runs()
     code = sweep.folder / "code"
@@ -166,7 +166,7 @@ def tell(sweep: Sweep, living: dict[str, str]) -> int:
 # ── on SLURM ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def send(sweep: Sweep, shape: Shape, site: Site, code: Path) -> int:
+def send(sweep: Sweep, shape: Shape, site: ClusterProfile, code: Path) -> int:
     """Submit what is missing or failed: statistics, then the runs that need them, then the table."""
     book, alive = Book(sweep), queued()
     states = book.states([*sweep.passes(), *sweep.runs()], alive)

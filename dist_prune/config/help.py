@@ -23,7 +23,7 @@ GAP = 30  # columns for a flag and its value
 
 
 @dataclass(frozen=True)
-class Program:
+class Usage:
     """What reads a run's flags: its name, what it does with them, and how it is called."""
 
     name: str
@@ -31,7 +31,7 @@ class Program:
     examples: tuple[str, ...]
 
 
-def page(program: Program, default: Run, recipes: Sequence[str], width: int) -> str:
+def page(program: Usage, default: Run, recipes: Sequence[str], width: int) -> str:
     """Usage, the first flags with their values in `default`, recipes and examples; `width` columns wide."""
     lines = [f"usage: {program.name} [RECIPE | FILE.toml] [FLAGS]", "", *textwrap.wrap(program.about, width)]
     for title, flags in FIRST.items():

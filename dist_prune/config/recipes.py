@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from dist_prune.config.flags import ConfigError, did_you_mean
-from dist_prune.config.help import Program, page
+from dist_prune.config.help import Usage, page
 from dist_prune.config.recipe_files import is_file, keys_of, read_recipe
 from dist_prune.config.run import (
     Augment,
@@ -69,10 +69,10 @@ RECIPES["resnet18-imagenet-iterative"] = replace(
 )
 
 
-LOCAL = Program("launch/local.py", "Compress a network.", ("launch/local.py cifar10 --data DIR --weights FILE",))
+LOCAL = Usage("launch/local.py", "Compress a network.", ("launch/local.py cifar10 --data DIR --weights FILE",))
 
 
-def parse(arguments: Sequence[str], quiet: bool = False, program: Program = LOCAL) -> Run:
+def parse(arguments: Sequence[str], quiet: bool = False, program: Usage = LOCAL) -> Run:
     """A run from command-line words: an optional recipe (name or TOML file) first, then flags over it.
 
     Args:

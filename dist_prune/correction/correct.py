@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.config.run import CorrectionConfig
-from dist_prune.correction.reconstruct import Correction, Outcome, Pair, Solver, left_out
+from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, Solver, left_out
 from dist_prune.data.loader import Batch, Stream, normalise
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
@@ -66,7 +66,7 @@ class Trial:
 
     damping: float
     kl: float
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[SiteCorrection, ...]
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,15 @@ class Result:
 
 
 @dataclass
-class Course:
+class CorrectionState:
     """How far a correction has come; it can be left after each site."""
 
     trials: list[Trial] = field(default_factory=list)
     best: dict[str, Tensor] | None = None  # the network of the best trial
-    outcomes: list[Outcome] = field(default_factory=list)  # of the trial under way
+    outcomes: list[SiteCorrection] = field(default_factory=list)  # of the trial under way
     candidate: dict[str, Tensor] | None = None  # its network, the sites of `outcomes` solved
-    pause: Callable[[Course], None] = lambda _: None  # called after each site
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""
         return {
             "trials": [asdict(trial) for trial in self.trials],
@@ -98,8 +97,8 @@ class Course:
             "candidate": self.candidate,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.trials = [Trial(t["damping"], t["kl"], tuple(map(_outcome, t["outcomes"]))) for t in state["trials"]]
         self.outcomes = list(map(_outcome, state["outcomes"]))
         self.best, self.candidate = state["best"], state["candidate"]
@@ -112,8 +111,8 @@ class Course:
         self.outcomes, self.candidate = [], None
 
 
-def _outcome(fields: Mapping[str, Any]) -> Outcome:
-    return Outcome(**fields)
+def _outcome(fields: Mapping[str, Any]) -> SiteCorrection:
+    return SiteCorrection(**fields)
 
 
 def decode(stream: Stream, mirrored: bool) -> Calibration:
@@ -131,7 +130,8 @@ def correct(
     settings: CorrectionConfig,
     seed: int,
     world: World,
-    course: Course | None = None,
+    state: CorrectionState | None = None,
+    after_site: Callable[[CorrectionState], None] = lambda _: None,
 ) -> Result:
     """Solve all sites of the compressed network again, in place, once for each damping; keep the best if it helps.
 
@@ -143,7 +143,8 @@ def correct(
         settings: how.
         seed: of drawn labels and positions.
         world: the ranks, which all end with the same network.
-        course: how far it had come before.
+        state: how far it had come before.
+        after_site: called after each site; the correction may be left there.
 
     Raises:
         StatisticsError: no image of any rank reaches a site.
@@ -154,27 +155,27 @@ def correct(
         judges = holdout_logits(dense, images)
         before = divergence(compressed, judges, images.prepare, world)
     metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
-    course = course or Course()
-    for damping in settings.dampings[len(course.trials) :]:
+    state = state or CorrectionState()
+    for damping in settings.dampings[len(state.trials) :]:
         candidate = copy.deepcopy(compressed)
-        candidate.load_state_dict(course.candidate or compressed.state_dict())
+        candidate.load_state_dict(state.candidate or compressed.state_dict())
         with evaluating(dense), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, judges))
             solver = Solver(settings.correct, settings.ridge, (damping,))
             limits = settings.positions, seed, settings.calibration_bytes
             walk = Correction(route, dense, candidate, pairs, metrics, solver, world, *limits)
-            for outcome in walk.run(sites, [done.site for done in course.outcomes]):
-                course.outcomes.append(outcome)
-                course.candidate = candidate.state_dict()
-                course.pause(course)
+            for outcome in walk.run(sites, [done.site for done in state.outcomes]):
+                state.outcomes.append(outcome)
+                state.candidate = candidate.state_dict()
+                after_site(state)
             reached = divergence(candidate, judges, images.prepare, world)
-            course.close(Trial(damping, reached, tuple(course.outcomes)), candidate)
-    best = min(course.trials, key=lambda trial: trial.kl)
+            state.close(Trial(damping, reached, tuple(state.outcomes)), candidate)
+    best = min(state.trials, key=lambda trial: trial.kl)
     if best.kl < before:
-        assert course.best is not None
-        compressed.load_state_dict(course.best)
+        assert state.best is not None
+        compressed.load_state_dict(state.best)
     notes = tuple(_notes(route, left_out(sites, route), sites, best, settings.ridge))
-    return Result(before, tuple(course.trials), best if best.kl < before else None, notes)
+    return Result(before, tuple(state.trials), best if best.kl < before else None, notes)
 
 
 def solvable(compressed: nn.Module, survey: Survey, settings: CorrectionConfig) -> list[Site]:

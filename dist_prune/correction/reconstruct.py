@@ -117,7 +117,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SiteCorrection:
     """What became of one site: the held-out KL of each layer tried, in nats per image, and the one chosen."""
 
     site: str
@@ -149,7 +149,7 @@ class Correction:
     memory: int = 1 << 60
     widest: int = WIDEST
 
-    def run(self, sites: Sequence[Site], solved: Collection[str] = ()) -> Iterator[Outcome]:
+    def run(self, sites: Sequence[Site], solved: Collection[str] = ()) -> Iterator[SiteCorrection]:
         """Solve the sites that the program stops at, in its order, each in place; yields after each.
 
         Those already `solved`, whose layers the compressed network has, are walked past.
@@ -161,7 +161,7 @@ class Correction:
                 with full_float32(), torch.no_grad():
                     yield self._site(by_name[name])
 
-    def _site(self, site: Site) -> Outcome:
+    def _site(self, site: Site) -> SiteCorrection:
         normal = self._normal(site)
         present = self.compressed.get_submodule(site.name)
         tried = {"kept": present} | self._solutions(site, present, normal)
@@ -169,7 +169,7 @@ class Correction:
         chosen = min(range(len(losses)), key=losses.__getitem__)
         best = list(tried.values())[chosen]
         present.load_state_dict(best.state_dict())
-        return Outcome(site.name, dict(zip(tried, losses, strict=True)), list(tried)[chosen], normal.rows)
+        return SiteCorrection(site.name, dict(zip(tried, losses, strict=True)), list(tried)[chosen], normal.rows)
 
     def _solutions(
         self, site: Site, present: nn.Module, normal: NormalEquations | DualNormalEquations

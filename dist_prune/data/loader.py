@@ -115,13 +115,13 @@ class Stream:
         """Whether the epoch's last batch was delivered."""
         return self._position == len(self)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Describe where this rank of the stream stands, after the last batch, in plain types."""
         if self._iterator is None:
             self._open()
         return self._identity | {"position": self._position, "dali": self._iterator.checkpoints()[0]}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from this rank's `state`; DataError if it is of other images, ranks, seed or batch size."""
         for name, value in self._identity.items():
             if state.get(name) != value:

@@ -30,25 +30,38 @@ class Flag:
     """Which signal asked to leave, empty if none did."""
 
     signal: str = ""
+    reason: Preempted | None = None
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """While open, keep `Preempted` for the end of `listening`: all ranks leave their world in order."""
+        try:
+            yield
+        except Preempted as reason:
+            self.reason = reason
 
 
 @contextmanager
 def listening() -> Iterator[Flag]:
-    """While open, SIGTERM, SIGUSR1 and SIGUSR2 set the flag and do nothing else."""
+    """While open, SIGTERM, SIGUSR1 and SIGUSR2 set the flag and do nothing else.
+
+    Raises:
+        Preempted: at the end, if the flag deferred it.
+    """
     flag = Flag()
 
     def hear(number: int, _frame: FrameType | None) -> None:
         flag.signal = flag.signal or signal.Signals(number).name
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        yield flag
-        return
-    before: dict[signal.Signals, Any] = {each: signal.signal(each, hear) for each in SIGNALS}
+    hears = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+    before: dict[signal.Signals, Any] = {each: signal.signal(each, hear) for each in SIGNALS if hears}
     try:
         yield flag
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+    if flag.reason is not None:
+        raise flag.reason
 
 
 def restarts(environ: Mapping[str, str]) -> int:

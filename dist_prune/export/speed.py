@@ -42,7 +42,7 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class Pass:
+class TimedPass:
     """One batch through both networks: milliseconds, and dense ÷ compressed, median and range over the rounds."""
 
     engine: Engine
@@ -76,7 +76,7 @@ class Speed:
     macs: Amount
     params: Amount
     megabytes: Amount
-    passes: tuple[Pass, ...]
+    passes: tuple[TimedPass, ...]
     sites: tuple[SiteSpeed, ...]
     site_batch: int
     site_share: float
@@ -96,7 +96,7 @@ class Speed:
         try:
             found: dict[str, Any] = json.loads(text)
             amounts = {name: Amount(**found[name]) for name in ("macs", "params", "megabytes")}
-            passes = tuple(Pass(**entry) for entry in found["passes"])
+            passes = tuple(TimedPass(**entry) for entry in found["passes"])
             sites = tuple(SiteSpeed(**entry) for entry in found["sites"])
             return Speed(**found | amounts | {"passes": passes, "sites": sites, "notes": tuple(found["notes"])})
         except (KeyError, TypeError) as error:
@@ -160,9 +160,9 @@ def _megabytes(network: nn.Module) -> float:
 
 def _passes(
     dense: nn.Module, compressed: nn.Module, image: Tensor, batches: Sequence[int], engines: Sequence[Engine]
-) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
+) -> tuple[tuple[TimedPass, ...], tuple[str, ...]]:
     """All that could be measured, and what could not."""
-    passes: list[Pass] = []
+    passes: list[TimedPass] = []
     notes: list[str] = []
     for engine in engines:
         try:
@@ -172,7 +172,9 @@ def _passes(
     return tuple(passes), tuple(notes)
 
 
-def timed_passes(engine: Engine, dense: nn.Module, compressed: nn.Module, batches: Sequence[Tensor]) -> list[Pass]:
+def timed_passes(
+    engine: Engine, dense: nn.Module, compressed: nn.Module, batches: Sequence[Tensor]
+) -> list[TimedPass]:
     """Both networks on the same batches, in turns.
 
     Raises:
@@ -183,11 +185,11 @@ def timed_passes(engine: Engine, dense: nn.Module, compressed: nn.Module, batche
     return [_timed(engine, first, second, images) for images in batches]
 
 
-def _timed(engine: Engine, dense: Network, compressed: Network, images: Tensor) -> Pass:
+def _timed(engine: Engine, dense: Network, compressed: Network, images: Tensor) -> TimedPass:
     first, second = sample_calls([lambda: dense(images), lambda: compressed(images)], images.device, ROUNDS)
     ratios = [a / b for a, b in zip(first, second, strict=True)]
     times = (1e3 * median(first), 1e3 * median(second))
-    return Pass(engine, len(images), *times, median(ratios), min(ratios), max(ratios))
+    return TimedPass(engine, len(images), *times, median(ratios), min(ratios), max(ratios))
 
 
 def _batch(image: Tensor, count: int) -> Tensor:

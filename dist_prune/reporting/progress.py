@@ -70,15 +70,15 @@ class Meter:
             unit: one item.
             images: how many an item has.
         """
-        course = self.course(total, done, unit)
+        count = self.count(total, done, unit)
         try:
             for item in items:
                 yield item
-                course.step(images(item))
+                count.step(images(item))
         finally:
-            course.close()
+            count.close()
 
-    def course(self, total: int, done: int = 0, unit: str = "batch") -> Course:
+    def count(self, total: int, done: int = 0, unit: str = "batch") -> Count:
         """The same for what is no loop; to be closed."""
         bar = None
         if self.shows and self.terminal:
@@ -94,7 +94,7 @@ class Meter:
                 file=sys.stderr,
                 bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
             )
-        return Course(self, total, done, unit, bar)
+        return Count(self, total, done, unit, bar)
 
     def aside(self) -> AbstractContextManager[None]:
         """While open, the bar gives way to something else that is written."""
@@ -102,7 +102,7 @@ class Meter:
 
 
 @dataclass
-class Course:
+class Count:
     """One count up to `total`."""
 
     meter: Meter

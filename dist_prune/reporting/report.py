@@ -51,6 +51,15 @@ class Report:
         if self.curves is not None:
             self.curves.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from; `points` is how far metrics.jsonl had come."""
+        return {"seconds": self.elapsed(), "warnings": self.warnings, "points": self.written()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be what `state_dict` gave; what was warned of since comes after."""
+        self.seconds, self.warnings = state["seconds"], [*state["warnings"], *self.warnings]
+        self.rewind(state["points"])
+
     def written(self) -> int:
         """How long metrics.jsonl is, in bytes; the curves have as much."""
         self.flush()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,18 @@ from dist_prune.statistics.moments import Moments, Sums
 T = TypeVar("T")
 
 GO_ON, SAVE, LEAVE = 0, 1, 2  # what a rank may wish
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be what `state_dict` gave."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,16 @@ class ResumePoint:
 class CheckpointManager:
     """Saves the run when it is time or a signal came, and hands each stage what it had left.
 
-    `describe` gives the run's own part of a checkpoint, in plain types and tensors the same on all ranks.
+    Attributes:
+        world: the ranks.
+        folder: of the checkpoints.
+        flag: which signal asked to leave.
+        say: takes lines for people.
+        every_s: seconds between two checkpoints.
+        keep: how many.
+        header: plain values that every checkpoint holds.
+        parts: what a checkpoint consists of besides; the same on all ranks.
+        stage: the one under way.
     """
 
     world: World
@@ -54,7 +75,8 @@ class CheckpointManager:
     say: Callable[[str], None]
     every_s: float
     keep: int
-    describe: Callable[[], dict[str, Any]] = dict
+    header: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Stateful] = field(default_factory=dict)
     stage: str = ""
     left: dict[str, Any] | None = None  # of the stage under way when the run was left
     own: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +89,9 @@ class CheckpointManager:
     # ── taking up ──────────────────────────────────────────────────────────────────────────────────────────
 
     def take_up(self, found: Snapshot) -> None:
-        """From now on stages continue what this checkpoint holds."""
+        """Be where the run was; from now on stages continue what this checkpoint holds."""
+        for name, part in self.parts.items():
+            part.load_state_dict(found.common[name])
         self.left, self.own = found.common["standing"], found.own
         if self.left is None:
             set_randomness(self.own)
@@ -132,8 +156,9 @@ class CheckpointManager:
         }
         own = {"standing": standing.own if standing else {}, **randomness(self.world)}
         whole = standing is None or standing.whole
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoints.save(
-            self.folder, Snapshot({**self.describe(), "standing": left}, own, whole), self.world, self.keep
+            self.folder, Snapshot({**self.header, **parts, "standing": left}, own, whole), self.world, self.keep
         )
         self._saved = time.monotonic()
         self._wish = GO_ON if self._wish == SAVE else self._wish
@@ -172,25 +197,32 @@ class Resumable(Passes):
     def watch(self, batches: Iterable[T], sums: Mapping[str, Sums]) -> Iterable[T]:
         """See `moments.Watch`."""
         if self.left is not None and self.stream is not None:
-            self.stream.restore(self.left.own["stream"])
+            self.stream.load_state_dict(self.left.own["stream"])
             for name, each in sums.items():
-                each.restore(self.left.own["sums"][name])
+                each.load_state_dict(self.left.own["sums"][name])
             self.left = None
         return self.checkpoints.watched(batches, lambda: self._standing(sums))
 
-    def once(self, collect: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
+    def finished(self) -> dict[str, Moments] | None:
         """See `Passes`."""
         if not self.found:
-            self.found = {name: vars(moments) for name, moments in collect().items()}
+            return None
         device = self.checkpoints.world.device
         return {
             name: Moments(**{part: tensor.to(device) for part, tensor in parts.items()})
             for name, parts in self.found.items()
         }
 
+    def keep(self, moments: dict[str, Moments]) -> None:
+        """See `Passes`."""
+        self.found = {name: vars(each) for name, each in moments.items()}
+
     def _standing(self, sums: Mapping[str, Sums]) -> ResumePoint:
         assert self.stream is not None
-        own = {"stream": self.stream.state(), "sums": {name: each.state() for name, each in sums.items()}}
+        own = {
+            "stream": self.stream.state_dict(),
+            "sums": {name: each.state_dict() for name, each in sums.items()},
+        }
         which = "second pass" if self.found else "pass"
         return ResumePoint(f"{which}, batch {self.stream.position}", {"found": self.found}, own)
 

@@ -30,10 +30,8 @@ from dist_prune.statistics.collect import Statistics
 from dist_prune.training.evaluate import predict, score, time_sites
 
 
-def stages(job: Job) -> Iterator[Stage]:
-    """From the dense network to the projected one. How many there are is known only after the first projection."""
-    yield "statistics", gather
-    yield "projection", compress
+def rounds(job: Job) -> Iterator[Stage]:
+    """Training and projection in turns, `--step` and `--alternate`; the first projection decides how many."""
     way = rounds_of(job)
     for number, plan in enumerate(way[1:], start=2):
         yield f"round {number - 1}: training", partial(train_between, number=number - 1)
@@ -45,14 +43,14 @@ def stages(job: Job) -> Iterator[Stage]:
 
 def rounds_of(job: Job) -> list[Plan]:
     """The plans of all rounds; without `--step` the target alone."""
-    assert job.target is not None
-    return job.planner.rounds(job.target, job.config.iteration.step)
+    assert job.state.target is not None
+    return job.planner.rounds(job.state.target, job.config.iteration.step)
 
 
 # ── the first projection ───────────────────────────────────────────────────────────────────────────────────
 
 
-def gather(job: Job) -> None:
+def collect_statistics(job: Job) -> None:
     """Collect the statistics the method needs into the run's directory, unless they are given."""
     method, sites, seed = job.config.compression.basis, job.survey.sites, job.config.seed
     if method.method in DATA_FREE or method.statistics is not None:
@@ -78,27 +76,27 @@ def made_of(job: Job) -> dict[str, Any]:
     )
 
 
-def compress(job: Job) -> None:
+def plan_and_project(job: Job) -> None:
     """Decide where to end, and project the dense network for the first round, which may be the only one."""
     config, sites, method = job.config, job.survey.sites, job.config.compression.basis
     if method.method == "random-init":
-        job.plan = job.target = decide(job, None)
+        job.state.plan = job.state.target = decide(job, None)
         torch.manual_seed(config.seed)
         untrained = models.build(config.network.arch, config.network.classes)
-        job.network = rebuild(untrained, job.plan).to(job.world.device)
+        job.state.network = rebuild(untrained, job.state.plan).to(job.world.device)
         keep_layers(job, {})
         return
     gathered = Statistics()
     if method.method not in DATA_FREE:
         gathered = statistics.load(statistics_file(job), sites, made_of(job), job.world.device)
     bases, spectra = directions(job, job.dense, sites, gathered)
-    job.target = decide(job, spectra)
-    job.plan, *later = rounds_of(job)
+    job.state.target = decide(job, spectra)
+    job.state.plan, *later = rounds_of(job)
     if later:
         job.report.say(f"{len(later) + 1} rounds to get there, --step {config.iteration.step}")
     keep_layers(job, bases)
     with job.report.phase("projection"):
-        job.network = project(job.dense, sites, bases, job.plan, method.side)
+        job.state.network = project(job.dense, sites, bases, job.state.plan, method.side)
     if config.iteration.is_iterative:
         if config.correction.correct != "none":
             job.report.say(f"--correct {config.correction.correct} is left out: training comes in between")
@@ -114,7 +112,7 @@ def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
     """What the layers are and what their directions are worth, on disk and in TensorBoard."""
     found, path = layers.layers_of(job.survey, bases), job.folder / layers.LAYERS
     job.world.from_first(lambda: layers.save(path, found))
-    job.report.layers(found, job.chosen)
+    job.report.layers(found, job.state.chosen)
 
 
 def directions(
@@ -141,9 +139,9 @@ def decide(job: Job, spectra: Spectra | None) -> Plan:
 
 def train_between(job: Job, number: int) -> None:
     """Train the pairs, and say what this round came to."""
-    balance(job.compressed)
+    balance(job.state.compressed)
     with job.report.phase(f"round {number}: training"):
-        train(job, job.compressed, between(job.config), "rounds/train", before=number - 1)
+        train(job, job.state.compressed, between(job.config), "rounds/train", before=number - 1)
     tell_round(job, number)
 
 
@@ -154,12 +152,12 @@ def between(config: Run) -> TuningConfig:
 
 def shrink(job: Job, number: int, plan: Plan) -> None:
     """Project the sites whose rank changes, pairs folded: from statistics of the network as it is now."""
-    sites = shrunk_sites(plan, job.plan, job.survey)
-    source = unfold(job.compressed, [site.name for site in sites])
+    sites = shrunk_sites(plan, job.state.plan, job.survey)
+    source = unfold(job.state.compressed, [site.name for site in sites])
     with job.report.phase(f"round {number}: projection"):
         bases, _ = directions(job, source, sites, gathered_from(job, source, sites))
-        job.network = project(source, sites, bases, plan, job.config.compression.basis.side)
-    job.plan = plan
+        job.state.network = project(source, sites, bases, plan, job.config.compression.basis.side)
+    job.state.plan = plan
     tell_plan(job, number)
 
 
@@ -171,28 +169,30 @@ def gathered_from(job: Job, model: nn.Module, sites: Sequence[Site]) -> Statisti
 
 def train_unfolded(job: Job, number: int) -> None:
     """Multiply the pairs back and train the dense layers: what was left out may come back."""
-    job.network, job.unfolded = unfold(job.compressed, job.chosen.ranks), True
+    job.state.network, job.state.unfolded = unfold(job.state.compressed, job.state.chosen.ranks), True
     with job.report.phase(f"alternation {number}: training"):
         before = len(rounds_of(job)) - 1 + number - 1
-        train(job, job.network, between(job.config), "rounds/train", before=before)
+        train(job, job.state.network, between(job.config), "rounds/train", before=before)
 
 
 def project_again(job: Job, number: int) -> None:
     """Rank all sites again under the rule, and project them."""
     sites, side = job.survey.sites, job.config.compression.basis.side
     with job.report.phase(f"alternation {number}: projection"):
-        bases, spectra = directions(job, job.compressed, sites, gathered_from(job, job.compressed, sites))
+        bases, spectra = directions(
+            job, job.state.compressed, sites, gathered_from(job, job.state.compressed, sites)
+        )
         wanted = job.world.from_first(lambda: job.planner.plan(spectra))
-        plan = still_factored(wanted, job.chosen, job.survey, job.planner.round_to, side)
-        job.network = project(job.compressed, sites, bases, plan, side)
-    job.plan, job.unfolded = plan, False
+        plan = still_factored(wanted, job.state.chosen, job.survey, job.planner.round_to, side)
+        job.state.network = project(job.state.compressed, sites, bases, plan, side)
+    job.state.plan, job.state.unfolded = plan, False
     tell_plan(job, len(rounds_of(job)) + number)
     tell_round(job, len(rounds_of(job)) + number)
 
 
 def tell_plan(job: Job, number: int) -> None:
     """A point on the curves of the ranks, and a line for people."""
-    plan = job.chosen
+    plan = job.state.chosen
     ranks = {site.name: plan.ranks.get(site.name, site.outputs) for site in job.survey.sites}
     job.report.scalars("rank", number, ranks)
     job.report.say(f"   round {number}: {job.planner.brief(plan)}")
@@ -200,10 +200,10 @@ def tell_plan(job: Job, number: int) -> None:
 
 def tell_round(job: Job, number: int) -> None:
     """A point on the curves of the rounds, accuracy and cost, and a line for people."""
-    job.world.require_same(f"parameters (round {number})", fingerprint(job.compressed))
-    found = predict(job.compressed, watched_validation(job))
+    job.world.require_same(f"parameters (round {number})", fingerprint(job.state.compressed))
+    found = predict(job.state.compressed, watched_validation(job))
     metrics = score(found, len(job.dataset.val), job.world, job.reference)
-    job.report.scalars("rounds", number, metrics.figures | asdict(cost(job.survey, job.chosen)))
+    job.report.scalars("rounds", number, metrics.figures | asdict(cost(job.survey, job.state.chosen)))
     job.report.flush()
     job.report.say(
         f"   round {number}: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}, KL to dense {metrics.kl:.4f}"

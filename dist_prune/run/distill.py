@@ -23,7 +23,13 @@ from dist_prune.training.trainer import Loss, Trainer
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def distill(job: Job, model: nn.Module) -> None:
+def distill(job: Job) -> None:
+    """Label-free training."""
+    with job.report.phase("distillation"):
+        train_towards(job, job.state.compressed)
+
+
+def train_towards(job: Job, model: nn.Module) -> None:
     """Train `model` towards the job's dense network, in place, batch norm frozen, factors balanced before."""
     settings, images, seed = job.config.distillation, job.config.images, job.config.seed
     how = replace(

@@ -30,10 +30,10 @@ def finish(job: Job) -> None:
         job.config.network.classes,
         job.config.images.image,
         job.dataset.train.classes,
-        job.chosen,
+        job.state.chosen,
     )
-    job.world.from_first(lambda: save_compressed(job.folder, job.compressed, description))
-    answers = Answers(job.dataset.val.digest(), job.right)
+    job.world.from_first(lambda: save_compressed(job.folder, job.state.compressed, description))
+    answers = Answers(job.dataset.val.digest(), job.state.right)
     job.world.from_first(lambda: save_answers(job.folder / ANSWERS, answers))
     result = outcome(job)
     job.world.from_first(lambda: draw(job, result))
@@ -53,9 +53,9 @@ def draw(job: Job, result: dict[str, Any]) -> None:
 
 def outcome(job: Job) -> dict[str, Any]:
     """What result.json holds."""
-    after = cost(job.survey, job.chosen)
+    after = cost(job.survey, job.state.chosen)
     return {
-        **{stage: asdict(job.metrics[stage]) if stage in job.metrics else None for stage in STAGES},
+        **{stage: asdict(job.state.metrics[stage]) if stage in job.state.metrics else None for stage in STAGES},
         "macs": {"dense": job.survey.macs, "compressed": after.macs},
         "params": {"dense": job.survey.params, "compressed": after.params},
         "seconds": {phase: round(seconds, 3) for phase, seconds in job.report.seconds.items()},
@@ -64,13 +64,13 @@ def outcome(job: Job) -> dict[str, Any]:
         "method": job.config.compression.basis.method,
         "ranks": job.config.compression.ranks,
         "warnings": job.report.warnings,
-        "parameter_hash": digest(job.compressed),
+        "parameter_hash": digest(job.state.compressed),
     }
 
 
 def to_compare(job: Job, result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """The settings that runs differ in most, and what they came to, for TensorBoard."""
-    config, last = job.config, list(job.metrics.values())[-1]
+    config, last = job.config, list(job.state.metrics.values())[-1]
     settings = {
         "network": config.network.arch,
         "method": config.compression.basis.method,
@@ -92,7 +92,7 @@ def told_outcome(job: Job, result: dict[str, Any]) -> str:
     """The last words: accuracy at every stage, cost, and where everything is."""
     rows = [
         [stage, f"{m.top1:.2f} %", f"{m.top5:.2f} %", f"{m.loss:.4f}", "" if m.kl is None else f"{m.kl:.4f}"]
-        for stage, m in job.metrics.items()
+        for stage, m in job.state.metrics.items()
     ]
     macs, params = result["macs"], result["params"]
     return (

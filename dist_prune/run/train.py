@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import torch
 from torch import nn
 
+from dist_prune.config.run import Run, to_dict
 from dist_prune.config.training import TrainingConfig, TuningConfig
 from dist_prune.data.loader import Batch, Stream, training_stream
+from dist_prune.factorization.project import balance
+from dist_prune.network import models
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, probe
 from dist_prune.training.trainer import Trainer, TrainingError, distillation_loss, format_summary, steps_of
+from dist_prune.utils import files
 
 
 def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, before: int = 0) -> None:
@@ -38,6 +44,48 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, befo
         )
         job.checkpoints.close(session.standing(epoch + 1, f"epoch {epoch + 1}", whole=True))
     trainer.finish()
+
+
+def load_dense(job: Job) -> None:
+    """Without given weights, train the dense network, or take the one an earlier run trained the same way."""
+    config = job.config
+    if config.network.weights != "none":
+        return
+    settings = [
+        config.network,
+        config.images,
+        config.pretrain,
+        config.channels_last,
+        config.seed,
+        job.world.size,
+        torch.__version__,
+    ]
+    source = Path(config.network.arch.partition(":")[0])  # where the architecture is a file of the user's own
+    code = files.checksum(source) if source.is_file() else ""
+    key = [*map(str, map(to_dict, settings)), job.dataset.train.digest(), code]
+    cached = files.cache_folder() / f"{config.network.arch.replace('/', '_')}-{files.name_of(key)}.pt"
+    if job.world.from_first(lambda: files.is_intact(cached)):
+        job.report.say(f"dense weights from {cached}")
+        job.dense.load_state_dict(models.read_weights(config.network.arch, config.network.classes, str(cached)))
+        return
+    job.checkpoints.stage = "pretrain"
+    with job.report.phase("pretrain"):
+        train(job, job.dense, config.pretrain, "pretrain")
+    job.world.from_first(lambda: files.save_weights(cached, job.dense))
+    job.report.say(f"dense weights kept in {cached}")
+
+
+def tune(job: Job) -> None:
+    """Fine-tune the compressed network."""
+    balance(job.state.compressed)
+    with job.report.phase("finetune"):
+        train(job, job.state.compressed, last_tuning(job.config), "train")
+
+
+def last_tuning(config: Run) -> TuningConfig:
+    """After the last round as after the others, unless `--epochs` says how long."""
+    rounds = config.iteration.tune_epochs if config.iteration.is_iterative else 0
+    return replace(config.tuning, epochs=config.tuning.epochs or rounds)
 
 
 class Session:
@@ -70,8 +118,13 @@ class Session:
         require_numbers(model, self.trainer.step)
         return ResumePoint(
             at,
-            {"epoch": epoch, "began": self.began, "trainer": self.trainer.state(), "model": model.state_dict()},
-            {"stream": self.stream.state(), "buffers": self.trainer.buffers()},
+            {
+                "epoch": epoch,
+                "began": self.began,
+                "trainer": self.trainer.state_dict(),
+                "model": model.state_dict(),
+            },
+            {"stream": self.stream.state_dict(), "buffers": self.trainer.buffers()},
             whole,
         )
 
@@ -83,13 +136,13 @@ class Session:
         epochs, model = int(left.common["epoch"]), self.trainer.model
         self.trainer.rehearse(probe(self.job.config, self.job.world, self.stream.batch_size))
         model.load_state_dict(left.common["model"])
-        self.trainer.restore(left.common["trainer"])
+        self.trainer.load_state_dict(left.common["trainer"])
         self.began = int(left.common["began"]) if left.own else epochs
         self.stream.seed += self.began
         if left.own:
             for name, buffer in self.trainer.buffers().items():
                 buffer.copy_(left.own["buffers"][name])
-            self.stream.restore(left.own["stream"])
+            self.stream.load_state_dict(left.own["stream"])
         else:
             self.trainer.reschedule(epochs * steps_of(self.trainer.settings, len(self.stream)))
             self.job.report.say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,9 +45,12 @@ class Passes:
         """Hand a pass its batches; see `moments.Watch`."""
         return unwatched(batches, sums)
 
-    def once(self, collect: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
-        """What a pass finds that another pass follows."""
-        return collect()
+    def finished(self) -> dict[str, Moments] | None:
+        """The moments of a pass that another follows, if it was finished before."""
+        return None
+
+    def keep(self, moments: dict[str, Moments]) -> None:
+        """Take note of what `finished` is to give."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,16 @@ def collect(
     passes = passes or Passes()
     watch, bf16 = passes.watch, method.statistics_bf16
     if method.method == "fisher":
-        return _fisher(model, views, batches(0), world, _objective(method, seed), watch, bf16)
-    moments = passes.once(
-        lambda: collect_moments(model, views, (batch.images for batch in batches(0)), world, watch, bf16)
+        # Moments and gradients from one pass: this metric needs no mean.
+        step, objective = STEPS["fisher"], _objective(method, seed)
+        with accumulating(model, views, world.device) as accumulators, full_float32():
+            both = partial(_watched_together, watch, {f"moments/{name}": a for name, a in accumulators.items()})
+            curvature = collect_curvature(model, views, batches(0), world, step, objective, None, both, bf16)
+        return Statistics(sum_moments({n: a.moments() for n, a in accumulators.items()}, world), curvature)
+    moments = passes.finished() or collect_moments(
+        model, views, (batch.images for batch in batches(0)), world, watch, bf16
     )
+    passes.keep(moments)
     means = {name: m.mean for name, m in moments.items()}
     if method.probing:
         gather = collect_sampled if method.sampled else collect_global
@@ -108,23 +118,10 @@ def _objective(method: MethodConfig, seed: int) -> Objective:
     return Objective(method.loss.removesuffix("-reverse"), method.draws, seed)  # both KLs have one Hessian
 
 
-def _fisher(
-    model: nn.Module,
-    views: Sequence[View],
-    batches: Iterable[Batch],
-    world: World,
-    objective: Objective,
-    watch: Watch,
-    bf16: bool,
-) -> Statistics:
-    """Moments and gradients from one pass: the metric needs no mean."""
-    with accumulating(model, views, world.device) as accumulators, full_float32():
-
-        def both(batches: Iterable[T], sums: Mapping[str, Sums]) -> Iterable[T]:
-            return watch(batches, {**sums, **{f"moments/{name}": a for name, a in accumulators.items()}})
-
-        curvature = collect_curvature(model, views, batches, world, STEPS["fisher"], objective, None, both, bf16)
-    return Statistics(sum_moments({name: a.moments() for name, a in accumulators.items()}, world), curvature)
+def _watched_together(
+    watch: Watch, others: Mapping[str, Sums], batches: Iterable[T], sums: Mapping[str, Sums], /
+) -> Iterable[T]:
+    return watch(batches, {**sums, **others})
 
 
 def warnings(statistics: Statistics, sites: Sequence[Site], method: MethodConfig, images: int) -> list[str]:

@@ -229,7 +229,13 @@ def collect_curvature(
             if not number:  # all batches have labels, or none has
                 objective.require_labels(batch)
             if len(batch.images):
-                _differentiate(model, sums, batch, int(number), objective, bf16)
+                for each in sums:
+                    each.begin(int(number), len(batch.images))
+                with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+                    logits = logits_of(model(batch.images))
+                losses = list(objective(logits.float() if bf16 else logits, batch))
+                for loss in losses:
+                    torch.autograd.backward(loss, retain_graph=loss is not losses[-1])
             images += len(batch.images)
             number += 1
     _require_sound(sums, world)
@@ -239,18 +245,6 @@ def collect_curvature(
         raise StatisticsError("no images for the gradients; is the statistics split empty?")
     scale = 2 * images.to(world.device) * max(1, objective.draws)
     return {name: (total + total.mT) / scale for name, total in totals.items()}
-
-
-def _differentiate(
-    model: nn.Module, sums: list[_Sum], batch: Batch, number: int, objective: Objective, bf16: bool
-) -> None:
-    for each in sums:
-        each.begin(number, len(batch.images))
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-        logits = logits_of(model(batch.images))
-    losses = list(objective(logits.float() if bf16 else logits, batch))
-    for loss in losses:
-        torch.autograd.backward(loss, retain_graph=loss is not losses[-1])
 
 
 def _require_sound(sums: list[_Sum], world: World) -> None:

@@ -35,12 +35,12 @@ class StatisticsError(ValueError):
 class Sums(Protocol):
     """What a pass over images adds up: it can be taken out between two batches, and put back."""
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, not copied."""
         ...
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
         ...
 
 
@@ -61,11 +61,11 @@ class Tally:
 
     tensors: Mapping[str, Tensor]
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """See `Sums`."""
         return dict(self.tensors)
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Sums`."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name])
@@ -142,12 +142,12 @@ class Accumulator:
     def _panel(self) -> int:
         return max(_tiles(self.outer)[1], self.outer.shape[-1] // 4)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """See `Sums`."""
         sums = {"count": torch.tensor(self.count), "total": self.total, "outer": self.outer}
         return sums if self.shift is None else sums | {"shift": self.shift}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Sums`."""
         self.count = int(state["count"])
         self.shift = state["shift"].to(self.total.device) if "shift" in state else None

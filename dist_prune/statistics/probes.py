@@ -90,7 +90,7 @@ def collect_global(
                 for view in views:
                     changed = _projected_out(model, view, batch, means[view.site.name], probing.seed)
                     trials.losses[view.site.name].append(probing.loss(dense, changed).double())
-    found = trials.state()
+    found = trials.state_dict()
     return {v.site.name: _fit(v, found["indices"], found[f"losses/{v.site.name}"], probing, world) for v in views}
 
 
@@ -101,11 +101,11 @@ class _Trials:
         self.indices = [torch.zeros(0, dtype=torch.int64, device=device)]
         self.losses = {site: [torch.zeros(0, dtype=torch.float64, device=device)] for site in sites}
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         losses = {f"losses/{site}": torch.cat(parts) for site, parts in self.losses.items()}
         return {"indices": torch.cat(self.indices), **losses}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         device = self.indices[0].device
         self.indices = [state["indices"].to(device)]
         self.losses = {site: [state[f"losses/{site}"].to(device)] for site in self.losses}

@@ -144,7 +144,7 @@ class Trainer:
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, enough to continue from where `epoch` yielded; the model's own not included."""
         return {
             "step": self.step,
@@ -153,7 +153,7 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])

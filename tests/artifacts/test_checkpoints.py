@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_prune.artifacts import checkpoints
 from dist_prune.artifacts.checkpoints import SchemaError, Snapshot
 from dist_prune.distributed.world import World
 from dist_prune.utils import files
@@ -46,7 +47,7 @@ def test_content_is_on_disk_before_its_name_and_the_name_before_anything_else(
 
 
 def save(folder: Path, world: World, step: int, whole: bool = True, keep: int = 2, **content: Any) -> Path:
-    return files.save(folder, Snapshot({"step": step} | content, {"rank": world.rank}, whole), world, keep)
+    return checkpoints.save(folder, Snapshot({"step": step} | content, {"rank": world.rank}, whole), world, keep)
 
 
 def test_the_newest_intact_checkpoint_wins_and_damage_is_told(tmp_path: Path, world: World) -> None:
@@ -56,7 +57,7 @@ def test_the_newest_intact_checkpoint_wins_and_damage_is_told(tmp_path: Path, wo
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
-    found, problems = files.newest(tmp_path, world)
+    found, problems = checkpoints.newest(tmp_path, world)
     assert found is not None and found.common["step"] == 2
     assert len(problems) == 1 and "00000003.pt: its SHA-256 differs" in problems[0]
     assert (tmp_path / "00000003.pt.damaged").read_bytes() == damaged
@@ -75,7 +76,7 @@ def test_unfinished_checkpoints_are_passed_over(tmp_path: Path, world: World, ha
         part.write_bytes(part.read_bytes()[:-1] + b"x")
     else:
         path.write_bytes(b"" if harm == "empty" else path.read_bytes()[:-100])
-    found, problems = files.newest(tmp_path, world)
+    found, problems = checkpoints.newest(tmp_path, world)
     assert found == Snapshot({"step": 1}, {"rank": 0})
     assert len(problems) == 1
 
@@ -84,7 +85,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_stay(tmp_path: Pat
     for step in (1, 2):
         save(tmp_path, world, step)
     (tmp_path / "00000002.pt").write_bytes(b"")
-    files.newest(tmp_path, world)
+    checkpoints.newest(tmp_path, world)
     damaged = ["00000002.pt.damaged", "00000002.rank0.pt.damaged"]
     assert sorted(p.name for p in tmp_path.glob("00000002*")) == damaged, "nothing of it is taken for another"
     save(tmp_path, world, 2)
@@ -97,11 +98,11 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_stay(tmp_path: Pat
 def test_another_schema_is_refused_and_nothing_begins_anew(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SCHEMA", 1)
+    monkeypatch.setattr(checkpoints, "SCHEMA", 1)
     save(tmp_path, world, 1)
     monkeypatch.undo()
-    with pytest.raises(SchemaError, match=r"has schema 1, this version of dist_prune reads 2: finish"):
-        files.newest(tmp_path, world)
+    with pytest.raises(SchemaError, match=r"has schema 1, this version of dist_prune reads 3: finish"):
+        checkpoints.newest(tmp_path, world)
     assert (tmp_path / "00000001.pt").exists()
 
 
@@ -109,7 +110,7 @@ def test_checkpoints_from_before_there_were_schemas_are_refused(tmp_path: Path, 
     torch.save({"epoch": 3}, tmp_path / "00000003.pt")
     files.seal(tmp_path / "00000003.pt")
     with pytest.raises(SchemaError, match="has schema 1"):
-        files.newest(tmp_path, world)
+        checkpoints.newest(tmp_path, world)
 
 
 def test_old_checkpoints_go_but_for_the_newest_that_is_whole(tmp_path: Path, world: World) -> None:
@@ -119,8 +120,8 @@ def test_old_checkpoints_go_but_for_the_newest_that_is_whole(tmp_path: Path, wor
     assert [n for n in names if "rank" not in n] == ["00000002.pt", "00000003-mid.pt", "00000004-mid.pt"]
     assert [n for n in names if "rank" in n] == [f"0000000{n}.rank0.pt" for n in (2, 3, 4)]
     assert len(list(tmp_path.iterdir())) == 9
-    found, _ = files.newest(tmp_path, world)
-    whole, _ = files.newest(tmp_path, world, whole=True)
+    found, _ = checkpoints.newest(tmp_path, world)
+    whole, _ = checkpoints.newest(tmp_path, world, whole=True)
     assert found is not None and whole is not None
     assert (found.common["step"], whole.common["step"]) == (4, 2)
 
@@ -128,12 +129,12 @@ def test_old_checkpoints_go_but_for_the_newest_that_is_whole(tmp_path: Path, wor
 def test_clocks_do_not_decide_what_is_newest(tmp_path: Path, world: World) -> None:
     for step in (1, 2):
         os.utime(save(tmp_path, world, step), (1e9 - step, 1e9 - step))
-    found, _ = files.newest(tmp_path, world)
+    found, _ = checkpoints.newest(tmp_path, world)
     assert found is not None and found.common["step"] == 2
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path, world: World) -> None:
-    assert files.newest(tmp_path / "absent", world) == (None, [])
+    assert checkpoints.newest(tmp_path / "absent", world) == (None, [])
 
 
 def saved_and_found(world: World, folder: str, harm: str) -> tuple[object, list[str]]:
@@ -142,7 +143,7 @@ def saved_and_found(world: World, folder: str, harm: str) -> tuple[object, list[
     if harm and world.is_first:
         (Path(folder) / harm).write_bytes(b"")
     world.barrier()
-    found, problems = files.newest(Path(folder), world)
+    found, problems = checkpoints.newest(Path(folder), world)
     assert found is not None
     return (found.common["step"], found.own["rank"]), problems
 
@@ -159,7 +160,7 @@ def test_every_rank_finds_its_own_part_and_all_turn_to_the_same_checkpoint(tmp_p
 
 def test_what_another_number_of_ranks_left_comes_without_their_own_parts(tmp_path: Path, world: World) -> None:
     run_ranks(saved_and_found, 2, str(tmp_path), "")
-    found, _ = files.newest(tmp_path, world)
+    found, _ = checkpoints.newest(tmp_path, world)
     assert found == Snapshot({"step": 2}, {})
 
 
@@ -174,7 +175,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, world
         save(tmp_path, world, 1, small=torch.zeros(100))
         with pytest.raises(CheckpointError, match=r"could not be written.*No space left"):
             save(tmp_path, world, 2, large=torch.zeros(1_000_000))
-        found, problems = files.newest(tmp_path, world)
+        found, problems = checkpoints.newest(tmp_path, world)
         assert found is not None and "small" in found.common
         assert not problems
     finally:

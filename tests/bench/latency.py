@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dist_prune.config.flags import parse_rule
 from dist_prune.config.run import MethodConfig
-from dist_prune.export.speed import Engine, Pass, Speed, measure_speed
+from dist_prune.export.speed import Engine, Speed, TimedPass, measure_speed
 from dist_prune.factorization import latency
 from dist_prune.factorization.bases import by_weight
 from dist_prune.factorization.budget import cheaper_ranks
@@ -102,7 +102,7 @@ def measure(setting: Setting, rule: str) -> Speed:
     return measure_speed(dense, rebuild(dense, plan), image, setting.batches, setting.engines)
 
 
-def row(rule: str, speed: Speed, found: Pass) -> Row:
+def row(rule: str, speed: Speed, found: TimedPass) -> Row:
     """A pass beside the MACs."""
     macs = speed.macs.ratio
 

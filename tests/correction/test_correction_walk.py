@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.config.run import MethodConfig
-from dist_prune.correction.reconstruct import Correction, Outcome, Pair, Solver, left_out
+from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, Solver, left_out
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve
 from dist_prune.factorization.plan import Choice, Plan
@@ -112,7 +112,7 @@ def walk_of(
 
 def corrected(
     dense: nn.Module, compressed: nn.Module, *args: object, **options: object
-) -> tuple[nn.Module, list[Outcome]]:
+) -> tuple[nn.Module, list[SiteCorrection]]:
     network = copy.deepcopy(compressed)
     walk = walk_of(dense, network, *args, **options)
     return network, list(walk.run(survey(dense, like(dense)).sites))

@@ -241,10 +241,10 @@ def test_training_resumes_where_it_stood(tmp_path: Path, steps: int) -> None:
     whole = take(stream(), 24)
     before, after = stream(), stream()
     take(before, steps)
-    after.restore(before.state())
+    after.load_state_dict(before.state_dict())
     if steps == 8:  # a whole epoch
         assert len(list(after.raw())) == 8
-        after.restore(before.state())
+        after.load_state_dict(before.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(take(after, 24 - steps), whole[steps:], strict=True))
 
 
@@ -260,7 +260,7 @@ def test_an_evaluation_resumes_where_it_stood_and_begins_anew_after_that(
     before, after = stream(), stream()
     source = iter(before)
     taken = [next(source).indices.tolist() for _ in range(steps)]
-    after.restore(before.state())
+    after.load_state_dict(before.state_dict())
     whole = [b.indices.tolist() for b in stream()]
     if steps < 4:
         assert taken + [b.indices.tolist() for b in after] == whole
@@ -269,11 +269,11 @@ def test_an_evaluation_resumes_where_it_stood_and_begins_anew_after_that(
 
 def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
     split = flat(tmp_path, 8)
-    state = training_stream(split, SMALL, One(), 4, 1, seed=3, augment=AUGMENT).state()
+    state = training_stream(split, SMALL, One(), 4, 1, seed=3, augment=AUGMENT).state_dict()
     with pytest.raises(DataError, match="ranks was 1 and is 2"):
-        training_stream(split, SMALL, One(0, 2), 4, 1, seed=3, augment=AUGMENT).restore(state)
+        training_stream(split, SMALL, One(0, 2), 4, 1, seed=3, augment=AUGMENT).load_state_dict(state)
     with pytest.raises(DataError, match="batch_size was 4 and is 2"):
-        training_stream(split, SMALL, One(), 2, 1, seed=3, augment=AUGMENT).restore(state)
+        training_stream(split, SMALL, One(), 2, 1, seed=3, augment=AUGMENT).load_state_dict(state)
 
 
 # Damage

@@ -18,7 +18,7 @@ from dist_prune.factorization.latency import LatencyTable, Timing, candidates, i
 from dist_prune.factorization.planner import timed_planner
 from dist_prune.network.memory_format import channels_last
 from dist_prune.network.sites import Site, View, survey
-from dist_prune.run.job import load_network
+from dist_prune.run.prepare import load_network
 from tests.ranks import run_ranks
 from tests.spin import spin
 

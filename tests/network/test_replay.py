@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_prune.correction.reconstruct import Outcome, Solver
+from dist_prune.correction.reconstruct import SiteCorrection, Solver
 from dist_prune.distributed.world import World
 from dist_prune.network.replay import Listing, Rerun, follow, listing
 from dist_prune.network.sites import survey
@@ -180,7 +180,7 @@ class Same(Small):
         self.units, self.head = nn.Sequential(Unit(6, 6), Unit(6, 6)), nn.Linear(6, 5)
 
 
-def both_ways(world: World, make: Callable[[], nn.Module]) -> list[tuple[dict[str, Tensor], list[Outcome]]]:
+def both_ways(world: World, make: Callable[[], nn.Module]) -> list[tuple[dict[str, Tensor], list[SiteCorrection]]]:
     """Corrected along the traced graph with plain targets, and along the list of sites; an uneven share each."""
     dense, x, judged = make(), pictures(40), pictures(15, 4)
     projected = compressed_copy(dense, x[world.rank :: world.size], world, 0.5)

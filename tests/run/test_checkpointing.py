@@ -15,7 +15,7 @@ from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World
 from dist_prune.run import checkpointing
 from dist_prune.run.checkpointing import CheckpointManager, ResumePoint
-from dist_prune.run.job import place_of
+from dist_prune.run.resume import place_of
 from tests.commands import Done
 from tests.runs import CLASSES, SITES, STAGES, TRAIN, Bench, content, copied, curves, points, result_of
 

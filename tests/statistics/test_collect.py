@@ -226,14 +226,15 @@ class Left(statistics.Passes):
     def watch(self, batches, sums):
         for batch in batches:
             if not self.batches:
-                self.kept = {name: {k: t.clone() for k, t in each.state().items()} for name, each in sums.items()}
+                self.kept = {
+                    name: {k: t.clone() for k, t in each.state_dict().items()} for name, each in sums.items()
+                }
                 raise InterruptedError
             self.batches -= 1
             yield batch
 
-    def once(self, collect):
-        self.moments = collect()
-        return self.moments
+    def keep(self, moments):
+        self.moments = moments
 
 
 class Again(Left):
@@ -242,12 +243,12 @@ class Again(Left):
     def watch(self, batches, sums):
         if self.kept:
             for name, each in sums.items():
-                each.restore(self.kept[name])
+                each.load_state_dict(self.kept[name])
             batches, self.kept = list(batches)[self.batches :], {}
         return iter(batches)
 
-    def once(self, collect):
-        return self.moments or collect()
+    def finished(self):
+        return self.moments or None
 
 
 @pytest.mark.parametrize("stop", [1, 6])

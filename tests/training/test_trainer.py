@@ -116,11 +116,11 @@ def left_and_restored(world: World, more: dict[str, Any], layout: torch.memory_f
     list(first.epoch(share, every=2))
     next(second_epoch := first.epoch(share, every=2))
     model = {k: v.clone() for k, v in first.model.state_dict().items()} if world.is_first else None
-    kept = world.from_first(lambda: (model, copy.deepcopy(first.state())))  # one rank's state serves all
+    kept = world.from_first(lambda: (model, copy.deepcopy(first.state_dict())))  # one rank's state serves all
     list(second_epoch)  # what the first one still does, the state does not hear of
     second = Trainer(laid_out(seed=9), settings, steps, world)
     second.model.load_state_dict(kept[0])
-    second.restore(kept[1])
+    second.load_state_dict(kept[1])
     list(second.epoch(share[2 * settings.accumulate :], every=2))
     whole.finish(), second.finish()
     return digest(second.model), digest(whole.model)

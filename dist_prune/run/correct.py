@@ -1,0 +1,67 @@
+"""Stages of closed-form correction."""
+
+from __future__ import annotations
+
+from dist_prune.correction import batchnorm
+from dist_prune.correction import correct as correction
+from dist_prune.reporting.progress import Count
+from dist_prune.run.checkpointing import ResumePoint
+from dist_prune.run.job import (
+    Job,
+    unlabelled_stream,
+)
+
+SITE_GROUP = 8  # corrected sites from one checkpoint to the next, at most
+
+
+def correct(job: Job) -> None:
+    """Solve the sites again against the dense network, in place."""
+    settings, seed = job.config.correction, job.config.seed
+    with job.report.phase("correction"):
+        images = correction.decode(unlabelled_stream(job), settings.mirrored)
+        state = correction.CorrectionState()
+        if (left := job.checkpoints.resumed()) is not None:
+            state.load_state_dict(left.common)
+        sites = len(correction.solvable(job.state.compressed, job.everything, settings))
+        shown = job.report.meter.count(sites * len(settings.dampings), solved(state), "layer")
+        result = correction.correct(
+            job.dense,
+            job.state.compressed,
+            job.everything,
+            images,
+            settings,
+            seed,
+            job.world,
+            state,
+            after_site=lambda state: pause_between_sites(job, state, shown),
+        )
+        shown.close()
+    job.report.say(correction.format_summary(result))
+    for concern in correction.concerns(result):
+        job.report.warn(concern)
+
+
+def reestimate_batch_norm(job: Job) -> None:
+    """Take batch norm's statistics again, in place."""
+    with job.report.phase("batch norm"):
+        images = correction.decode(unlabelled_stream(job), mirrored=False)
+        memory = job.config.correction.calibration_bytes
+        result = batchnorm.reestimate(job.dense, job.state.compressed, images, memory, job.world)
+    job.report.say(batchnorm.format_summary(result))
+
+
+def solved(state: correction.CorrectionState) -> int:
+    """How many sites, those of earlier trials included."""
+    return sum(len(trial.outcomes) for trial in state.trials) + len(state.outcomes)
+
+
+def pause_between_sites(job: Job, state: correction.CorrectionState, shown: Count) -> None:
+    """A correction may be left after each site; after some of them a checkpoint is due."""
+    number, trial, last = solved(state), len(state.trials) + 1, state.outcomes[-1]
+    shown.step()
+    job.report.scalars("calibration", len(state.outcomes), {f"trial {trial}": last.tried[last.chosen]})
+    standing = ResumePoint(f"site {number} of trial {trial}", state.state_dict())
+    if number % SITE_GROUP:
+        job.checkpoints.pause(lambda: standing)
+    else:
+        job.checkpoints.close(standing)

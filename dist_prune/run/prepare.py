@@ -1,0 +1,167 @@
+"""Everything that can be wrong is found here, before a run's work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_prune.artifacts import run_directory
+from dist_prune.config.flags import ConfigError
+from dist_prune.config.run import Run
+from dist_prune.correction.correct import require_deterministic
+from dist_prune.data import timm_images
+from dist_prune.data.dataset import Dataset, Split, check_files, list_unlabelled, open_dataset, write_digits
+from dist_prune.data.mnist import has_idx, unpack
+from dist_prune.distributed.preemption import Flag
+from dist_prune.distributed.world import World, digest
+from dist_prune.factorization.planner import planner, timed_planner
+from dist_prune.network import models
+from dist_prune.network.memory_format import lay_out
+from dist_prune.network.sites import Survey, survey
+from dist_prune.reporting.report import Report
+from dist_prune.run.checkpointing import CheckpointManager
+from dist_prune.run.job import Job, calibration, probe, unlabelled_stream, validation
+from dist_prune.run.state import State
+from dist_prune.training.evaluate import time_sites
+from dist_prune.training.trainer import require_possible
+from dist_prune.utils import files
+
+
+def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag) -> Job:
+    """Check the data, the network and the plan. Changes nothing on disk.
+
+    Raises:
+        ValueError: in its many kinds; see `pipeline.run`.
+    """
+    dataset = world.from_first(lambda: open_images(config))
+    require_classes(config, dataset)
+    unlabelled = world.from_first(lambda: open_unlabelled(config))
+    if not (
+        config.resume and world.from_first(lambda: run_directory.is_known(folder))
+    ):  # they were sound when it began
+        for split in (dataset.train, dataset.val, unlabelled):
+            if split is not None:
+                check_files(split, world)
+    for settings in (config.tuning, config.pretrain):
+        require_possible(settings, world.device)
+    dense, everything = load_network(config, world)
+    found = everything.select(config.compression.sites)
+    ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
+    ranks.check()
+    if config.correction.correct != "none":
+        require_deterministic(dense, probe(config, world, 2), world)
+    state = State(dense)
+    job = Job(
+        config=config,
+        world=world,
+        report=report,
+        folder=folder,
+        dataset=dataset,
+        unlabelled=unlabelled,
+        dense=dense,
+        everything=everything,
+        survey=found,
+        planner=ranks,
+        checkpoints=CheckpointManager(
+            world=world,
+            folder=folder / "checkpoints",
+            flag=flag,
+            say=report.say,
+            every_s=60 * config.save_minutes,
+            keep=config.keep_checkpoints,
+            header={"identity": identity_of(dataset, unlabelled, dense), "shares": shares_of(config, world)},
+            parts={"state": state, "report": report},
+        ),
+        state=state,
+    )
+    for stream in (validation(job), calibration(job, 0), unlabelled_stream(job)):
+        assert len(stream), "streams refuse to share fewer images than ranks"
+    return job
+
+
+def identity_of(dataset: Dataset, unlabelled: Split | None, dense: nn.Module) -> dict[str, str]:
+    """What a run is about: another one cannot go on with its checkpoints."""
+    return {
+        "training images": dataset.train.digest(),
+        "validation images": dataset.val.digest(),
+        "network": digest(dense),
+        "calibration images": unlabelled.digest() if unlabelled else "",
+    }
+
+
+def shares_of(config: Run, world: World) -> dict[str, int]:
+    """How the images are shared out: what a pass over them can only go on with."""
+    return {
+        "ranks": world.size,
+        "batch_size": config.tuning.batch_size,
+        "distill": config.distillation.distill_batch_size,
+        "pretrain": config.pretrain.batch_size,
+    }
+
+
+def open_images(config: Run) -> Dataset:
+    """The data set that `--data` names."""
+    if config.images.data == "digits":
+        return open_dataset(write_digits(files.cache_folder() / "digits"))
+    folder = Path(config.images.data)
+    if has_idx(folder):
+        folder = unpack(folder, files.cache_folder())
+    return open_dataset(folder, config.images.class_list)
+
+
+def open_unlabelled(config: Run) -> Split | None:
+    """The images that `--calibrate-data` names."""
+    folder = config.correction.calibrate_data
+    return None if folder is None else list_unlabelled(folder)
+
+
+def require_classes(config: Run, dataset: Dataset) -> None:
+    """The network's outputs and the data's classes must be one and the same list.
+
+    Raises:
+        ConfigError: they are not as many.
+    """
+    found, expected = len(dataset.train.classes), config.network.classes
+    if found != expected:
+        raise ConfigError(
+            f"--data {config.images.data} has {found} classes, the network {expected} outputs: give --classes "
+            f"{found} with weights for them, or --class-list FILE naming all {expected} folders in label order"
+        )
+
+
+def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
+    """The dense network on this rank's device, and all its sites."""
+    torch.manual_seed(config.seed)
+    network = config.network
+    dense = models.build(network.arch, network.classes).eval()
+    # One rank reads, or downloads, the weights; the others get them from it.
+    world.from_first(lambda: models.fill(dense, network.arch, network.classes, network.weights))
+    dense = dense.to(world.device)
+    world.broadcast_(*dense.state_dict().values())
+    if config.channels_last:
+        lay_out(dense, torch.channels_last)
+    image = probe(config, world, 1)
+    try:
+        found = survey(dense, image)
+    except RuntimeError as error:
+        size = " × ".join(map(str, image.shape[1:]))
+        see = "--crop and --channels-last" if config.channels_last else "--crop"
+        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({error})") from error
+    if found.classes != network.classes:
+        raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
+    return dense, found
+
+
+def show_plan(config: Run, world: World, report: Report) -> None:
+    """The dry run: the plan's table from the network alone; weights are not even read."""
+    unread = replace(config, network=replace(config.network, weights="none"))
+    dense, everything = load_network(unread, world)
+    found = everything.select(config.compression.sites)
+    known = planner(config, found, world)
+    plan, note = known.foreseen()
+    report.say(known.format_table(plan, time_sites(dense, found.sites, probe(config, world, 4))))
+    for more in filter(None, (note, known.way(plan, config.iteration), timm_images.adopted(config))):
+        report.say(more)

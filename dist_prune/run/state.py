@@ -1,0 +1,73 @@
+"""What the stages of a run that are done have found: the part of a run that changes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_prune.factorization.plan import Plan
+from dist_prune.factorization.project import rebuild, unfold
+from dist_prune.training.evaluate import Metrics
+
+
+@dataclass
+class State:
+    """The same on all ranks.
+
+    Attributes:
+        dense: the network that is compressed; a checkpoint does not hold it.
+        done: names of the stages.
+        metrics: by stage, of the validation images.
+        right: by stage, which validation images the network got right.
+        plan: of the compressed network.
+        target: where the rounds of an iterative run end; else the plan itself.
+        network: the compressed one, as soon as there is one.
+        unfolded: whether its pairs are, for the moment, multiplied back to dense layers.
+    """
+
+    dense: nn.Module
+    done: list[str] = field(default_factory=list)
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    right: dict[str, Tensor] = field(default_factory=dict)
+    plan: Plan | None = None
+    target: Plan | None = None
+    network: nn.Module | None = None
+    unfolded: bool = False
+
+    @property
+    def chosen(self) -> Plan:
+        """The plan, in stages that come after it was made."""
+        assert self.plan is not None
+        return self.plan
+
+    @property
+    def compressed(self) -> nn.Module:
+        """The compressed network, in stages that come after it was made."""
+        assert self.network is not None
+        return self.network
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        return {
+            "done": self.done,
+            "metrics": {stage: asdict(m) for stage, m in self.metrics.items()},
+            "right": self.right,
+            "plan": self.plan and self.plan.to_json(),
+            "target": self.target and self.target.to_json(),
+            "unfolded": self.unfolded,
+            "model": self.network and self.network.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be what `state_dict` gave; the network is built again from the dense one and the plan."""
+        self.done, self.right = state["done"], state["right"]
+        self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
+        if state["plan"] is None:
+            return
+        self.plan, self.target = Plan.from_json(state["plan"]), Plan.from_json(state["target"])
+        self.network, self.unfolded = rebuild(self.dense, self.plan), state["unfolded"]
+        if self.unfolded:
+            self.network = unfold(self.network, self.plan.ranks)
+        self.network.load_state_dict(state["model"])
