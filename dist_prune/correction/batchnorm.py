@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_prune.correction.correct import Calibration, agreed_route, divergence, holdout_logits
+from dist_prune.correction.correct import Calibration, agreed_route, divergence, holdout_logits, improves
 from dist_prune.distributed.world import World
+from dist_prune.network.replacing import with_replaced
 from dist_prune.network.replay import AnyPass
 from dist_prune.network.sites import evaluating
 
@@ -27,7 +27,7 @@ class Reestimation:
     @property
     def kept(self) -> bool:
         """Whether it helped."""
-        return self.after < self.before
+        return improves(self.after, self.before)
 
 
 def reestimate(
@@ -45,7 +45,7 @@ def reestimate(
         memory: bytes of activations kept; beyond, they are computed again for every layer.
         world: the ranks, which all end with the same network.
     """
-    candidate = copy.deepcopy(compressed)
+    candidate = with_replaced(compressed)
     names = [name for name, module in candidate.named_modules() if _has_statistics(module)]
     with evaluating(dense), evaluating(candidate):
         judges = holdout_logits(dense, images)

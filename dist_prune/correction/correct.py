@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,10 @@ from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, 
 from dist_prune.data.loader import Batch, Stream, normalise
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
+from dist_prune.network.replacing import with_replaced
 from dist_prune.network.replay import Listing, Route, follow, listing
 from dist_prune.network.sites import Factored, Site, Survey, View, evaluating
-from dist_prune.statistics.curvature import STEPS, Objective, collect_curvature
+from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.statistics.probes import kl
 from dist_prune.utils.tables import table
 
@@ -105,10 +105,15 @@ class CorrectionState:
 
     def close(self, trial: Trial, network: nn.Module) -> None:
         """A trial is done."""
-        if trial.kl < min((before.kl for before in self.trials), default=math.inf) or self.best is None:
+        if self.best is None or all(improves(trial.kl, before.kl) for before in self.trials):
             self.best = network.state_dict()
         self.trials.append(trial)
         self.outcomes, self.candidate = [], None
+
+
+def improves(after: float, before: float) -> bool:
+    """Whether a divergence went down; one that is not finite is worse than any other."""
+    return math.isfinite(after) and not after >= before
 
 
 def _outcome(fields: Mapping[str, Any]) -> SiteCorrection:
@@ -154,10 +159,14 @@ def correct(
     with evaluating(dense), evaluating(compressed):
         judges = holdout_logits(dense, images)
         before = divergence(compressed, judges, images.prepare, world)
-    metrics = _metrics(dense, [View(site) for site in sites], images, settings, seed, world)
+    views, notes = [View(site) for site in sites], list[str]()
+    try:
+        metrics = _metrics(dense, views, images, settings, seed, world)
+    except NoGradientError as error:
+        metrics, notes = _no_metrics(views, world), [f"corrected without a metric: {error}"]
     state = state or CorrectionState()
     for damping in settings.dampings[len(state.trials) :]:
-        candidate = copy.deepcopy(compressed)
+        candidate = with_replaced(compressed)
         candidate.load_state_dict(state.candidate or compressed.state_dict())
         with evaluating(dense), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, judges))
@@ -170,12 +179,17 @@ def correct(
                 after_site(state)
             reached = divergence(candidate, judges, images.prepare, world)
             state.close(Trial(damping, reached, tuple(state.outcomes)), candidate)
-    best = min(state.trials, key=lambda trial: trial.kl)
-    if best.kl < before:
+    best, kept = best_of(state.trials), improves(best_of(state.trials).kl, before)
+    if kept:
         assert state.best is not None
         compressed.load_state_dict(state.best)
-    notes = tuple(_notes(route, left_out(sites, route), sites, best, settings.ridge))
-    return Result(before, tuple(state.trials), best if best.kl < before else None, notes)
+    notes += _notes(route, left_out(sites, route), sites, best, settings.ridge)
+    return Result(before, tuple(state.trials), best if kept else None, tuple(notes))
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The trial that came nearest; of several alike, the first."""
+    return min(trials, key=lambda trial: trial.kl if math.isfinite(trial.kl) else math.inf)
 
 
 def solvable(compressed: nn.Module, survey: Survey, settings: CorrectionConfig) -> list[Site]:
@@ -214,19 +228,25 @@ def _metrics(
 ) -> dict[str, Tensor]:
     """Fisher metrics of all sites' outputs, if any damping needs them."""
     if settings.correct != "regression" or all(map(math.isinf, settings.metric_damping)):
-        sizes = {view.site.name: (view.site.groups, view.width) for view in views}
-        return {
-            name: torch.eye(width, dtype=torch.float64, device=world.device).expand(groups, width, width)
-            for name, (groups, width) in sizes.items()
-        }
+        return _no_metrics(views, world)
     draws = max(1, min(MOST_DRAWS, GRADIENTS // settings.calibrate_images))
     objective = Objective("kl", draws, seed)
     return collect_curvature(dense, views, images.prepared(), world, STEPS["fisher"], objective)
 
 
+def _no_metrics(views: Sequence[View], world: World) -> dict[str, Tensor]:
+    """All outputs of a site count alike."""
+    sizes = {view.site.name: (view.site.groups, view.width) for view in views}
+    return {
+        name: torch.eye(width, dtype=torch.float64, device=world.device).expand(groups, width, width)
+        for name, (groups, width) in sizes.items()
+    }
+
+
 def agreed_route(dense: nn.Module, names: Sequence[str], images: Calibration, world: World) -> Route:
     """How to walk through the network: found with rank 0's first image, the same way on all ranks."""
-    first = images.pixels[:1].clone()
+    first = images.pixels.new_zeros(1, *images.pixels.shape[1:])
+    first[: len(images.pixels)] = images.pixels[:1]  # a rank may have none
     world.broadcast_(first)
     probe = images.prepare(first)
     route = follow(dense, names, probe)
@@ -264,7 +284,7 @@ def divergence(
     """KL to the dense network over the held-out images of all ranks, nats per image."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for pixels, logits in judges:
-        sums[0] += kl(logits, logits_of(model(prepare(pixels)))).double().sum()
+        sums[0] += kl(logits.double(), logits_of(model(prepare(pixels)))).sum()
         sums[1] += len(pixels)
     world.sum_(sums)
     total, count = sums.tolist()
@@ -295,7 +315,7 @@ def concerns(result: Result) -> list[str]:
 def format_summary(result: Result) -> str:
     """What each site became, and whether the whole was kept."""
     rows = []
-    best = result.kept or min(result.trials, key=lambda trial: trial.kl)
+    best = result.kept or best_of(result.trials)
     for outcome in best.outcomes:
         tried = ", ".join(f"{name} {value:.4f}" for name, value in outcome.tried.items())
         rows.append([outcome.site, outcome.chosen, f"{outcome.rows:,}", tried])

@@ -271,7 +271,7 @@ class Correction:
                 x = pair.compressed.input_of(site.name)
                 for index, layer in enumerate(layers):
                     logits = logits_of(pair.compressed.outcome(self.dense, layer(x)))
-                    sums[index] += kl(pair.logits, logits).double().sum()
+                    sums[index] += kl(pair.logits.double(), logits).sum()
                 sums[-1] += len(pair.logits)
         self.world.sum_(sums)
         return (sums[:-1] / sums[-1]).nan_to_num(nan=math.inf).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import subprocess
@@ -20,6 +19,7 @@ from dist_prune.export.constructors import Part, layer, written
 from dist_prune.export.formats import Agreement, ExportError, compare, parts
 from dist_prune.export.statements import parameters, statements
 from dist_prune.export.tracing import Pair, UntraceableError, is_known, own_buffers, trace
+from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import evaluating
 from dist_prune.utils.files import replacing
 
@@ -147,7 +147,7 @@ def write_down(network: nn.Module, images: Tensor) -> Source:
     Raises:
         ExportError: what it computes cannot be followed; names the module, and where.
     """
-    model = copy.deepcopy(network)
+    model = with_replaced(network)
     own_buffers(model)
     author = _Author()
     author.calls[model] = {_first_argument(model): (images[:2], images[:3])}

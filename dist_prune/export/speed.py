@@ -5,7 +5,6 @@ All times are medians of samples taken in turn; see `latency.sample_calls`.
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from dist_prune.export.formats import OPSET, ExportError, onnx_session, require_
 from dist_prune.export.pair_times import SiteSpeed, time_pairs
 from dist_prune.factorization.latency import sample_calls
 from dist_prune.network.memory_format import channels_last
+from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import evaluating, survey
 
 Engine = Literal["eager", "channels-last", "compile", "onnxruntime"]
@@ -210,7 +210,7 @@ def _onnxruntime(network: nn.Module, images: Tensor) -> Network:
     two = images[:1].expand(2, -1, -1, -1).cpu()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        write_onnx(path, copy.deepcopy(network).cpu(), two)
+        write_onnx(path, with_replaced(network).cpu(), two)
         return onnx_session(path, images.device.type)
 
 

@@ -93,14 +93,20 @@ def by_fisher(moments: Moments, metric: Tensor, damping: float) -> Basis:
 
 
 def metric_basis(covariance: Tensor, mean: Tensor, metric: Tensor) -> Basis:
-    """PCA of a covariance (g, k, k) in a metric (g, k, k), whose negative and vanishing eigenvalues are lifted."""
+    """PCA of a covariance (g, k, k) in a metric (g, k, k), whose negative and vanishing eigenvalues are lifted.
+
+    Its scale goes into the spectrum alone, or a metric of 1e-300 would give directions that float32 cannot hold.
+    Where it is zero, as for a layer that the loss does not depend on, that is plain PCA, and no direction is worth
+    anything.
+    """
     values, vectors = torch.linalg.eigh(metric)
-    floor = (values[:, -1:] * 1e-12).clamp(min=torch.finfo(values.dtype).tiny)
-    root = values.clamp(min=floor).sqrt()[:, None]
+    largest = values[:, -1:].clamp(min=0)
+    relative = torch.where(largest > 0, values / torch.where(largest > 0, largest, 1), 1)
+    root = relative.clamp(min=1e-12).sqrt()[:, None]
     inner = (vectors * root) @ vectors.mT
     basis = eigenbasis(inner @ covariance @ inner, mean)
     encode, decode = basis.encode @ inner, (vectors / root) @ vectors.mT @ basis.decode
-    return Basis(encode, decode, mean, basis.spectrum.clamp(min=0))
+    return Basis(encode, decode, mean, basis.spectrum.clamp(min=0) * largest)
 
 
 def by_weight(weight: Tensor, bias: Tensor, side: str) -> Basis:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dist_prune.factorization.knapsack import Ints
 from dist_prune.network.memory_format import layout_of
-from dist_prune.network.sites import Site, evaluating, factored_like
+from dist_prune.network.sites import Site, evaluating, factored_like, given_to
 from dist_prune.utils.files import cache_folder, name_of, write_text
 
 Calls = Sequence[Callable[[], object]]
@@ -160,10 +160,11 @@ def input_shapes(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dic
     """The shapes that each site is given, one for each of its calls in a forward pass."""
     shapes: dict[str, list[tuple[int, ...]]] = {site.name: [] for site in sites}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: shapes[name].append(tuple(inputs[0].shape))
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _module, args, kwargs: shapes[name].append(tuple(given_to(args, kwargs).shape))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in shapes]
+    modules = {name: model.get_submodule(name) for name in shapes}
+    hooks = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in modules.items()]
     try:
         with evaluating(model):
             model(images)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dist_prune.factorization.bases import Basis
 from dist_prune.factorization.plan import Plan
 from dist_prune.network.memory_format import place_like
-from dist_prune.network.sites import Factored, Site, bias_of, describe, factored_like, weight_of, with_replaced
+from dist_prune.network.replacing import with_replaced
+from dist_prune.network.sites import Factored, Site, bias_of, describe, factored_like, weight_of
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def project_input(weight: Tensor, bias: Tensor, basis: Basis, rank: int) -> Fact
 
 
 def factor(module: nn.Module, site: Site, factors: Factors) -> Factored:
-    """The pair of layers that computes `factors` with the geometry of `module`."""
-    pair = factored_like(module, site, factors.rank)
+    """The pair of layers that computes `factors`, balanced, with the geometry of `module`."""
+    pair, factors = factored_like(module, site, factors.rank), balanced(factors)
     with torch.no_grad():
         for layer, matrix in ((pair.reduce, factors.inner), (pair.expand, factors.outer)):
             assert isinstance(layer.weight, Tensor)
@@ -81,23 +82,29 @@ def project(
     return with_replaced(model, replacements)
 
 
-def balance(model: nn.Module) -> None:
-    """Re-split every factored pair's product by its singular values, in place: B·A = (U√S)(√S·Vᵀ).
+def balanced(factors: Factors) -> Factors:
+    """The same product, split by its singular values: B·A = (U√S)(√S·Vᵀ).
 
-    Closed-form factors differ in scale by orders of magnitude, which no learning rate fits. The pair computes what
-    it did.
+    Closed-form factors differ in scale by orders of magnitude, which no learning rate fits.
     """
+    left, triangle = torch.linalg.qr(factors.outer)
+    right, other = torch.linalg.qr(factors.inner.mT)
+    u, s, v = torch.linalg.svd(triangle @ other.mT, full_matrices=False)
+    root = s.sqrt()[:, None]
+    unused = factors.inner.shape[1] - s.shape[1]  # of a rank beyond what the product can have
+    inner, outer = F.pad((root.mT * v) @ right.mT, (0, 0, 0, unused)), F.pad(left @ (u * root), (0, unused))
+    return Factors(outer, inner, factors.bias)
+
+
+def balance(model: nn.Module) -> None:
+    """Balance every factored pair, in place: the pair computes what it did."""
     for pair in model.modules():
         if isinstance(pair, Factored):
             groups = getattr(pair.reduce, "groups", 1)
             inner, outer = (_grouped(layer, groups) for layer in (pair.reduce, pair.expand))
-            left, triangle = torch.linalg.qr(outer)
-            right, other = torch.linalg.qr(inner.mT)
-            u, s, v = torch.linalg.svd(triangle @ other.mT, full_matrices=False)
-            root = s.sqrt()[:, None]
-            unused = inner.shape[1] - s.shape[1]  # of a rank beyond what the product can have
-            _set(pair.reduce, F.pad((root.mT * v) @ right.mT, (0, 0, 0, unused)))
-            _set(pair.expand, F.pad(left @ (u * root), (0, unused)))
+            factors = balanced(Factors(outer, inner, inner.new_empty(0)))
+            _set(pair.reduce, factors.inner)
+            _set(pair.expand, factors.outer)
 
 
 def _grouped(layer: nn.Module, groups: int) -> Tensor:

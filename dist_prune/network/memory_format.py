@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
+
+from dist_prune.network.replacing import with_replaced
 
 
 def layout_of(model: nn.Module) -> torch.memory_format:
@@ -29,6 +29,6 @@ def place_like(layer: nn.Module, model: nn.Module) -> None:
 
 def channels_last(model: nn.Module) -> nn.Module:
     """A copy that lies so."""
-    laid_out = copy.deepcopy(model)
+    laid_out = with_replaced(model)
     lay_out(laid_out, torch.channels_last)
     return laid_out

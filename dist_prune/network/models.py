@@ -284,9 +284,20 @@ def logits_of(output: Any) -> Tensor:  # noqa: ANN401  networks return what they
     Raises:
         ModelError: it is not a classification network.
     """
-    if isinstance(output, tuple) and output:
+    if isinstance(output, tuple | list) and output:
         output = output[0]
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ModelError(f"the network returned {shape}; expected logits of shape (images, classes)")
+    if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
+        what = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(f"the network returned {what}; expected logits (images, classes), floating-point")
     return output
+
+
+def looks_like_probabilities(answer: Tensor) -> str:
+    """A warning where a network's answer (n, classes) is what a softmax gives; else empty."""
+    answer = answer.double()
+    if not (answer >= 0).all() or not torch.allclose(answer.sum(1), torch.ones_like(answer[:, 0]), atol=1e-3):
+        return ""
+    return (
+        "the network's outputs are not negative and sum to 1, as after a softmax, but are taken for logits: every "
+        "divergence is far too small. Take the softmax out of the network"
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dist_prune.network.sites import evaluating
+from dist_prune.network.sites import evaluating, given_to
 from dist_prune.network.tracing import Pass, Program, Shortcut, TraceError, trace
 
 
@@ -74,16 +74,18 @@ def listing(model: nn.Module, names: Iterable[str], images: Tensor, reason: str)
     calls: Counter[str] = Counter()
     shapes: dict[str, torch.Size] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             calls[name] += 1
-            shapes[name] = inputs[0].shape
+            shapes[name] = given_to(args, kwargs).shape
 
         return hook
 
     with ExitStack() as stack, evaluating(model):
         for name in names:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
+            stack.callback(
+                model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True).remove
+            )
         model(images.clone())
     once = [name for name, times in calls.items() if times == 1]
     return Listing({name: place for place, name in enumerate(once)}, shapes, reason)
@@ -116,19 +118,20 @@ class Rerun:
     def _stopped_at(self, name: str) -> Tensor:
         found: list[Tensor] = []
 
-        def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found.append(inputs[0])
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            found.append(given_to(args, kwargs))
             raise _ReachedError
 
         site = self.root.get_submodule(name)
-        hook = site.register_forward_pre_hook(stop)
+        weight = next(site.parameters())
+        hook = site.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.root(self.prepare(self.images))
         except _ReachedError:
-            return found[0]
+            return found[0].to(weight.dtype)  # inside the network, autocast may do that
         finally:
             hook.remove()
-        return next(site.parameters()).new_empty((0, *self.listing.given[name][1:]))
+        return weight.new_empty((0, *self.listing.given[name][1:]))
 
     @torch.no_grad()
     def output_of(self, name: str) -> Tensor:

@@ -7,20 +7,22 @@ a leading group dimension: weights (g, c, d) with C = g·c and d = in/g·kh·kw.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
 from dist_prune.network.memory_format import place_like
-from dist_prune.network.models import logits_of
+from dist_prune.network.models import ModelError, looks_like_probabilities
+from dist_prune.network.trial import Trial, answer_of, stand_in, tolerance_of
 
 
 class SiteError(ValueError):
@@ -85,7 +87,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A Conv2d or Linear that stays dense, and why."""
+    """A layer with weights that stays dense, and why."""
 
     name: str
     reason: str
@@ -100,6 +102,7 @@ class Survey:
     macs: int  # of the whole network for one image, everything counted
     params: int
     classes: int
+    concern: str = ""  # what is odd about its outputs
 
     def select(self, patterns: str) -> Survey:
         """Keep the sites that `patterns` chooses (see `matches`); the others become skipped.
@@ -109,10 +112,16 @@ class Survey:
         """
         chosen = tuple(site for site in self.sites if matches(site, patterns))
         if not chosen:
-            names = ", ".join(site.name for site in self.sites[:8])
-            raise SiteError(f"--sites {patterns!r} chooses none of {len(self.sites)} sites ({names}, …)")
-        left = tuple(Skipped(s.name, f"not in --sites {patterns}") for s in self.sites if s not in chosen)
-        return Survey(chosen, self.skipped + left, self.macs, self.params, self.classes)
+            names, dense = [s.name for s in self.sites], [f"{s.name} ({s.reason})" for s in self.skipped]
+            there = f" ({_named(names, 8)})" if names else ""
+            left = f"; layers that can only stay dense: {_named(dense, 5)}" if dense else ""
+            raise SiteError(f"--sites {patterns!r} chooses none of {len(names)} sites{there}{left}")
+        others = tuple(Skipped(s.name, f"not in --sites {patterns}") for s in self.sites if s not in chosen)
+        return replace(self, sites=chosen, skipped=self.skipped + others)
+
+
+def _named(names: Sequence[str], most: int) -> str:
+    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
 
 
 def matches(site: Site, patterns: str) -> bool:
@@ -144,38 +153,54 @@ def _matches(site: Site, word: str) -> bool:
 
 
 def survey(model: nn.Module, image: Tensor) -> Survey:
-    """Find every site by running one image through the network.
+    """Find every site by running one image through the network, and once more with a stand-in for each.
 
     Args:
         model: a classification network; left as it was.
         image: (1, 3, H, W) on the network's device; its values do not matter.
+
+    Raises:
+        ModelError: no parameters, TorchScript, lazy layers without a shape yet, or one output only.
     """
+    require_layers(model)
     modules: dict[str, nn.Conv2d | nn.Linear] = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
     }
-    rows: Counter[str] = Counter()
-    with _watched(modules, rows), evaluating(model), FlopCounterMode(display=False) as counter:
-        classes = logits_of(model(image)).shape[1]
-    owners = Counter(id(m.weight) for m in modules.values())
-    reasons = {n: _why_dense(m, n in rows, owners[id(m.weight)] > 1) for n, m in modules.items()}
-    order = [n for n in rows if not reasons[n]]
+    others = {n: m for n, m in model.named_modules() if isinstance(m, UNKNOWN) and n not in modules}
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    reasons = {n: why_dense(m, owners) for n, m in modules.items()}  # before hooks of ours are there
+    calls: dict[str, list[Tensor]] = {}
+    with _watched(modules, calls), evaluating(model), FlopCounterMode(display=False) as counter:
+        answer = answer_of(model, image)
+    if answer.shape[1] < 2:
+        raise ModelError(
+            "the network has one output: a softmax over it is always 1, so nothing would count as lost. If it is "
+            "a logit z, return two: torch.cat([torch.zeros_like(z), z], 1)"
+        )
+    reasons |= {n: "its forward never runs" for n, reason in reasons.items() if not reason and n not in calls}
+    found = [describe(n, modules[n], _rows(modules[n], calls[n])) for n in calls if not reasons[n]]
+    tried = Trial(model, image, answer, tolerance_of([answer, *(y for each in calls.values() for y in each)]))
+    with evaluating(model):
+        reasons |= tried.altering({site.name: stand_in(modules[site.name]) for site in found})
+    reasons |= {n: f"{type(m).__name__} is not factored: only Conv2d and Linear are" for n, m in others.items()}
     return Survey(
-        sites=tuple(describe(n, modules[n], rows[n]) for n in order),
+        sites=tuple(site for site in found if not reasons[site.name]),
         skipped=tuple(Skipped(n, reason) for n, reason in reasons.items() if reason),
         macs=counter.get_total_flops() // 2,  # FlopCounterMode counts two per multiply-add
         params=sum(p.numel() for p in model.parameters()),
-        classes=classes,
+        classes=answer.shape[1],
+        concern=looks_like_probabilities(answer),
     )
 
 
 @contextmanager
-def _watched(modules: Mapping[str, nn.Conv2d | nn.Linear], rows: Counter[str]) -> Iterator[None]:
-    """Count into `rows`, in order of execution, the output positions of each module."""
+def _watched(modules: Mapping[str, nn.Module], calls: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Note, in order of execution, what each module gives: tensors without data."""
 
-    def watch(name: str, channels: int) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _inputs, y: rows.update({name: y.numel() // channels})
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, y: calls.setdefault(name, []).append(torch.empty_like(y, device="meta"))
 
-    hooks = [module.register_forward_hook(watch(name, module.weight.shape[0])) for name, module in modules.items()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
     try:
         yield
     finally:
@@ -196,19 +221,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _why_dense(module: nn.Conv2d | nn.Linear, fires: bool, shared: bool) -> str:
-    """Why a module cannot be a site; empty if it can."""
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"{type(module).__name__} computes its output in its own way"
-    if not fires:
-        return "its forward never runs"
-    if shared:
-        return "shares its weight with another layer"
-    if isinstance(module, nn.Conv2d) and module.groups > 1 and module.in_channels == module.groups:
-        return "depthwise: each group has one input channel"
-    if module.weight.shape[0] == getattr(module, "groups", 1):
-        return "one output channel per group"
-    return ""
+def _rows(module: nn.Module, calls: Sequence[Tensor]) -> int:
+    """Output positions of one image over all calls."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return sum(y.numel() for y in calls) // weight.shape[0]
 
 
 def describe(name: str, module: nn.Module, rows: int = 0) -> Site:
@@ -261,6 +278,19 @@ def input_rows(site: Site, module: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], -1, site.inputs).permute(2, 0, 1)
     assert isinstance(module, nn.Conv2d)
     return F.unfold(_padded(module, x), module.kernel_size, module.dilation, 0, module.stride).transpose(0, 1)
+
+
+def given_to(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a call gave a layer, `layer(x)` or `layer(input=x)`."""
+    given: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given
+
+
+def call_of(site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> tuple[Tensor, Tensor]:
+    """What a call gave the layer and got from it, both with a batch dimension, however the call was written."""
+    x = given_to(args, kwargs)
+    alone = y.dim() == (3 if site.kind == "conv" else 1)
+    return (x[None], y[None]) if alone else (x, y)
 
 
 @dataclass(frozen=True)
@@ -364,11 +394,3 @@ def _conv_pair(module: nn.Module, rank: int) -> Factored:
 def _pair(values: Iterable[int | str]) -> tuple[int, int]:
     first, second = (int(value) for value in values)
     return first, second
-
-
-def with_replaced(model: nn.Module, replacements: Iterable[tuple[str, nn.Module]]) -> nn.Module:
-    """A copy of the network with the named modules replaced."""
-    replaced = dict(replacements)
-    old = {id(model.get_submodule(name)): new for name, new in replaced.items()}
-    # deepcopy takes from the memo what stands there, so the dense weights are never copied.
-    return copy.deepcopy(model, memo=dict(old.items()))

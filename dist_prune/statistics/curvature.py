@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
-from dist_prune.network.sites import View, evaluating, output_rows, weight_of
+from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
 from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, full_float32, unwatched
 from dist_prune.utils import keyed_random
 
@@ -111,6 +111,10 @@ class Objective:
         return (logits * direction.to(logits.dtype)).sum()
 
 
+class NoGradientError(StatisticsError):
+    """Gradients of a layer that the network computes without any."""
+
+
 class _Sum:
     """One site's sum, and the calls of the batch at hand."""
 
@@ -124,16 +128,23 @@ class _Sum:
         )  # the first batch with a gradient that is no number
         self.kept = Tally({"total": self.total, "first_nonfinite_batch": self.first_nonfinite_batch})
         self.images = self.calls = self.batch = 0
+        self.reachable = False
         self.pending: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, batch: int, images: int) -> None:
         """A new batch."""
         self.batch, self.images, self.calls = batch, images, 0
 
-    def forward(self, _module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def forward(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
         """A call of the layer: wait for its gradient."""
-        y = y if y.requires_grad else y.requires_grad_() + 0  # the graph begins at the first site
-        source = self.view.source(inputs[0], y).detach()
+        if not torch.is_grad_enabled():  # the network switched them off; checkpoints call again with gradients
+            return output
+        output = output if output.requires_grad else output.requires_grad_() + 0  # the graph begins here
+        self.reachable = True
+        x, y = call_of(self.view.site, args, kwargs, output)
+        source = self.view.source(x, y).detach()
         version = source._version
         self.calls += 1
 
@@ -143,16 +154,20 @@ class _Sum:
                     f"{self.view.site.name}: its {self.view.side} is changed in place before the backward pass; "
                     f"write the network's in-place operation out of place, or leave the layer out with --sites"
                 )
-            self.pending.append((source, gradient))
+            self.pending.append((source, gradient.view(y.shape)))
             if len(self.pending) == self.calls:
-                self._add()
+                self.add()
 
-        y.register_hook(backward)  # type: ignore[no-untyped-call]
-        return y
+        output.register_hook(backward)  # type: ignore[no-untyped-call]
+        return output
 
     @torch.no_grad()
-    def _add(self) -> None:
-        """All calls of the layer have their gradients: add the batch, some images at a time."""
+    def add(self) -> None:
+        """All calls of the layer that the loss depends on have their gradients: add the batch, in chunks."""
+        if not self.pending:
+            return
+        if len(self.pending[0][1]) % self.images:  # called for each image by itself
+            self.pending = [self._together()]
         for chunk in self.view.chunks(self.pending[0][1], self.images):
             gradients = _joined([self._gradients(g[chunk]) for _, g in self.pending])
             step = self.step(partial(self._rows, chunk), gradients)
@@ -160,6 +175,16 @@ class _Sum:
             sound = torch.isfinite(step.sum()) | (self.first_nonfinite_batch >= 0)
             self.first_nonfinite_batch.copy_(torch.where(sound, self.first_nonfinite_batch, self.batch))
         self.pending = []
+
+    def _together(self) -> tuple[Tensor, Tensor]:
+        """The calls as one over all images."""
+        sources, gradients = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
+        if len(gradients) % self.images:
+            raise StatisticsError(
+                f"{self.view.site.name}: its calls are not of whole batches, {len(gradients)} entries for "
+                f"{self.images} images; leave the layer out with --sites"
+            )
+        return sources, gradients
 
     def _rows(self, chunk: slice) -> Tensor:
         rows = _joined([self._by_image(self.view.rows(self.module, source[chunk])) for source, _ in self.pending])
@@ -215,6 +240,7 @@ def collect_curvature(
 
     Raises:
         StatisticsError: a gradient that is NaN or infinite (site and batch named), or no images at all.
+        NoGradientError: the network computes a site without gradients.
     """
     modules = {view: model.get_submodule(view.site.name) for view in views}
     mean_of = {view: None if means is None else means[view.site.name] for view in modules}
@@ -224,7 +250,7 @@ def collect_curvature(
     kept["seen"] = Tally({"images": images, "batches": number})
     with differentiating(model), full_float32(), ExitStack() as stack:
         for each in sums:
-            stack.callback(each.module.register_forward_hook(each.forward).remove)
+            stack.callback(each.module.register_forward_hook(each.forward, with_kwargs=True).remove)
         for batch in watch(batches, kept):
             if not number:  # all batches have labels, or none has
                 objective.require_labels(batch)
@@ -233,18 +259,40 @@ def collect_curvature(
                     each.begin(int(number), len(batch.images))
                 with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
                     logits = logits_of(model(batch.images))
-                losses = list(objective(logits.float() if bf16 else logits, batch))
-                for loss in losses:
-                    torch.autograd.backward(loss, retain_graph=loss is not losses[-1])
+                _backward(sums, logits, list(objective(logits.float() if bf16 else logits, batch)))
             images += len(batch.images)
             number += 1
     _require_sound(sums, world)
+    _require_reachable(sums, world)
     totals = {each.view.site.name: each.total for each in sums}
     world.sum_(images, *totals.values())
     if not images:
         raise StatisticsError("no images for the gradients; is the statistics split empty?")
     scale = 2 * images.to(world.device) * max(1, objective.draws)
     return {name: (total + total.mT) / scale for name, total in totals.items()}
+
+
+def _backward(sums: Sequence[_Sum], logits: Tensor, losses: Sequence[Tensor]) -> None:
+    if not logits.requires_grad:  # they are cut off from every site
+        for each in sums:
+            each.reachable = False
+        return
+    for loss in losses:
+        torch.autograd.backward(loss, retain_graph=loss is not losses[-1])
+        for each in sums:
+            each.add()  # where the loss does not depend on every call
+
+
+def _require_reachable(sums: list[_Sum], world: World) -> None:
+    """Every site was computed with gradients, by the ranks that have images."""
+    reached = torch.tensor([each.reachable or not each.images for each in sums])
+    unreached = [each.view.site.name for each, found in zip(sums, reached.tolist(), strict=True) if not found]
+    if world.any(bool(unreached)):
+        raise NoGradientError(
+            f"{', '.join(unreached[:5])}{', …' if len(unreached) > 5 else ''}: the network computes them under "
+            f"torch.no_grad or inference_mode, so that no gradient reaches them; use --method pca, or leave these "
+            f"layers out with --sites"
+        )
 
 
 def _require_sound(sums: list[_Sum], world: World) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
-from dist_prune.network.sites import View, evaluating
+from dist_prune.network.sites import View, call_of, evaluating
 
 T = TypeVar("T")
 
@@ -242,13 +242,14 @@ def accumulating(
             accumulator = Accumulator(view.site.groups, view.width, device)
             accumulators[view.site.name] = accumulator
             module = model.get_submodule(view.site.name)
-            stack.callback(module.register_forward_hook(_feed(view, accumulator)).remove)
+            stack.callback(module.register_forward_hook(_feed(view, accumulator), with_kwargs=True).remove)
         yield accumulators
 
 
-def _feed(view: View, accumulator: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        source = view.source(inputs[0], y).detach()
+def _feed(view: View, accumulator: Accumulator) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        x, y = call_of(view.site, args, kwargs, output)
+        source = view.source(x, y).detach()
         with torch.autocast(y.device.type, enabled=False):  # the network's, not ours
             for chunk in view.chunks(y, len(y)):
                 accumulator.add(view.rows(module, source[chunk]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
-from dist_prune.network.sites import View, evaluating, output_rows, weight_of
+from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
 from dist_prune.statistics.curvature import differentiating
 from dist_prune.statistics.moments import StatisticsError, Tally, Watch, full_float32, unwatched
 from dist_prune.utils import keyed_random
@@ -32,8 +33,9 @@ def mse(dense: Tensor, changed: Tensor) -> Tensor:
 
 
 def kl(dense: Tensor, changed: Tensor) -> Tensor:
-    """KL(dense ‖ changed), nats per image."""
-    p, q = dense.log_softmax(1), changed.log_softmax(1)
+    """KL(dense ‖ changed), nats per image, in float32 or wider: in half precision small ones drown in rounding."""
+    dtype = torch.promote_types(torch.promote_types(dense.dtype, changed.dtype), torch.float32)
+    p, q = dense.to(dtype).log_softmax(1), changed.to(dtype).log_softmax(1)
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
 
 
@@ -139,8 +141,9 @@ def perturbed(module: nn.Module, view: View, mean: Tensor, read: Tensor, write: 
     """
     site = view.site
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        rows = view.rows(module, view.source(inputs[0], y))
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+        x, y = call_of(site, args, kwargs, output)
+        rows = view.rows(module, view.source(x, y))
         images = len(read)
         centred = rows.reshape(site.groups, view.width, images, -1) - mean.to(rows.dtype)[..., None, None]
         amount = torch.einsum("ngk,gknp->gnp", read, centred)
@@ -150,7 +153,7 @@ def perturbed(module: nn.Module, view: View, mean: Tensor, read: Tensor, write: 
         change = torch.einsum("gnc,gnp->gcnp", out, amount)
         return y - _like_output(view, change.flatten(0, 1), y)
 
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import (
     SiteError,
     bias_of,
@@ -12,7 +13,6 @@ from dist_prune.network.sites import (
     output_rows,
     survey,
     weight_of,
-    with_replaced,
 )
 from tests.layers import LAYERS, layer
 

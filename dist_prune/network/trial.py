@@ -1,0 +1,94 @@
+"""Before any work: which layers cannot be replaced, as the code around them reads more than their output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.network.models import logits_of
+from dist_prune.network.replacing import CopyError, with_replaced
+
+COARSE = 0.03  # relative error that half precision, or TF32 on a GPU, may add up to
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A network's answer to one image, `expected` (1, classes): stand-ins for its layers must not change it."""
+
+    model: nn.Module
+    image: Tensor
+    expected: Tensor
+    tolerance: float  # of the answer's norm
+
+    def altering(self, stand_ins: Mapping[str, nn.Module]) -> dict[str, str]:
+        """The layers whose stand-ins, which compute the same, change the network's answer: name → how.
+
+        All are tried at once; where that fails, halves of them, so that a few such layers take few passes.
+        """
+        if not torch.isfinite(self.expected).all():
+            return {}
+        found = self._search(list(stand_ins), stand_ins)
+        return {} if found and self._fault({}) else found  # it may answer otherwise each time, by itself
+
+    def _search(self, names: Sequence[str], stand_ins: Mapping[str, nn.Module]) -> dict[str, str]:
+        fault = self._fault({name: stand_ins[name] for name in names})
+        if not fault or len(names) == 1:
+            return dict.fromkeys(names, fault) if fault else {}
+        half = len(names) // 2
+        found = self._search(names[:half], stand_ins) | self._search(names[half:], stand_ins)
+        return found or dict.fromkeys(names, fault)
+
+    def _fault(self, replacements: Mapping[str, nn.Module]) -> str:
+        """What goes wrong with these in place; empty if nothing does."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]  # shared: nothing large is copied
+        try:
+            answer = answer_of(with_replaced(self.model, replacements.items(), tensors), self.image)
+        except (CopyError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            return f"the code around it reads more of it than its output ({error})".replace("\n", " ")
+        off = (answer - self.expected).double().norm() if answer.shape == self.expected.shape else torch.inf
+        if off <= self.tolerance * self.expected.double().norm():
+            return ""
+        return "the network computes something else as soon as another module stands there"
+
+
+def answer_of(model: nn.Module, image: Tensor) -> Tensor:
+    """The logits for an image, random draws inside the network always the same; the caller's are left alone."""
+    with torch.random.fork_rng([image.device] if image.is_cuda else []):
+        torch.default_generator.manual_seed(0)
+        if image.is_cuda:
+            torch.cuda.manual_seed(0)
+        return logits_of(model(image.clone()))
+
+
+def tolerance_of(tensors: Sequence[Tensor]) -> float:
+    """What rounding may change of a network's answer, by the coarsest of the types that its layers compute in."""
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point())
+    coarse = COARSE if tensors[0].is_cuda else 0.0  # TF32
+    return float(max(eps**0.5, coarse))
+
+
+def stand_in(module: nn.Conv2d | nn.Linear) -> nn.Sequential:
+    """A pair that keeps all directions: the layer without its bias, then its bias. It shares the weight."""
+    reduce = copy.copy(module)
+    reduce._parameters = {**module._parameters, "bias": None}
+    return nn.Sequential(reduce, _Shift(module))
+
+
+class _Shift(nn.Module):
+    """Adds the bias of a layer to what it is given."""
+
+    def __init__(self, module: nn.Conv2d | nn.Linear) -> None:
+        super().__init__()
+        self.bias = module.bias
+        self.axis = -3 if isinstance(module, nn.Conv2d) else -1
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, *[1] * (-1 - self.axis))
