@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,10 +30,13 @@ from dist_prune.statistics.moments import (
     sum_moments,
     unwatched,
 )
+from dist_prune.statistics.patches import PatchMoments, accumulating_patches, sum_patches
 from dist_prune.statistics.probes import LOSSES, Probing, collect_global, collect_sampled
 from dist_prune.utils.files import replacing, require_intact, seal
 
 T = TypeVar("T")
+
+ONE_PASS = ("pca", "whitened-svd", "fisher")
 
 Batches = Callable[[int], Iterable[Batch]]  # at most so many images (0: all) → this rank's share of them
 
@@ -55,10 +58,14 @@ class Passes:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of each site over all images: the moments of its rows, and, if the method has one, a (g, k, k) matrix."""
+    """Of each site over all images: the moments of its rows, and, if the method has one, a (g, k, k) matrix.
+
+    `patches` are of the convolutions larger than 1×1, where they were asked for.
+    """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
     curvature: Mapping[str, Tensor] = field(default_factory=dict)
+    patches: Mapping[str, PatchMoments] = field(default_factory=dict)
 
 
 def collect(
@@ -69,6 +76,7 @@ def collect(
     method: MethodConfig,
     seed: int,
     passes: Passes | None = None,
+    patches: bool = False,
 ) -> Statistics:
     """Run the passes that the method needs: none, one forward, or one more with a backward.
 
@@ -80,6 +88,7 @@ def collect(
         method: which statistics.
         seed: of random draws, which are keyed by image.
         passes: how they are made.
+        patches: whether patch moments are wanted, too; only from methods that make one pass.
 
     Raises:
         StatisticsError: see `collect_moments`, `collect_curvature`, `collect_global`.
@@ -89,13 +98,8 @@ def collect(
     views = [View(site, method.side, method.chunk_mb << 20) for site in sites]
     passes = passes or Passes()
     watch, bf16 = passes.watch, method.statistics_bf16
-    if method.method == "fisher":
-        # Moments and gradients from one pass: this metric needs no mean.
-        step, objective = STEPS["fisher"], _objective(method, seed)
-        with accumulating(model, views, world.device) as accumulators, full_float32():
-            both = partial(_watched_together, watch, {f"moments/{name}": a for name, a in accumulators.items()})
-            curvature = collect_curvature(model, views, batches(0), world, step, objective, None, both, bf16)
-        return Statistics(sum_moments({n: a.moments() for n, a in accumulators.items()}, world), curvature)
+    if method.method in ONE_PASS:
+        return _in_one_pass(model, sites if patches else (), views, batches(0), world, method, seed, watch)
     moments = passes.finished() or collect_moments(
         model, views, (batch.images for batch in batches(0)), world, watch, bf16
     )
@@ -110,6 +114,33 @@ def collect(
         curvature = collect_curvature(model, views, batches(0), world, step, objective, means, watch, bf16)
         return Statistics(moments, curvature)
     return Statistics(moments)
+
+
+def _in_one_pass(
+    model: nn.Module,
+    patched: Iterable[Site],
+    views: Sequence[View],
+    batches: Iterable[Batch],
+    world: World,
+    method: MethodConfig,
+    seed: int,
+    watch: Watch,
+) -> Statistics:
+    """Moments, and with them gradients, whose metric needs no mean, and patch moments of the sites `patched`."""
+    curvature: dict[str, Tensor] = {}
+    with accumulating_patches(model, patched, world.device) as places:
+        sums: dict[str, Sums] = {f"patches/{name}": each for name, each in places.items()}
+        if method.method == "fisher":
+            with accumulating(model, views, world.device) as accumulators, full_float32():
+                sums |= {f"moments/{name}": each for name, each in accumulators.items()}
+                both, objective = partial(_watched_together, watch, sums), _objective(method, seed)
+                step, bf16 = STEPS["fisher"], method.statistics_bf16
+                curvature = collect_curvature(model, views, batches, world, step, objective, None, both, bf16)
+            moments = sum_moments({name: each.moments() for name, each in accumulators.items()}, world)
+        else:
+            images, both = (batch.images for batch in batches), partial(_watched_together, watch, sums)
+            moments = collect_moments(model, views, images, world, both, method.statistics_bf16)
+    return Statistics(moments, curvature, sum_patches({n: each.moments() for n, each in places.items()}, world))
 
 
 def _objective(method: MethodConfig, seed: int) -> Objective:
@@ -153,14 +184,18 @@ def save(path: Path, statistics: Statistics, made_of: Mapping[str, Any]) -> None
     for name, m in statistics.moments.items():
         parts = {"count": m.count, "shift": m.shift, "total": m.total, "outer": m.outer}
         tensors |= {f"moments/{part}/{name}": tensor for part, tensor in parts.items()}
+    for name, patches in statistics.patches.items():
+        tensors |= {f"patches/{part}/{name}": tensor for part, tensor in vars(patches).items()}
     with replacing(path) as aside:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(plain, aside, {"made_of": json.dumps(made_of)})
     seal(path)
 
 
-def load(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: torch.device) -> Statistics:
-    """Read statistics that fit.
+def load(
+    path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: torch.device, patches: bool = False
+) -> Statistics:
+    """Read statistics that fit; with `patches`, patch moments must be among them.
 
     Raises:
         CheckpointError: absent or damaged.
@@ -186,7 +221,21 @@ def load(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: 
             )
         moments[site.name] = Moments(*(tensors[part] for part in parts))
     found = {site.name: tensors.get(f"curvature/{site.name}") for site in sites}
-    return Statistics(moments, {name: matrix for name, matrix in found.items() if matrix is not None})
+    curvature = {name: matrix for name, matrix in found.items() if matrix is not None}
+    return Statistics(moments, curvature, _patches(path, sites, tensors) if patches else {})
+
+
+def _patches(path: Path, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, PatchMoments]:
+    found, parts = {}, [field.name for field in fields(PatchMoments)]
+    for site in sites:
+        if site.kernel != (1, 1):
+            if f"patches/{parts[0]}/{site.name}" not in tensors:
+                raise StatisticsError(
+                    f"--statistics {path} has no patch moments of {site.name}, which other forms than output "
+                    f"need; collect again, or use --forms output"
+                )
+            found[site.name] = PatchMoments(*(tensors[f"patches/{part}/{site.name}"] for part in parts))
+    return found
 
 
 def origin(method: MethodConfig, model_digest: str, data_digest: str, image: Any, seed: int) -> dict[str, Any]:  # noqa: ANN401

@@ -1,12 +1,12 @@
 """Second moments of the patches of every convolution, as far as planning needs them: never a (k²c)² matrix.
 
-A patch x is seen as c channels × k² places. Planning takes its covariance as a product, C_xx ≈ C_c ⊗ C_s, made of the
-two block traces: C_c, between channels, averaged over places, and C_s, between places, summed over channels. Both are
-exact, for any stride, dilation and padding, and need no patches in memory:
+A patch x is seen as c channels × k² places. Planning takes its covariance as a product, C_xx ≈ C_c ⊗ C_s, made of
+the two block traces: C_c, between channels, averaged over places, and C_s, between places, summed over channels.
+Both are exact, for any stride, dilation and padding, and need no patches in memory:
 
 - an input position that n patches contain counts n times in C_c: one product of channels, with weights n;
-- two places that lie δ apart are a product of the input with itself moved by δ, which all pairs of places with that
-  distance share: (2k−1)² / 2 products instead of k⁴.
+- two places that lie δ apart are a product of the input with itself moved by δ, which all pairs of places with
+  that distance share: (2k−1)² / 2 products instead of k⁴.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, call_of, padded
 from dist_prune.statistics.moments import StatisticsError
 
-CHUNK = 1 << 25  # bytes of input that are multiplied at once
+CHUNK = 1 << 22  # bytes of input that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,10 @@ class PatchAccumulator:
         if self.shift is None:
             self.shift = x.mean((0, 2, 3)).reshape(self.total.shape[:2])
         windows = _Windows(module, size)
-        for some in x.split(max(1, CHUNK // (x[0].numel() * x.element_size()))):
+        for some in torch.split(x, max(1, CHUNK // (x[0].numel() * x.element_size()))):
             # Padding is zero before the shift, not after.
-            shifted = padded(module, some).unflatten(1, self.shift.shape) - self.shift[..., None, None]
+            shifted = padded(module, some)
+            shifted = shifted.view(len(some), *self.shift.shape, *shifted.shape[2:]) - self.shift[..., None, None]
             self._add(windows, windows.reached(shifted))
             self.count += len(some) * size.numel()
 
@@ -239,5 +240,7 @@ def sum_patches(local: Mapping[str, PatchMoments], world: World) -> dict[str, Pa
         if not m.count:
             raise StatisticsError(f"{name}: no patches were seen; are there images in the statistics split?")
         if not torch.isfinite(m.among_channels.sum() + m.among_places.sum()):
-            raise StatisticsError(f"{name}: its patches hold NaN or infinity; check the weights and the normalisation")
+            raise StatisticsError(
+                f"{name}: its patches hold NaN or infinity; check the weights and the normalisation"
+            )
     return summed

@@ -269,3 +269,22 @@ def test_sums_can_be_left_and_taken_up_bit_for_bit(method: MethodConfig, stop: i
             assert torch.equal(found.moments[site.name].covariance, whole.moments[site.name].covariance)
         if whole.curvature:
             assert torch.equal(found.curvature[site.name], whole.curvature[site.name])
+
+
+@pytest.mark.parametrize("method", ["pca", "fisher"])
+def test_patch_moments_are_collected_in_the_same_pass_and_kept_with_the_others(
+    method: str, world: World, tmp_path: Path
+) -> None:
+    settings = MethodConfig(method)
+    plain = statistics.collect(network(), SITES, batches, world, settings, 0)
+    found = statistics.collect(network(), SITES, batches, world, settings, 0, patches=True)
+    assert not plain.patches and list(found.patches) == ["0", "2"]
+    for name, moments in plain.moments.items():
+        torch.testing.assert_close(found.moments[name].outer, moments.outer)
+    statistics.save(tmp_path / "with", found, {})
+    statistics.save(tmp_path / "without", plain, {})
+    read = statistics.load(tmp_path / "with", SITES, {}, world.device, patches=True).patches
+    for name, moments in found.patches.items():
+        torch.testing.assert_close(vars(read[name]), vars(moments), rtol=0, atol=0)
+    with pytest.raises(StatisticsError, match=r"no patch moments of 0.*--forms output"):
+        statistics.load(tmp_path / "without", SITES, {}, world.device, patches=True)
