@@ -91,7 +91,7 @@ def compress(
         CorrectionError: the network answers the same images differently each time.
         StatisticsError: NaN or infinity, or labels missing.
 
-    Layers with fewer rows than dimensions are warned of. See the README for the methods.
+    Layers with fewer rows than dimensions are warned of. See launch/README.md for the methods.
     """
     if method == "random-init":
         raise ConfigError("method random-init keeps nothing of the network; it is for comparison, in runs")

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and README.md say, held against the code."""
+"""What CONTRIBUTING.md and every README.md say, held against the code."""
 
 import ast
 import hashlib
@@ -25,7 +25,12 @@ from dist_prune.export.speed_command import parse as speed
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted([*ROOT.glob("dist_prune/**/*.py"), *ROOT.glob("launch/*.py")])
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+READMES = sorted(
+    str(path)
+    for path in (found.relative_to(ROOT) for found in ROOT.rglob("README.md"))
+    if path.parts[0] in ("README.md", "dist_prune", "launch", "slurm", "tests")
+)
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")
 NOT_OURS = {
     "--help-all",  # shown instead of being listed
     "--no-python",
@@ -202,41 +207,67 @@ def commands(document: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def runs(name: str) -> list[str]:
-    return [command for command in commands(text(name)) if "launch/local.py" in command]
+def commands_with(words: str) -> list[str]:
+    """The command lines of all READMEs, in order, that hold these words."""
+    return [command for name in READMES for command in commands(text(name)) if words in command]
+
+
+def targets(document: str) -> list[str]:
+    """What a document links to or shows, without addresses of the web."""
+    found = [*re.findall(r"\]\(([^)]+)\)", document), *re.findall(r'\b(?:src|srcset|href)="([^"]+)"', document)]
+    return [target for target in found if "://" not in target]
+
+
+def anchors(document: str) -> set[str]:
+    """How GitHub names a document's headings."""
+    prose = re.sub(r"^```.*?^```$", "", document, flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_relative_links_resolve(name: str) -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", text(name))
-    relative = [target.partition("#")[0] for target in targets if "://" not in target]
-    assert not [target for target in relative if target and not (ROOT / target).exists()]
+    home = (ROOT / name).parent
+    for target in targets(text(name)):
+        file, _, anchor = target.partition("#")
+        path = home / file if file else ROOT / name
+        assert path.exists(), f"{name}: {target}"
+        if anchor:
+            assert anchor in anchors(path.read_text()), f"{name}: {target}"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_and_modules_that_are_named_exist(name: str) -> None:
     named = re.findall(r"`((?:\.ci|tests|launch|dist_prune|slurm)/[\w/.]+)", text(name))
-    named += [
-        m.replace(".", "/") + ".py" for m in re.findall(r"python -m ((?:tests|dist_prune)[\w.]*)", text(name))
-    ]
+    modules = [*re.findall(r"python -m ([\w.]+)", text(name)), *re.findall(r"`(tests(?:\.\w+)+)`", text(name))]
+    named += [m.replace(".", "/") + ".py" for m in modules if m.startswith(("tests.", "dist_prune."))]
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
-def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_folder_has_its_readme_and_the_first_can_be_finished() -> None:
+    """What is about a folder stands in it; README.md links to all of them."""
+    homes = {"launch", "slurm", "tests/bench", "dist_prune", "dist_prune/export", "dist_prune/reporting"}
+    assert {f"{home}/README.md" for home in homes} <= set(READMES)
+    assert set(READMES) - {"README.md"} <= set(targets(text("README.md")))
+    assert len(text("README.md").splitlines()) <= 200
+
+
+def test_every_flag_in_the_readmes_exists(capsys: pytest.CaptureFixture[str]) -> None:
     shows = ((parse, "--help-all"), *((show, "--help") for show in (submit, take_away, speed, report)))
     for show_help, word in shows:
         with pytest.raises(SystemExit):
             show_help([word])
     known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) | NOT_OURS | SBATCH | CONTAINERS
-    named = {flag.rstrip(".") for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text("README.md"))}
+    prose = "\n".join(map(text, READMES))
+    named = {flag.rstrip(".") for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", prose)}
     assert "--ranks" in known and len(named) > 15, "this test no longer sees what it looks for"
     assert not named - known
 
 
-def test_every_run_in_the_readme_can_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_in_the_readmes_can_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(runs("README.md")) > 5
-    for command in runs("README.md"):
+    assert len(commands_with("launch/local.py")) > 5
+    for command in commands_with("launch/local.py"):
         words = shlex.split(command.partition("launch/local.py")[2])
         for plan in (Path(word) for word in words if word.endswith(".json")):
             plan.parent.mkdir(parents=True, exist_ok=True)
@@ -244,12 +275,12 @@ def test_every_run_in_the_readme_can_be_parsed(tmp_path: Path, monkeypatch: pyte
         parse(words)
 
 
-def test_every_command_in_the_readme_with_a_runs_flags_can_be_parsed(
+def test_every_command_in_the_readmes_with_a_runs_flags_can_be_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order: a later one may take the recipe that an earlier one saves."""
     monkeypatch.chdir(tmp_path)
-    found = re.findall(r"dist-prune (run|plan|check) (.*)", "\n".join(commands(text("README.md"))))
+    found = re.findall(r"dist-prune (run|plan|check) (.*)", "\n".join(commands_with("dist-prune ")))
     assert {name for name, _ in found} == {"run", "plan", "check"}
     for _, words in found:
         run = parse(shlex.split(words))
@@ -258,15 +289,15 @@ def test_every_command_in_the_readme_with_a_runs_flags_can_be_parsed(
 
 
 @pytest.mark.parametrize(("name", "read"), [("export", take_away), ("speed", speed)])
-def test_commands_on_runs_in_the_readme_can_be_parsed(name: str, read: Callable[[list[str]], object]) -> None:
-    found = [command for command in commands(text("README.md")) if f"dist-prune {name}" in command]
+def test_commands_on_runs_in_the_readmes_can_be_parsed(name: str, read: Callable[[list[str]], object]) -> None:
+    found = commands_with(f"dist-prune {name}")
     assert found
     for command in found:
         read(shlex.split(command.partition(f"dist-prune {name}")[2]))
 
 
-def test_every_job_in_the_readme_can_be_parsed() -> None:
-    jobs = [command for command in commands(text("README.md")) if command.startswith("sbatch")]
+def test_every_job_in_the_readmes_can_be_parsed() -> None:
+    jobs = [command for command in commands_with("sbatch ") if command.startswith("sbatch")]
     assert jobs
     for command in jobs:
         script = next(word for word in shlex.split(command) if word.endswith(".sh"))
@@ -275,8 +306,8 @@ def test_every_job_in_the_readme_can_be_parsed() -> None:
             parse(["resnet18-imagenet", "--data", "DIR", *shlex.split(command.partition(" -- ")[2])])
 
 
-def test_every_sweep_in_the_readme_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    sweeps = [command for command in commands(text("README.md")) if "launch/submit.py" in command]
+def test_every_sweep_in_the_readmes_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps = commands_with("launch/submit.py")
     assert sweeps
     monkeypatch.setenv("PATH", "")
     for command in sweeps:

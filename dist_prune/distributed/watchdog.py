@@ -38,8 +38,8 @@ class Whereabouts:
     begun: int = 0
 
     def __str__(self) -> str:
-        inside = f"{self.collective}, its collective {self.begun}," if self.collective else "no named collective"
-        return f"{inside} of phase {self.phase!r}"
+        inside = f"collective #{self.begun} ({self.collective})" if self.collective else "no collective"
+        return f"{inside}, phase {self.phase!r}"
 
 
 def describe(error: BaseException) -> str:
@@ -74,7 +74,7 @@ class Alarm:
 
         Args:
             error: what this rank raised.
-            broken: whether its connection to others broke, or it waited in vain: the cause is another rank.
+            broken: whether its connection to others broke, or it timed out: the cause is another rank.
         """
         self.error = error
         own = f"rank {self.place.rank} failed: {describe(error)}"
@@ -91,7 +91,7 @@ class Alarm:
         seen = {rank: self.store.get(f"at/{rank}").decode() for rank in others if self.store.check([f"at/{rank}"])}
         elsewhere = "; ".join(f"rank {rank} is in {at}" for rank, at in seen.items() if at != str(self.where))
         return (
-            f"rank {self.place.rank} waited in vain in {self.where}"
+            f"rank {self.place.rank} timed out in {self.where}"
             f"{f'; {elsewhere}' if elsewhere else ', as did all others'} ({describe(error)})"
         )
 

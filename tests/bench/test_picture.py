@@ -1,0 +1,52 @@
+"""The README's picture and table show the committed figures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.bench import picture
+from tests.bench.quality import RESULT, TUNING
+
+ROWS = json.loads(RESULT.read_text())["rows"]
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("theme", picture.THEMES)
+def test_the_committed_picture_is_drawn_from_the_committed_figures(theme: str) -> None:
+    shown = (picture.PICTURES / f"accuracy-{theme}.svg").read_text()
+    assert picture.source_of(ROWS) in shown, "uv run python -m tests.bench.picture"
+
+
+def test_drawing_again_writes_both_pictures(tmp_path: Path) -> None:
+    picture.main(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"accuracy-light.svg", "accuracy-dark.svg"}
+
+
+def test_a_curve_has_the_dense_network_and_the_best_row_of_each_budget() -> None:
+    def row(way: str, macs: float, drop: float) -> dict:
+        return {"way": way, "macs": macs, "drop": drop, "drop_std": 0.5, "tuned": {"long": [drop / 2, 0.1]}}
+
+    curve = picture.Curve("pruning", "pruned", "red", "o")
+    rows = [
+        row("pruned, a", 0.58, 9),
+        row("pruned, b", 0.59, 4),
+        row("pruned, a", 0.34, 20),
+        row("other", 0.58, 1),
+    ]
+    assert picture.points(rows, curve) == [(1, 0, 0), (0.59, 4, 0.5), (0.34, 20, 0.5)]
+    assert picture.points(rows, curve, "long")[1] == (0.59, 2, 0.1)
+
+
+def test_each_curve_finds_its_rows() -> None:
+    for curve in picture.CURVES:
+        for tuning in ("", *TUNING):
+            assert len(picture.points(ROWS, curve, tuning)) == 3, curve.label
+
+
+def test_the_readmes_table_is_of_the_committed_figures() -> None:
+    known = {f"{row['drop']:.2f} ± {row['drop_std']:.2f}" for row in ROWS}
+    known |= {f"{drop:.2f} ± {std:.2f}" for row in ROWS for drop, std, *_ in row["tuned"].values()}
+    shown = re.findall(r"\d+\.\d+ ± \d+\.\d+", README)
+    assert len(shown) > 15 and set(shown) <= known
