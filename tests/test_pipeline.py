@@ -217,6 +217,7 @@ def test_dry_run_needs_no_data_and_no_weights_and_leaves_nothing(bench: Bench) -
     assert "64×64·3×3" in lines["layer1.0.conv1"] and "32/64" in lines["layer1.0.conv1"]
     assert lines["layer2.0.conv1"].endswith("not in --sites @stride1")
     assert len(lines) == 19
+    assert "channels that can be removed: 8 of 13 groups" in done.out
 
 
 def test_dry_run_does_not_touch_an_existing_run(bench: Bench, runs: dict[int, Path]) -> None:

@@ -28,6 +28,8 @@ from dist_prune.run.state import State
 from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils import files
+from dist_prune.width.groups import find_groups
+from dist_prune.width.listing import format_groups
 
 
 def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag) -> Job:
@@ -165,3 +167,4 @@ def show_plan(config: Run, world: World, report: Report) -> None:
     report.say(known.format_table(plan, time_sites(dense, found.sites, probe(config, world, 4))))
     for more in filter(None, (note, known.way(plan, config.iteration), timm_images.adopted(config))):
         report.say(more)
+    report.say(format_groups(find_groups(dense, probe(config, world, 2))))

@@ -1,0 +1,32 @@
+"""Channel groups for readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import indent
+
+from dist_prune.utils.tables import table
+from dist_prune.width.groups import Groups
+
+NAMED = 3  # members that a cell names
+
+
+def format_groups(found: Groups) -> str:
+    """Which channels can be removed, with which layers, and why the others stay."""
+    total = len(found.groups) + len(found.staying)
+    lines = [f"channels that can be removed: {len(found.groups)} of {total} groups"]
+    if found.groups:
+        rows = [
+            [g.name, str(g.width), _named([*g.producers[1:], *g.between]), _named([c.name for c in g.consumers])]
+            for g in found.groups
+        ]
+        lines.append(indent(table(["made by", "channels", "pass through", "taken by"], rows), "   "))
+    if found.staying:
+        rows = [[_named(each.producers), each.reason] for each in found.staying]
+        lines.append(indent(table(["channels made by", "stay, because"], rows), "   "))
+    return "\n".join(lines)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f", … ({len(names)})" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
