@@ -277,7 +277,7 @@ def input_rows(site: Site, module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return x.reshape(x.shape[0], -1, site.inputs).permute(2, 0, 1)
     assert isinstance(module, nn.Conv2d)
-    return F.unfold(_padded(module, x), module.kernel_size, module.dilation, 0, module.stride).transpose(0, 1)
+    return F.unfold(padded(module, x), module.kernel_size, module.dilation, 0, module.stride).transpose(0, 1)
 
 
 def given_to(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -336,7 +336,8 @@ class View:
         return (slice(start, start + some * entries) for start in range(0, len(y), some * entries))
 
 
-def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
+def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """The input with the padding that the convolution makes, whatever its mode."""
     if module.padding == "valid":
         return x
     if module.padding == "same":

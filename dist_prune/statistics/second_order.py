@@ -1,0 +1,270 @@
+"""Exact second-order losses: what a site loses with its first r terms, for every r, from one backward pass.
+
+A site's error e_p at position p changes the output of an image by KL(dense ‖ compressed) ≈ ½ E_l (Σ_p g_pᵀe_p)²,
+with g = ∂l/∂y at the site's output and l a random function of the logits z whose gradients have the Fisher
+information as their second moment. The sum over positions is inside the square: errors of neighbouring positions
+add up, as they do in the network. The Fisher metric Σ_p g_p g_pᵀ leaves that out: a third to a hundredth is predicted.
+
+As l we take Σ_y ε_y √p_y log p_y with random signs ε and p = softmax(z): its gradient is Bᵀε, BᵀB = diag(p) − ppᵀ.
+A label drawn from p has the same second moment, but of a confident network nearly all of it comes from labels that
+are hardly ever drawn; with signs every image counts in every draw. (For `mse`, ½‖z′ − z‖², l = Σ_y ε_y z_y.)
+
+A replacement of rank r is the sum of the first r of a family of terms, W = Σᵢ Wᵢ. With t the channels between its
+two layers, term i gives image n  s_{n,i} = Σ_p g_pᵀWᵢ(x_p − x̄) = ⟨∂⟨g, second(t)⟩/∂tᵢ, tᵢ⟩ − (Σ_p g_p)ᵀWᵢx̄, and
+all together Σ_p g_pᵀ(y_p − ȳ). So loss(r) = ½ mean_n E (Σ_{i>r} s_{n,i})² costs the products of two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import World
+from dist_prune.network.models import logits_of
+from dist_prune.network.sites import Site, output_rows, padded
+from dist_prune.statistics.curvature import differentiating
+from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, full_float32, unwatched
+from dist_prune.utils import keyed_random
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A family of nested replacements of one site: its weight as a sum of terms, best first.
+
+    `first` gives one channel per term and group, `second` turns them into the site's outputs; both are Conv2d or
+    Linear, their biases are ignored. `offset` (C, r), groups joined, is what each term gives for the mean row.
+    """
+
+    first: nn.Module
+    second: nn.Module
+    offset: Tensor
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss of keeping 0, 1, …, r terms of each group, (r + 1,) float64, nats per image, and its standard error."""
+
+    loss: Tensor
+    error: Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """Which family of which site."""
+
+    site: str
+    name: str
+
+
+@dataclass
+class _Family:
+    """One family's sums, and what its terms give the images of the batch at hand, (draws, images, r)."""
+
+    terms: Terms
+    squares: Tensor
+    fourths: Tensor
+    given: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, totals: Tensor) -> None:
+        """The batch is complete: `totals` (draws, images) is what all terms of the site give."""
+        tails = torch.cat([totals[..., None], totals[..., None] - self.given.cumsum(-1)], -1)
+        losses = tails.square().mean(0) / 2  # of each image
+        self.squares += losses.sum(0)
+        self.fourths += losses.square().sum(0)
+
+
+class _Watched:
+    """One site: its families, and the calls of the batch at hand."""
+
+    def __init__(
+        self, site: Site, module: nn.Module, mean: Tensor, families: Mapping[str, Terms], draws: int
+    ) -> None:
+        self.site, self.module, self.mean, self.draws = site, module, mean, draws
+        zero = {name: mean.new_zeros(terms.offset.shape[1] + 1) for name, terms in families.items()}
+        self.families = {n: _Family(terms, zero[n].clone(), zero[n].clone()) for n, terms in families.items()}
+        self.totals = mean.new_zeros(0)
+
+    def begin(self, images: int) -> None:
+        """A new batch."""
+        self.totals = self.mean.new_zeros(self.draws, images)
+        for family in self.families.values():
+            family.given = self.mean.new_zeros(self.draws, images, family.terms.offset.shape[1])
+
+    def finish(self) -> None:
+        """The batch has been differentiated."""
+        for family in self.families.values():
+            family.add(self.totals)
+
+    def forward(self, _module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """A call of the layer: its inputs are kept until the gradients of all draws are there."""
+        y = y if y.requires_grad else y.requires_grad_() + 0  # the graph begins at the first site
+        x, given, gradients = inputs[0].detach(), y.detach(), list[Tensor]()
+        version = x._version
+
+        def backward(gradient: Tensor) -> None:
+            if x._version != version:
+                raise StatisticsError(
+                    f"{self.site.name}: its input is changed in place before the backward pass; "
+                    f"write the network's in-place operation out of place, or leave the layer out with --sites"
+                )
+            gradients.append(gradient)
+            if len(gradients) == self.draws:
+                self._add(x, given, torch.stack(gradients))
+                gradients.clear()
+
+        y.register_hook(backward)  # type: ignore[no-untyped-call]
+        return y
+
+    @torch.no_grad()
+    def _add(self, x: Tensor, y: Tensor, g: Tensor) -> None:
+        """All gradients, (draws, …) as y, of one call."""
+        images, wide = self.totals.shape[1], torch.promote_types(y.dtype, torch.float32)
+        rows = output_rows(self.site, y.to(wide)) - self.mean[:, None, None].to(wide)
+        gradients = torch.stack(
+            [output_rows(self.site, one.to(wide)) for one in g]
+        )  # draws, C, entries, positions
+        entries = rows.shape[1] // images
+        self.totals += _by_image((gradients * rows).sum((1, 3)).double(), images)
+        sums = gradients.sum(-1).mT.double()  # draws, entries, C
+        for family in self.families.values():
+            given = _given(family.terms, x.to(wide), g.to(wide)).double() - sums @ family.terms.offset
+            family.given += given.reshape(self.draws, images, entries, -1).sum(2)
+
+
+def _by_image(values: Tensor, images: int) -> Tensor:
+    """(draws, entries) → (draws, images): layers on windows or patches have several entries an image."""
+    return values.reshape(len(values), images, -1).sum(2)
+
+
+def _given(terms: Terms, x: Tensor, g: Tensor) -> Tensor:
+    """⟨∂⟨g, second(t)⟩/∂tᵢ, tᵢ⟩ of each term, summed over groups; g is (draws, …). Returns (draws, entries, r)."""
+    first, second = terms.first, terms.second
+    if isinstance(first, nn.Linear):
+        assert isinstance(second, nn.Linear)
+        t = x.reshape(len(x), -1, x.shape[-1]) @ first.weight.to(x.dtype).mT
+        back = g.reshape(*g.shape[:2], -1, g.shape[-1]) @ second.weight.to(g.dtype)
+        return torch.einsum("npr,dnpr->dnr", t, back)
+    assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
+    t = torch.conv2d(
+        padded(first, x), first.weight.to(x.dtype), None, first.stride, 0, first.dilation, first.groups
+    )
+    t = padded(second, t)
+    size, weight = (len(g) * len(t), *t.shape[1:]), second.weight.to(g.dtype)
+    how = (second.stride, (0, 0), second.dilation, second.groups)
+    back = conv2d_input(size, weight, g.flatten(0, 1), *how)  # type: ignore[no-untyped-call]
+    given = torch.einsum("nrhw,dnrhw->dnr", t, back.reshape(len(g), *t.shape))
+    return given.reshape(*given.shape[:2], first.groups, -1).sum(2)
+
+
+def offset_of(first: nn.Conv2d, second: nn.Conv2d, mean: Tensor) -> Tensor:
+    """What each term gives for the mean patch, (C, r) float64: the two layers on a single window.
+
+    Args:
+        first: to r channels per group.
+        second: to C channels.
+        mean: the mean patch (g, in/g·kh·kw).
+    """
+    kernel = [1 + (a - 1) + (b - 1) for a, b in zip(first.kernel_size, second.kernel_size, strict=True)]
+    window = mean.double().reshape(1, first.in_channels, *kernel)
+    t = torch.conv2d(window, first.weight.double(), groups=first.groups)[0]
+    t = t.reshape(first.groups, -1, *t.shape[1:])  # g, r, kh, kw
+    weight = second.weight.detach().double()
+    weight = weight.reshape(second.groups, -1, *weight.shape[1:])  # g, c, r, kh, kw
+    return torch.einsum("gcrhw,grhw->gcr", weight, t).flatten(0, 1)
+
+
+def collect_losses(
+    model: nn.Module,
+    families: Mapping[Site, Mapping[str, Terms]],
+    means: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    world: World,
+    loss: str = "kl",
+    draws: int = 2,
+    seed: int = 0,
+    watch: Watch = unwatched,
+) -> dict[Family, Curve]:
+    """The loss of every rank of every family of all sites: one forward and `draws` backward passes.
+
+    Args:
+        model: the dense network, on the world's device.
+        families: of each site, by name; `Terms` may stop at any rank, beyond which nothing is asked.
+        means: site name → mean output row (g, c), which every replacement keeps.
+        batches: of this rank; may be empty and may differ in number between ranks.
+        world: the ranks to sum over.
+        loss: `kl` or `mse`.
+        draws: of random signs for each image.
+        seed: of the signs, which are keyed by image.
+        watch: hands over the batches.
+
+    Raises:
+        StatisticsError: NaN or infinity (site named), or no images at all.
+    """
+    sites = [
+        _Watched(site, model.get_submodule(site.name), means[site.name].flatten().double(), own, draws)
+        for site, own in families.items()
+    ]
+    images = torch.zeros((), dtype=torch.float64, device=world.device)
+    found = {Family(each.site.name, name): family for each in sites for name, family in each.families.items()}
+    kept: dict[str, Sums] = {
+        f"second-order/{key.site}/{key.name}": Tally({"squares": f.squares, "fourths": f.fourths})
+        for key, f in found.items()
+    }
+    kept["seen"] = Tally({"images": images})
+    with differentiating(model), full_float32(), ExitStack() as stack:
+        for each in sites:
+            stack.callback(each.module.register_forward_hook(each.forward).remove)
+        for batch in watch(batches, kept):
+            if len(batch.images):
+                _differentiate(model, sites, batch, loss, draws, seed)
+            images += len(batch.images)
+    world.sum_(images, *(sums for family in found.values() for sums in (family.squares, family.fourths)))
+    if not images:
+        raise StatisticsError("no images for the exact losses; is the statistics split empty?")
+    curves = {key: _curve(family, images) for key, family in found.items()}
+    for key, curve in curves.items():
+        if not torch.isfinite(curve.loss.sum()):
+            raise StatisticsError(
+                f"{key.site}: its gradients hold NaN or infinity; check the weights and the images"
+            )
+    return curves
+
+
+def _curve(family: _Family, images: Tensor) -> Curve:
+    loss = family.squares / images
+    return Curve(loss, ((family.fourths / images - loss.square()).clamp(min=0) / images).sqrt())
+
+
+def _differentiate(
+    model: nn.Module, sites: Sequence[_Watched], batch: Batch, loss: str, draws: int, seed: int
+) -> None:
+    for each in sites:
+        each.begin(len(batch.images))
+    logits = logits_of(model(batch.images))
+    for draw in range(draws):
+        scalar = signed(logits, batch.indices, loss, seed, f"signs {draw}")
+        torch.autograd.backward(scalar, retain_graph=draw < draws - 1)
+    for each in sites:
+        each.finish()
+
+
+def signed(logits: Tensor, indices: Tensor, loss: str, seed: int, purpose: str) -> Tensor:
+    """Σ_n Σ_y ε_y √p_y log p_y, or Σ_n Σ_y ε_y z_y for `mse`, with random signs ε; see the module.
+
+    Args:
+        logits: (N, classes).
+        indices: (N,) of the images, which the signs are keyed by.
+        loss: `kl` or `mse`.
+        seed: of the signs.
+        purpose: other purposes get other signs.
+    """
+    signs = (keyed_random.uniform(seed, purpose, indices, logits.shape[1]) - 0.5).sign().to(logits.dtype)
+    if loss == "mse":
+        return (signs * logits).sum()
+    return (signs * logits.detach().softmax(1).sqrt() * logits.log_softmax(1)).sum()

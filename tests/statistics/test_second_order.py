@@ -1,0 +1,219 @@
+"""Against per-image weight gradients of torch.func and the whole Fisher matrix, in float64."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from dist_prune.data.loader import Batch
+from dist_prune.distributed.world import World
+from dist_prune.network.sites import Site, View, survey, weight_of
+from dist_prune.statistics.moments import StatisticsError, collect_moments
+from dist_prune.statistics.second_order import Curve, Family, Terms, collect_losses, offset_of, signed
+from tests.ranks import run_ranks
+
+IMAGES, CLASSES, DRAWS = 11, 4, 3
+SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {  # kernels of the two layers
+    "output": ((3, 3), (1, 1)),
+    "input": ((1, 1), (3, 3)),
+    "vertical": ((3, 1), (1, 3)),
+    "horizontal": ((1, 3), (3, 1)),
+}
+
+
+class Net(nn.Module):
+    """Strided, dilated, grouped, circularly padded; one layer is called twice, one on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 4, 3, stride=2, padding=2, dilation=2, bias=False)
+        self.grouped = nn.Conv2d(4, 6, 3, padding="same", groups=2)
+        self.circular = nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular")
+        self.tokens = nn.Linear(6, 5)
+        self.linear = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.plain(x))
+        x = torch.tanh(self.grouped(x))
+        x = torch.tanh(self.circular(x))
+        x = torch.tanh(self.circular(x))
+        x = self.tokens(x.flatten(2).mT)
+        return self.linear(torch.tanh(x).mean(1))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().double().eval()
+
+
+def batch(start: int = 0, stop: int = IMAGES) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(IMAGES, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return Batch(x[start:stop], torch.full((stop - start,), -1), torch.arange(start, stop))
+
+
+def means_of(model: nn.Module, sites: tuple[Site, ...], side: str, world: World) -> dict[str, Tensor]:
+    moments = collect_moments(model, [View(site, side) for site in sites], [batch().images], world)
+    return {name: m.mean for name, m in moments.items()}
+
+
+def families_of(model: nn.Module, site: Site, mean: Tensor) -> dict[str, Terms]:
+    """Random layers of 5 channels per group for every form that the site has."""
+    module = model.get_submodule(site.name)
+    if isinstance(module, nn.Linear):
+        first, second = (nn.Linear(a, b, bias=False).double() for a, b in ((site.inputs, 5), (5, site.outputs)))
+        return {"output": Terms(first, second, second.weight.detach() * (first.weight @ mean[0]).detach())}
+    return {name: conv_terms(module, mean, *kernels) for name, kernels in SIZES.items()}
+
+
+def conv_terms(module: nn.Conv2d, mean: Tensor, one: tuple[int, int], two: tuple[int, int]) -> Terms:
+    def layer(channels_in: int, channels: int, kernel: tuple[int, int]) -> nn.Conv2d:
+        def own(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+            return tuple(v if k > 1 else other for v, k in zip(values, kernel, strict=True))
+
+        padding = module.padding if isinstance(module.padding, str) else own(module.padding, 0)
+        how = {"stride": own(module.stride, 1), "dilation": own(module.dilation, 1), "padding": padding}
+        mode = module.padding_mode
+        made = nn.Conv2d(channels_in, channels, kernel, groups=module.groups, bias=False, padding_mode=mode, **how)
+        return made.double()
+
+    first = layer(module.in_channels, 5 * module.groups, one)
+    second = layer(5 * module.groups, module.out_channels, two)
+    return Terms(first, second, offset_of(first, second, mean))
+
+
+def folded(site: Site, terms: Terms, rank: int) -> Tensor:
+    """The weight (C, in/g, kh, kw) or (C, in) that the first `rank` terms of each group come to."""
+    first, second = (layer.weight.detach() for layer in (terms.first, terms.second))
+    if isinstance(terms.first, nn.Linear):
+        return second[:, :rank] @ first[:rank]
+    a = first.unflatten(0, (site.groups, -1))[:, :rank]
+    b = second.unflatten(0, (site.groups, -1))[:, :, :rank]
+    product = torch.einsum("gcruv,grdhw->gcdhuwv", b, a)  # one of each pair of axes has length 1
+    return product.flatten(3, 4).flatten(4).flatten(0, 1)
+
+
+def per_image(model: nn.Module, site: Site, mean: Tensor, purpose: str) -> Tensor:
+    """The gradient of the signed loss by the weight, centred: Σ_p g_p(x_p − x̄)ᵀ of each image, (N, g, c, d)."""
+    name, params = f"{site.name}.weight", dict(model.named_parameters())
+    shift = torch.zeros(len(batch().images), site.outputs, dtype=torch.float64, requires_grad=True)
+
+    def loss(weight: Tensor, image: Tensor, index: Tensor) -> Tensor:
+        logits = functional_call(model, {**params, name: weight}, (image[None],))
+        return signed(logits, index[None], "kl", 7, purpose)
+
+    weights = vmap(grad(loss), (None, 0, 0))(params[name].detach(), batch().images, batch().indices)
+
+    def hook(_module: nn.Module, _inputs: object, y: Tensor) -> Tensor:
+        return y + (
+            shift[:, None]
+            if site.kind == "linear" and y.dim() == 3
+            else shift.reshape(len(y), -1, *[1] * (y.dim() - 2))
+        )
+
+    handle = model.get_submodule(site.name).register_forward_hook(hook)
+    (sums,) = torch.autograd.grad(signed(model(batch().images), batch().indices, "kl", 7, purpose), shift)
+    handle.remove()
+    weights = weights.reshape(IMAGES, site.groups, site.width, site.inputs)
+    return weights - sums.reshape(IMAGES, site.groups, site.width, 1) * mean[:, None]
+
+
+def collected(
+    world: World, model: nn.Module, batches: list[Batch]
+) -> tuple[dict[Family, Curve], Mapping[Site, Mapping[str, Terms]]]:
+    sites = survey(model, batch().images[:1]).sites
+    means = means_of(model, sites, "input", world)
+    torch.manual_seed(3)
+    families = {site: families_of(model, site, means[site.name]) for site in sites}
+    outputs = means_of(model, sites, "output", world)
+    return collect_losses(model, families, outputs, batches, world, "kl", DRAWS, 7), families
+
+
+def test_every_rank_of_every_form_loses_what_per_image_gradients_say(world: World) -> None:
+    model = network()
+    curves, families = collected(world, model, [batch(0, 4), batch(4, 4), batch(4)])
+    assert {key.site for key in curves} == {"plain", "grouped", "circular", "tokens", "linear"}
+    for site, own in families.items():
+        mean = means_of(model, (site,), "input", world)[site.name]
+        gradients = torch.stack([per_image(model, site, mean, f"signs {d}") for d in range(DRAWS)])
+        weight = weight_of(model.get_submodule(site.name), site)
+        for name, terms in own.items():
+            curve = curves[Family(site.name, name)]
+            for rank in range(6):
+                change = weight - folded(site, terms, rank).reshape(weight.shape)
+                losses = (gradients * change).sum((2, 3, 4)).square().mean(0) / 2
+                torch.testing.assert_close(curve.loss[rank], losses.mean(), rtol=1e-9, atol=0)
+                error = losses.std(correction=0) / IMAGES**0.5
+                torch.testing.assert_close(curve.error[rank], error, rtol=1e-6, atol=0)
+
+
+def spread(world: World) -> list[tuple[str, str, list[float], list[float]]]:
+    share = (
+        [batch(0, 7), batch(7)]
+        if world.size == 1
+        else [batch(0, 2), batch(2, 2), batch(2)][world.rank :: world.size]
+    )
+    curves, _ = collected(world, network(), share)
+    return [(key.site, key.name, c.loss.tolist(), c.error.tolist()) for key, c in curves.items()]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_losses_depend_on_no_number_of_ranks(size: int) -> None:
+    (alone,), *several = run_ranks(spread, 1), *run_ranks(spread, size)
+    for found in several:
+        for (site, name, loss, error), (site_there, name_there, loss_there, error_there) in zip(
+            alone, found, strict=True
+        ):
+            assert (site, name) == (site_there, name_there)
+            assert loss_there == pytest.approx(loss, rel=1e-9, abs=0)
+            assert error_there == pytest.approx(error, rel=1e-6, abs=0)
+
+
+def test_signs_have_the_fisher_information_as_their_second_moment() -> None:
+    logits = torch.tensor([[4.0, 1.0, 0.0, -1.0]], dtype=torch.float64).expand(20_000, -1).clone().requires_grad_()
+    (g,) = torch.autograd.grad(signed(logits, torch.arange(20_000), "kl", 0, "test"), logits)
+    p = logits[0].detach().softmax(0)
+    torch.testing.assert_close(g.T @ g / len(g), p.diag() - p.outer(p), rtol=0, atol=2e-3)
+
+
+def test_a_small_change_costs_the_divergence_predicted(world: World) -> None:
+    model = network()
+    site = next(site for site in survey(model, batch().images[:1]).sites if site.name == "plain")
+    mean = means_of(model, (site,), "input", world)[site.name]
+    terms = conv_terms(model.plain, mean, *SIZES["vertical"])
+    close = 1e-3  # the replacement is the weight but for this share of random terms
+    with torch.no_grad():
+        before = model(batch().images).log_softmax(1)
+        change = close * (model.plain.weight - folded(site, terms, 5).reshape(model.plain.weight.shape))
+        shift = change.flatten(1) @ mean[0]
+        after = model.plain.weight - change
+        logits = functional_call(
+            model,
+            {
+                "plain.weight": after,
+                "plain.bias": shift,
+                **{n: p for n, p in model.named_parameters() if n != "plain.weight"},
+            },
+            (batch().images,),
+        )
+    measured = (before.exp() * (before - logits.log_softmax(1))).sum(1).mean()
+    outputs = means_of(model, (site,), "output", world)
+    curves = collect_losses(model, {site: {"vertical": terms}}, outputs, [batch()], world, "kl", 400, 0)
+    assert close**2 * float(curves[Family("plain", "vertical")].loss[5]) == pytest.approx(float(measured), rel=0.1)
+
+
+def test_gradients_that_are_no_numbers_are_refused(world: World) -> None:
+    model = network()
+    sites = survey(model, batch().images[:1]).sites
+    inputs, outputs = (means_of(model, sites, side, world) for side in ("input", "output"))
+    families = {site: families_of(model, site, inputs[site.name]) for site in sites}
+    model.linear.weight.data[0, 0] = torch.nan
+    with pytest.raises(StatisticsError, match="plain: its gradients hold NaN"):
+        collect_losses(model, families, outputs, [batch()], world)
+
+
+def test_no_images_are_refused(world: World) -> None:
+    with pytest.raises(StatisticsError, match="no images"):
+        collected(world, network(), [batch(4, 4)])
