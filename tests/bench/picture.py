@@ -103,7 +103,7 @@ def main(folder: Path = PICTURES) -> None:
     for theme, (text, grid) in THEMES.items():
         figure = draw(rows, text, grid)
         metadata = {"Date": None, "Title": "Accuracy over MACs", "Description": source_of(rows)}
-        with mpl.rc_context({"svg.hashsalt": theme}):
+        with mpl.rc_context({"svg.hashsalt": theme, "svg.fonttype": "none"}):
             figure.savefig(folder / f"accuracy-{theme}.svg", transparent=True, metadata=metadata)
 
 
