@@ -1,4 +1,4 @@
-"""Flags whose value is more than a number, read from their text; and the error of a setting that cannot be."""
+"""Flags whose value is more than a number, parsed from text; and the error for invalid settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be; the message names the flag."""
+    """An invalid setting; the message names the flag."""
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
@@ -39,7 +39,7 @@ class Rule:
 
     @property
     def needs_spectra(self) -> bool:
-        """Whether ranks depend on what directions are worth."""
+        """Whether ranks depend on spectra."""
         return self.kind in ("energy", "budget")
 
     @property

@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str], quiet: bool = False, program: Usage = LOCAL)
         program: who asks, for help.
 
     Raises:
-        ConfigError: an unknown recipe (close ones offered), or a setting that cannot be.
+        ConfigError: an unknown recipe (close ones offered), or an invalid setting.
         SystemExit: 0 after help, 2 after a flag that is unknown or of the wrong type.
     """
     words = list(arguments)

@@ -1,4 +1,4 @@
-"""What a run is: frozen, validated dataclasses. The flags are the fields; `--help` shows the text beside them."""
+"""What a run is: frozen, validated dataclasses. The fields are the flags; `--help` shows their docstrings."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ class DataConfig:
     """Which images, and how they are read."""
 
     data: str = ""
-    """Folder with train/ and val/, one folder a class in each; or with MNIST's idx files; or `digits`, which ship
-    with scikit-learn."""
+    """Folder with train/ and val/, one folder per class in each; or with MNIST's idx files; or `digits`, which
+    ship with scikit-learn."""
     class_list: Path | None = None
-    """Text file, one class folder a line in label order; without it, train/'s folders in alphabetical order."""
+    """Text file, one class folder per line in label order; without it, train/'s folders in alphabetical order."""
     image: Annotated[ImageSpec, tyro.conf.arg(name="")] = field(default_factory=ImageSpec)
     augment: Annotated[Augment, tyro.conf.arg(name="")] = field(default_factory=Augment)
     threads: int = 4
@@ -107,7 +107,7 @@ Method = Literal[
 ]
 Side = Literal["output", "input"]
 DATA_FREE: tuple[Method, ...] = ("weight-svd", "random", "random-init")
-BLIND: tuple[Method, ...] = ("random", "random-init")  # all directions are worth the same to them
+BLIND: tuple[Method, ...] = ("random", "random-init")  # their directions are not ordered
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class MethodConfig:
     greedy: bool = False
     """gradient: keep what is predicted to raise the loss when removed, not what matters most either way."""
     rank_loss: bool = False
-    """hessian-global: use each loss's place in the order of all losses instead of its value."""
+    """hessian-global: use each loss's rank among all losses instead of its value."""
     sampled: bool = False
     """hessian-local: by sampling and double backward, site by site; slow, for comparison."""
     draws: int = 1
-    """fisher, hessian-local: random gradients an image; 0: all classes, exactly."""
+    """fisher, hessian-local: random gradients per image; 0: all classes, exactly."""
     probes: int = 1024
     """hessian-global, --sampled: how many images are tried, each along one random direction."""
     damping: float = 0.01
@@ -188,7 +188,7 @@ class CompressionConfig:
         rule, method = parse_rule(self.ranks), self.basis.method
         _require(
             not rule.needs_spectra or method not in BLIND,
-            f"--ranks {self.ranks}: --method {method} does not say what directions are worth; use uniform:RATIO, "
+            f"--ranks {self.ranks}: --method {method} gives no spectrum; use uniform:RATIO, "
             f"or another method, such as pca or fisher",
         )
         _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
@@ -201,14 +201,14 @@ class CorrectionConfig:
     correct: Literal["none", "refit", "regression"] = "regression"
     """none; refit: only the second layer of each pair; regression: both."""
     calibrate_images: int = 1024
-    """Images to solve from, labels unused; every eighth is held out to judge."""
+    """Images to solve from, labels unused; every eighth is the holdout."""
     calibrate_data: Path | None = None
     """A folder of unlabelled images, at any depth, to use instead of training images; for --distill-steps, too."""
     reestimate_bn: bool = False
-    """Then take batch norm's statistics again from these images; kept where the images held out say so."""
+    """Then re-estimate batch norm's statistics from these images; kept where the holdout KL goes down."""
     metric_damping: tuple[float, ...] = (0.1,)
     """regression: added to the Fisher metric, as a share of its largest eigenvalue (inf: no metric); of several,
-    each is tried, and the best on the images held out is taken."""
+    each is tried, and the best on the holdout is taken."""
     ridge: float = 0.03
     """Pull to the dense weights, as a share of the inputs' mean variance."""
     repair: float = 2.0
@@ -244,7 +244,7 @@ class CorrectionConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Label-free training towards the dense network, batch norm frozen, after the correction."""
+    """Label-free distillation from the dense network, batch norm frozen, after the correction."""
 
     distill_steps: int = 0
     """How many steps; 0: none."""
@@ -255,7 +255,7 @@ class DistillConfig:
     distill_lr: float = 0.02
     """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
     distill_features: float = 0.0
-    """Weight of the relative squared error of the blocks' outputs, beside the divergence of the softmax."""
+    """Weight of the relative squared error of the blocks' outputs, added to the KL of the softmax."""
 
     def __post_init__(self) -> None:
         _require(self.distill_steps >= 0, f"--distill-steps {self.distill_steps}: expected 0 or more")
@@ -283,7 +283,7 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     channels_last: bool = False
-    """Keep the network's kernels, and so what it computes, in NHWC memory layout; faster on most devices."""
+    """Keep kernels and activations in NHWC memory format (channels_last); faster on most devices."""
     seed: int = 0
     """Seed of every random choice: subsets, draws, crops, initial weights."""
     run_dir: Path | None = None
@@ -336,7 +336,7 @@ def require_complete(run: Run) -> None:
     _require(not again, "--method random-init projects nothing: leave out --step and --alternate")
     if run.dry_run:
         return
-    _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder a class")
+    _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder per class")
     correction, steps = run.correction, run.distillation.distill_steps
     used = correction.correct != "none" or correction.reestimate_bn or steps
     _require(bool(used) or correction.calibrate_data is None, "--calibrate-data: --correct none leaves it unused")

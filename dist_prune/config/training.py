@@ -1,4 +1,4 @@
-"""How networks are trained, and in how many rounds they are compressed: settings, as those of `config.py`."""
+"""How networks are trained, and in how many rounds they are compressed: settings like those of `run.py`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class TrainingConfig:
     """Weight of the uniform distribution in the target."""
     bn: Literal["frozen", "local", "sync"] = "local"
     """Batch norm: statistics of each rank's batch, running ones averaged over ranks; of all ranks' batches (sync,
-    CUDA only), for few images a rank; or frozen as they were. Local by default: it adapts to the compressed layers
-    and costs no communication in a forward pass."""
+    CUDA only), for few images per rank; or frozen as they were. Local by default: it adapts to the compressed
+    layers and costs no communication in a forward pass."""
     clip: float = 0.0
     """Largest norm of a step's gradient, all parameters together; 0: not limited."""
     ema: float = 0.0
-    """Share of the old in a running average of the weights, such as 0.999; the average is then what is evaluated
+    """Decay of an exponential moving average of the weights, such as 0.999; the average is then evaluated
     and saved. 0: no average, the last weights are."""
     bf16: bool = False
     """Forward in bfloat16 autocast."""
@@ -56,7 +56,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TuningConfig(TrainingConfig):
-    """Training of a network that stands in for another, which can teach it."""
+    """Fine-tuning of the compressed network, with distillation from the dense one."""
 
     distill: str = "none"
     """ALPHA,T: the loss is ALPHA·T²·KL(dense ‖ compressed) of the softmax at temperature T, plus 1−ALPHA times the

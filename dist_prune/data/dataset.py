@@ -1,4 +1,4 @@
-"""Images as files: what a data set on disk is, whether its files are sound, and the digits that ship along.
+"""Images as files: what a data set on disk is, whether its files are sound, and scikit-learn's digits.
 
 The layout is ImageNet's: `train/<class>/*.jpg` and `val/<class>/*.jpg`. A flat folder of images without classes
 is a split too, with every label −1.
@@ -89,7 +89,7 @@ def list_images(root: Path, classes: Sequence[str] | None = None) -> Split:
 
 
 def list_unlabelled(root: Path) -> Split:
-    """List the images below `root`, at any depth, without labels; hidden files and folders are passed by.
+    """List the images below `root`, at any depth, without labels; hidden files and folders are skipped.
 
     Raises DataError for a folder that is absent or has no images.
     """
@@ -105,7 +105,7 @@ def list_unlabelled(root: Path) -> Split:
 def open_dataset(folder: Path, class_list: Path | None = None) -> Dataset:
     """List `folder`/train and `folder`/val, which must have the same class folders.
 
-    `class_list` is a text file with one class folder a line, in the order of the labels. Raises DataError.
+    `class_list` is a text file with one class folder per line, in the order of the labels. Raises DataError.
     """
     for part in (folder, folder / "train", folder / "val"):
         if not part.is_dir():
@@ -140,7 +140,7 @@ def _list_classes(root: Path, folders: list[str], classes: tuple[str, ...]) -> S
 
 def _read_classes(path: Path) -> tuple[str, ...]:
     if not path.is_file():
-        raise DataError(f"class list {path} is not a file: expected text with one class folder a line")
+        raise DataError(f"class list {path} is not a file: expected text with one class folder per line")
     names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise DataError(f"class list {path} has lines twice: {_brief(twice)}; a line number is a label")

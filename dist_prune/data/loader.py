@@ -66,7 +66,7 @@ class Stream:
     """One rank's share of a split; iterating gives one epoch of normalised batches, `raw` the same as uint8.
 
     An evaluation epoch (`augment` is None) starts from the beginning, unless it was restored. A training epoch
-    that was left early goes on where it was left. A damaged file raises a DataError that names it.
+    that was left early resumes where it was left. A damaged file raises a DataError that names it.
     """
 
     split: Split
@@ -122,7 +122,7 @@ class Stream:
         return self._identity | {"position": self._position, "dali": self._iterator.checkpoints()[0]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from this rank's `state`; DataError if it is of other images, ranks, seed or batch size."""
+        """Resume from this rank's `state`; DataError if it is of other images, ranks, seed or batch size."""
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise DataError(f"cannot resume: {name} was {state.get(name)} and is {value}; keep it")
@@ -193,7 +193,7 @@ class Stream:
         return encoded, indices
 
     def _places(self) -> list[int]:
-        """All images, and a seeded choice of them again: as many as fill every batch of every rank.
+        """All images, and a seeded choice of them a second time: as many as fill every batch of every rank.
 
         Left to itself DALI fills the last batch with copies of one image, which batch norm and the step would see.
         """

@@ -1,4 +1,4 @@
-"""Every file of a data set opened and decoded, a slice of the classes at a time; the last slice done sums up.
+"""Verify a data set: every file opened and decoded, a slice of the classes at a time; the last slice sums up.
 
 `python -m dist_prune.data.verify DATA --slice 3/100 --report DIR`, as `slurm/imagenet_check.sh` starts it.
 """

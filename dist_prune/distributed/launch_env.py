@@ -1,4 +1,4 @@
-"""Where a process stands among its peers, from what torchrun, srun, submitit or nobody left in the environment."""
+"""Rank, world size and rendezvous of this process, from the environment of torchrun, srun or submitit."""
 
 import re
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ SLURM_STEP_ID_MAX = 0xFFFFFFF0  # above: batch scripts and interactive shells, w
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """Where one process stands: `rank` of `size`, `local_rank` on its node, the rendezvous url they share.
+    """The launch environment of one process: `rank` of `size`, `local_rank` on its node, the rendezvous url.
 
-    `has_launcher`: its parent is torchrun, without which no rank shall go on; `launcher_serves`: torchrun serves
+    `has_launcher`: its parent is torchrun, without which no rank may continue; `launcher_serves`: torchrun serves
     the store at that url, and did so before any rank was started.
     """
 
@@ -26,7 +26,7 @@ class LaunchEnv:
 
 
 def find_launch_env(environ: Mapping[str, str]) -> LaunchEnv:
-    """Read the place from torchrun's variables, else submitit's on one machine, else srun's, else be alone.
+    """From torchrun's variables, else submitit's on one machine, else srun's, else a single process.
 
     MASTER_ADDR and MASTER_PORT, where set, override what is derived from SLURM's variables.
 

@@ -1,4 +1,4 @@
-"""Being asked to leave: signals that set a flag, a vote that all ranks hear of, and the exit code that says so."""
+"""Preemption: signals that set a flag, a vote of all ranks, and the exit code that says so."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 from dist_prune.distributed.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start it again, and it goes on
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start it again, and it resumes
 STUCK = 3
 
 
 class Preempted(RuntimeError):
-    """A signal asked the run to leave; all that was done is saved."""
+    """A signal asked the run to stop; a checkpoint is saved."""
 
 
 class NoProgressError(RuntimeError):
-    """The run was started again and again and always stopped at the same place."""
+    """The run was restarted several times and always stopped at the same place."""
 
 
 @dataclass
 class Flag:
-    """Which signal asked to leave, empty if none did."""
+    """Which signal asked to stop, empty if none did."""
 
     signal: str = ""
     reason: Preempted | None = None
@@ -74,7 +74,7 @@ def restarts(environ: Mapping[str, str]) -> int:
 
 
 class Vote:
-    """What the ranks want, the largest wish of any; one step late, so that nobody waits for it."""
+    """The largest vote of any rank; known one step late, so that nobody waits for it."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -91,7 +91,7 @@ class Vote:
         self._running = self._world.highest(wish)
 
     def settled(self, wish: int) -> int:
-        """A vote whose outcome is waited for, together with the one under way."""
+        """A vote whose outcome is waited for, together with the pending one."""
         before = self.last()
         self.begin(wish)
         return max(before, self.last())

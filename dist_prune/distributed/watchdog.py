@@ -1,4 +1,4 @@
-"""The first error of any rank reaches all others, past any collective; who is dead or behind is named."""
+"""The first error of any rank reaches all others, past any collective; dead and late ranks are named."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from typing import Protocol
 from dist_prune.distributed.launch_env import LaunchEnv
 
 POLL_S = 0.5  # how often a rank shows that it lives and looks for errors of the others
-SILENCE_S = 2.0  # once a connection broke, a rank without a sign of life for this long is called dead
+SILENCE_S = 2.0  # once a connection broke, a rank without a heartbeat for this long is reported dead
 LOST_S = 30.0  # as long as all seems well; Python code may well keep a rank's threads from running for seconds
 HEARD_S = 3.0  # how long a failing rank stays, so that the others still find its message
 GRACE_S = 5.0  # how long a rank may take to raise another's error by itself, before its process is ended
@@ -86,7 +86,7 @@ class Alarm:
             return self.verdict or (self._store_is_gone() if broken else own)
 
     def _waited(self, error: BaseException) -> str:
-        """Who waited where, and where the others are."""
+        """Which collective timed out here, and where the other ranks are."""
         others = [rank for rank in range(self.place.size) if rank != self.place.rank]
         seen = {rank: self.store.get(f"at/{rank}").decode() for rank in others if self.store.check([f"at/{rank}"])}
         elsewhere = "; ".join(f"rank {rank} is in {at}" for rank, at in seen.items() if at != str(self.where))
@@ -98,7 +98,7 @@ class Alarm:
     def wait_until_heard(self) -> None:
         """Stay until every rank has read the error, a few seconds at most."""
         deadline = time.monotonic() + HEARD_S
-        with suppress(RuntimeError):  # the store went down with its host, which waited itself
+        with suppress(RuntimeError):  # the store went down with its host, which waited, too
             while self.store.add("heard", 0) < self.place.size > 1 and time.monotonic() < deadline:
                 time.sleep(POLL_S / 10)
 
@@ -149,5 +149,5 @@ class Alarm:
 
 
 def died(ranks: Sequence[int]) -> str:
-    """What is said of ranks that left no message."""
+    """The error for ranks that left no message."""
     return f"rank {', '.join(map(str, ranks))} died without a message (killed, or out of memory?)"

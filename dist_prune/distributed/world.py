@@ -81,7 +81,7 @@ def _open_store(place: LaunchEnv, timeout_s: float) -> Store:
     return HashStore() if place.size == 1 else _meet(place, timeout_s)
 
 
-@functools.cache  # rank 0 serves the store: others may still read its last words, or join the next world
+@functools.cache  # rank 0 serves the store: others may still read its last message, or join the next world
 def _meet(place: LaunchEnv, timeout_s: float) -> Store:
     patience_s = min(timeout_s, LAUNCHER_S) if place.launcher_serves else timeout_s
     try:
@@ -152,7 +152,7 @@ def _connection_broke(error: BaseException) -> bool:
 
 
 def _collective(method: Callable[P, T]) -> Callable[P, T]:
-    """Note where the rank is while it is inside; an error leaves the note for whoever tells it."""
+    """Note where the rank is while it is inside; an error leaves the note for its message."""
 
     @functools.wraps(method)
     def noted(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -181,10 +181,10 @@ class World:
         self.size = place.size
         self.local_rank = place.local_rank
         self.device = device
-        self.where = where  # to be told by an error
+        self.where = where  # for error messages
 
     def enter(self, phase: str) -> None:
-        """Say in errors that the ranks are in this phase of the run."""
+        """Name the phase that the ranks are in, for error messages."""
         self.where.phase = phase
 
     @property

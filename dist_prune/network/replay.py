@@ -1,7 +1,7 @@
 """The same as a walk for networks that torch.fx cannot trace: the forward pass starts again for every site.
 
 Nothing is known about the graph, so there are no shortcuts to repair: targets are the dense layers' plain outputs.
-A network may decide by its values which sites it calls; a site that a batch passes by is given no rows of it.
+A network may decide by its values which sites it calls; a site that is not called for a batch gets no rows of it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def listing(model: nn.Module, names: Iterable[str], images: Tensor, reason: str)
 
 @dataclass
 class Rerun:
-    """A batch on its way, as a `Pass`; what it is asked for is computed from the images each time."""
+    """A batch as a `Pass`; what it is asked for is computed from the images each time."""
 
     listing: Listing
     root: nn.Module
@@ -103,7 +103,7 @@ class Rerun:
     held: dict[str, Tensor] = field(default_factory=dict)  # the input of that site, once asked for
 
     def advance(self, position: int) -> None:
-        """Stand before the site at `position`."""
+        """Move to just before the site at `position`."""
         if position != self.position:
             self.restart()
         self.position = position
@@ -157,7 +157,7 @@ class Rerun:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.held.values())
 
     def restart(self) -> None:
-        """Forget everything."""
+        """Drop all activations."""
         self.position, self.held = 0, {}
 
 

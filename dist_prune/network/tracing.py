@@ -275,5 +275,5 @@ class Pass:
         return sum(storages.values())
 
     def restart(self) -> None:
-        """Forget everything: the next `advance` computes from the images."""
+        """Drop all activations: the next `advance` computes from the images."""
         self.position, self.values = 0, {}

@@ -27,6 +27,6 @@ def columns() -> int:
 
 
 def without_colours(environ: Mapping[str, str]) -> None:
-    """Heed $NO_COLOR, which tyro does not know; a dumb or absent terminal it knows."""
+    """Respect $NO_COLOR, which tyro does not; it recognises dumb and absent terminals by itself."""
     if environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False

@@ -74,7 +74,7 @@ def seal(path: Path, known: str = "") -> None:
 
 
 def seal_of(path: Path) -> Path:
-    """Where the checksum of a file stands."""
+    """The file that holds a file's checksum."""
     return path.with_name(path.name + ".sha256")
 
 
@@ -100,7 +100,7 @@ def require_intact(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where things that can be made again are kept: $DIST_PRUNE_CACHE, else ~/.cache/dist_prune."""
+    """Where things that can be computed again are kept: $DIST_PRUNE_CACHE, else ~/.cache/dist_prune."""
     given = os.environ.get("DIST_PRUNE_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "dist_prune"
 

@@ -19,7 +19,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def si(number: float) -> str:
     """Three digits and a unit: 1.81G."""
     for unit in ("", "k", "M", "G", "T"):
-        if number < 999.5:  # from here on three digits would round to a thousand
+        if number < 999.5:  # above, three digits would round to a thousand
             return f"{number:.3g}{unit}" if unit else f"{number:.0f}"
         number /= 1000
     return f"{number:.0f}P"

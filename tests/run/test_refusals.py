@@ -222,7 +222,7 @@ def test_data_that_is_missing_is_asked_for(bench: Bench, tmp_path: Path) -> None
     done = bench.commands(*bench.words(tmp_path / "run", data=None))
     assert done.codes == [2]
     assert done.errors == [
-        "error: --data DIR is missing: a folder with train/ and val/, one folder a class",
+        "error: --data DIR is missing: a folder with train/ and val/, one folder per class",
     ]
 
 
