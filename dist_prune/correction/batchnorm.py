@@ -1,4 +1,4 @@
-"""Batch norm's statistics taken again in the compressed network, layer by layer, and kept only where it helps."""
+"""Batch norm's statistics re-estimated in the compressed network, layer by layer, and kept only where it helps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reestimate(
     statistics of training mode do not. Left as they were where the held-out KL did not go down.
 
     Args:
-        dense: the network to come near to.
+        dense: the network to match.
         compressed: its compressed copy.
         images: this rank's calibration images.
         memory: bytes of activations kept; beyond, they are computed again for every layer.
@@ -48,15 +48,15 @@ def reestimate(
     candidate = with_replaced(compressed)
     names = [name for name, module in candidate.named_modules() if _has_statistics(module)]
     with evaluating(dense), evaluating(candidate):
-        judges = holdout_logits(dense, images)
-        before = divergence(compressed, judges, images.prepare, world)
+        holdout = holdout_logits(dense, images)
+        before = divergence(compressed, holdout, images.prepare, world)
         route = agreed_route(candidate, names, images, world)
         passes = [route.begin(candidate, pixels, images.prepare) for pixels, _ in images.batches(held=False)]
         for name, place in route.stops.items():
             norm = candidate.get_submodule(name)
             assert isinstance(norm, _BatchNorm)
             _set(norm, _inputs(passes, name, place, memory), world)
-        result = Reestimation(len(route.stops), before, divergence(candidate, judges, images.prepare, world))
+        result = Reestimation(len(route.stops), before, divergence(candidate, holdout, images.prepare, world))
     if result.kept:
         compressed.load_state_dict(candidate.state_dict())
     return result

@@ -23,7 +23,7 @@ from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, c
 from dist_prune.statistics.probes import kl
 from dist_prune.utils.tables import table
 
-HELD = 8  # every eighth image judges
+HELD = 8  # every eighth image is the holdout
 GRADIENTS = 2048  # of labels drawn for the metric, about, over all images; at most MOST_DRAWS an image
 MOST_DRAWS = 4
 
@@ -46,7 +46,7 @@ class Calibration:
     mirrored: bool
 
     def batches(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels and positions of the images that judge, or of those to solve from, which depends on no rank."""
+        """Pixels and positions of the holdout, or of the images to solve from; whatever the ranks."""
         chosen = torch.nonzero((self.indices % HELD == 0) == held)[:, 0]
         for start in range(0, len(chosen), self.batch_size):  # none where this rank has no such image
             some = chosen[start : start + self.batch_size]
@@ -98,7 +98,7 @@ class CorrectionState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         self.trials = [Trial(t["damping"], t["kl"], tuple(map(_outcome, t["outcomes"]))) for t in state["trials"]]
         self.outcomes = list(map(_outcome, state["outcomes"]))
         self.best, self.candidate = state["best"], state["candidate"]
@@ -141,7 +141,7 @@ def correct(
     """Solve all sites of the compressed network again, in place, once for each damping; keep the best if it helps.
 
     Args:
-        dense: the network to come near to.
+        dense: the network to match.
         compressed: its compressed copy.
         survey: of the dense network, all its sites.
         images: this rank's calibration images.
@@ -157,8 +157,8 @@ def correct(
     sites = solvable(compressed, survey, settings)
     route = agreed_route(dense, [site.name for site in sites], images, world)
     with evaluating(dense), evaluating(compressed):
-        judges = holdout_logits(dense, images)
-        before = divergence(compressed, judges, images.prepare, world)
+        holdout = holdout_logits(dense, images)
+        before = divergence(compressed, holdout, images.prepare, world)
     views, notes = [View(site) for site in sites], list[str]()
     try:
         metrics = _metrics(dense, views, images, settings, seed, world)
@@ -169,7 +169,7 @@ def correct(
         candidate = with_replaced(compressed)
         candidate.load_state_dict(state.candidate or compressed.state_dict())
         with evaluating(dense), evaluating(candidate):
-            pairs = list(_pairs(route, dense, candidate, images, judges))
+            pairs = list(_pairs(route, dense, candidate, images, holdout))
             solver = Solver(settings.correct, settings.ridge, (damping,))
             limits = settings.positions, seed, settings.calibration_bytes
             walk = Correction(route, dense, candidate, pairs, metrics, solver, world, *limits)
@@ -177,7 +177,7 @@ def correct(
                 state.outcomes.append(outcome)
                 state.candidate = candidate.state_dict()
                 after_site(state)
-            reached = divergence(candidate, judges, images.prepare, world)
+            reached = divergence(candidate, holdout, images.prepare, world)
             state.close(Trial(damping, reached, tuple(state.outcomes)), candidate)
     best, kept = best_of(state.trials), improves(best_of(state.trials).kl, before)
     if kept:
@@ -260,11 +260,11 @@ def _pairs(
     dense: nn.Module,
     compressed: nn.Module,
     images: Calibration,
-    judges: Iterable[tuple[Tensor, Tensor]],
+    holdout: Iterable[tuple[Tensor, Tensor]],
 ) -> Iterator[Pair]:
     for pixels, _ in images.batches(held=False):
         yield Pair(route.begin(dense, pixels, images.prepare), route.begin(compressed, pixels, images.prepare))
-    for pixels, logits in judges:
+    for pixels, logits in holdout:
         yield Pair(
             route.begin(dense, pixels, images.prepare), route.begin(compressed, pixels, images.prepare), logits
         )
@@ -277,13 +277,13 @@ def holdout_logits(dense: nn.Module, images: Calibration) -> list[tuple[Tensor, 
 
 def divergence(
     model: nn.Module,
-    judges: Sequence[tuple[Tensor, Tensor]],
+    holdout: Sequence[tuple[Tensor, Tensor]],
     prepare: Callable[[Tensor], Tensor],
     world: World,
 ) -> float:
     """KL to the dense network over the held-out images of all ranks, nats per image."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for pixels, logits in judges:
+    for pixels, logits in holdout:
         sums[0] += kl(logits.double(), logits_of(model(prepare(pixels)))).sum()
         sums[1] += len(pixels)
     world.sum_(sums)
@@ -292,7 +292,7 @@ def divergence(
 
 
 def require_deterministic(dense: nn.Module, images: Tensor, world: World) -> None:
-    """Refuse to come near to a target that moves.
+    """Refuse a dense network that is not deterministic.
 
     Raises:
         CorrectionError: the network answers the same images differently each time.
@@ -307,9 +307,9 @@ def require_deterministic(dense: nn.Module, images: Tensor, world: World) -> Non
 
 
 def concerns(result: Result) -> list[str]:
-    """What was done otherwise than usual, or in vain."""
-    vain = f"the correction was rejected: the held-out KL of {result.before:.4f} did not go down"
-    return [*result.notes, *([] if result.kept else [vain])]
+    """What was done otherwise than usual, or rejected."""
+    rejected = f"the correction was rejected: the held-out KL of {result.before:.4f} did not go down"
+    return [*result.notes, *([] if result.kept else [rejected])]
 
 
 def format_summary(result: Result) -> str:

@@ -104,7 +104,7 @@ def _resolved(
 
 @dataclass
 class Pair:
-    """The dense and the compressed network's passes over one batch; `held` out of solving, it judges instead."""
+    """The dense and the compressed network's passes over one batch; `held`: it is of the holdout."""
 
     dense: AnyPass
     compressed: AnyPass
@@ -112,7 +112,7 @@ class Pair:
 
     @property
     def held(self) -> bool:
-        """Whether its images judge."""
+        """Whether its images are of the holdout."""
         return self.logits is not None
 
 
@@ -165,7 +165,7 @@ class Correction:
         normal = self._normal(site)
         present = self.compressed.get_submodule(site.name)
         tried = {"kept": present} | self._solutions(site, present, normal)
-        losses = self._judge(site, list(tried.values()))
+        losses = self._holdout_kls(site, list(tried.values()))
         chosen = min(range(len(losses)), key=losses.__getitem__)
         best = list(tried.values())[chosen]
         present.load_state_dict(best.state_dict())
@@ -220,7 +220,7 @@ class Correction:
                 self._spare(pair)
 
     def _spare(self, pair: Pair) -> None:
-        """Beyond the memory allowed, forget what the pair has computed: it will start from the images again."""
+        """Beyond the memory allowed, drop what the pair has computed: it will start from the images again."""
         if sum(each.dense.bytes + each.compressed.bytes for each in self.pairs) > self.memory:
             pair.dense.restart()
             pair.compressed.restart()
@@ -263,7 +263,7 @@ class Correction:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(positions, generator=generator)[: self.positions].to(self.world.device)
 
-    def _judge(self, site: Site, layers: Sequence[nn.Module]) -> list[float]:
+    def _holdout_kls(self, site: Site, layers: Sequence[nn.Module]) -> list[float]:
         """Held-out KL to the dense network with each layer in place and everything after it dense."""
         sums = torch.zeros(len(layers) + 1, dtype=torch.float64, device=self.world.device)
         for pair in self.pairs:

@@ -155,7 +155,7 @@ def solve(
 
 
 def spread(costs: Sequence[float], ranks: int) -> list[int]:
-    """Which rank does each piece of work: the longest first, each to the rank that has least to do."""
+    """The rank that owns each piece of work: the longest first, each to the rank with the least load."""
     owners, loads = [0] * len(costs), [0.0] * ranks
     for place in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         owners[place] = loads.index(min(loads))

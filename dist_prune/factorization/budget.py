@@ -1,4 +1,4 @@
-"""What can be done with each site and what that costs, as far as a budget is concerned."""
+"""The options of each site under a budget, and their costs."""
 
 from __future__ import annotations
 

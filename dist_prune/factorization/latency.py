@@ -28,8 +28,8 @@ Calls = Sequence[Callable[[], object]]
 
 CANDIDATES = 8  # ranks measured for each site; those between are interpolated
 WARM_UP = 3  # calls before any is timed
-SAMPLE_S = 1e-3  # what one sample takes at least, of as many calls as needed
-SHAPE_S = 1.0  # what all samples of one shape take together, about
+SAMPLE_S = 1e-3  # seconds of one sample at least, of as many calls as needed
+SHAPE_S = 1.0  # seconds of all samples of one shape together, about
 ROUNDS = (3, 15)  # samples of each call, at least and at most
 
 
@@ -94,7 +94,7 @@ def measure(
     threads and version of torch, is read from `folder` (by default in `checkpoint.cache_folder`).
 
     Args:
-        model: the dense network, its kernels laid out as they are to be timed; left as it was.
+        model: the dense network, its kernels in the memory format to be timed; left as it was.
         ranks: of each site those that may be chosen, ascending.
         images: (N, 3, H, W): the batch to time, on the network's device.
         folder: of the cache.
@@ -115,14 +115,14 @@ def measure(
 
 @dataclass(frozen=True)
 class _Like:
-    """What inputs and layers have in common with the network and images that are timed."""
+    """Device, type and memory format of inputs and layers: those of the network and images that are timed."""
 
     dtype: torch.dtype
     device: torch.device
     layout: torch.memory_format
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """The same, if it has height and width, in the network's layout."""
+        """The same, if it has height and width, in the network's memory format."""
         return x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
 
     @property

@@ -1,4 +1,4 @@
-"""Each layer for readers: what it costs dense and per rank, and what its directions are worth. Kept on disk."""
+"""Each layer for readers: what it costs dense and per rank, and its spectrum. Kept on disk."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def make_plan(
         survey: the chosen sites and the skipped ones.
         round_to: ranks are multiples of this where the site is large enough.
         side: of the bases, which have no more directions than that side has dimensions.
-        spectra: what directions are worth; the rules `energy` and `budget` need them.
+        spectra: of the directions; the rules `energy` and `budget` need them.
         latency: what ranks cost, for a budget of latency.
         repair: how much later sites repair, for a budget; see `_within`.
 
@@ -135,7 +135,7 @@ def make_plan(
     elif rule.kind == "uniform":
         plan = _plan(survey, [_uniform(view, rule.amount, round_to) for view in views])
     elif spectra is None:
-        raise PlanError(f"--ranks {rule.text}: what directions are worth is not known here; use uniform:RATIO")
+        raise PlanError(f"--ranks {rule.text}: there is no spectrum here; use uniform:RATIO")
     elif rule.kind == "energy":
         plan = _plan(survey, [_by_energy(view, rule.amount, round_to, spectra) for view in views])
     else:
@@ -193,7 +193,7 @@ def require_reachable(
     """Refuse a budget before any work is done for it. Arguments as for `make_plan`.
 
     Raises:
-        PlanError: out of reach; what can be reached is message, and which layers are in the way.
+        PlanError: out of reach; the message gives the least possible, and which layers stand in the way.
     """
     budget = budget_of(rule, survey, round_to, side, latency)
     if budget.is_reachable:

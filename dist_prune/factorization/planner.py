@@ -54,7 +54,7 @@ class Planner:
         return make_plan(self.rule, self.survey, self.round_to, self.side, spectra, self.latency, self.repair)
 
     def foreseen(self) -> tuple[Plan, str]:
-        """The plan before anything was measured, and, where the rule needs more than that, what can be said."""
+        """The plan before anything was measured, and, where the rule needs measurements, why it is incomplete."""
         if not self.rule.needs_spectra:
             return self.plan(None), ""
         note = f"--ranks {self.rule.text}: ranks follow from statistics of the data; every site is shown dense"
@@ -71,7 +71,7 @@ class Planner:
         return rounds(target, self.survey, step, self.round_to, self.side) if step else [target]
 
     def way(self, target: Plan, iteration: IterationConfig) -> str:
-        """The rounds to the target in words, one a line; empty where there is only one."""
+        """The rounds to the target in words, one per line; empty where there is only one."""
         text, step = [], iteration.step
         if step and self.rule.needs_spectra:
             text.append(f"--step {step:g}: how many rounds follows from the ranks")

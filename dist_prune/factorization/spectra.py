@@ -1,4 +1,4 @@
-"""What each direction of a site is worth, and so what is lost by leaving directions out."""
+"""Spectra: what each direction of a site is worth, and so the loss of leaving directions out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Spectra:
     def tails(self, site: str) -> Floats:
         """The loss of keeping 0, 1, …, k directions of each group, (k + 1,), descending to 0.
 
-        What is predicted to do harm (negative) counts as worthless.
+        Directions predicted to do harm (negative) count as zero.
         """
         worth = self.values[site].double().clamp(min=0).sum(0).cpu().numpy()
         tails = np.append(np.cumsum(worth[::-1])[::-1], 0.0)

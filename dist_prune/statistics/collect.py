@@ -1,4 +1,4 @@
-"""What a method needs to know of a network, collected once, kept on disk, and reused where it fits."""
+"""The statistics of a method, collected once, saved to disk, and reused where they fit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Passes:
         return None
 
     def keep(self, moments: dict[str, Moments]) -> None:
-        """Take note of what `finished` is to give."""
+        """Keep it for `finished`."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def warnings(statistics: Statistics, sites: Sequence[Site], method: MethodConfig
 
 
 def save(path: Path, statistics: Statistics, made_of: Mapping[str, Any]) -> None:
-    """Write the sums, with what they were made of, and a checksum beside the file."""
+    """Write the sums, with what they were made of, and a checksum file."""
     tensors = {f"curvature/{name}": matrix for name, matrix in statistics.curvature.items()}
     for name, m in statistics.moments.items():
         parts = {"count": m.count, "shift": m.shift, "total": m.total, "outer": m.outer}

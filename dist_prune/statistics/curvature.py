@@ -74,7 +74,7 @@ class Objective:
     """What is differentiated, summed over images, never averaged: an image's share must not depend on its batch.
 
     `loss` is `task` (cross-entropy to the images' labels), `kl` or `mse` (see the module). `draws` random
-    gradients an image are taken; 0 takes the expectation exactly, with one backward for each class.
+    gradients per image are taken; 0 takes the expectation exactly, with one backward for each class.
     """
 
     loss: str
@@ -93,7 +93,7 @@ class Objective:
             yield from (shares * outputs).sum(0)
 
     def require_labels(self, batch: Batch) -> None:
-        """Refuse images that the loss cannot be told of; the host waits for the answer.
+        """Refuse images that the loss cannot be computed for; this synchronises with the device.
 
         Raises:
             StatisticsError: the task loss of images without labels.
@@ -123,9 +123,7 @@ class _Sum:
     ) -> None:
         self.module, self.view, self.step, self.mean = module, view, step, mean
         self.total = torch.zeros(view.site.groups, view.width, view.width, dtype=torch.float64, device=device)
-        self.first_nonfinite_batch = torch.full(
-            (), -1, device=device
-        )  # the first batch with a gradient that is no number
+        self.first_nonfinite_batch = torch.full((), -1, device=device)  # first_nonfinite_batch
         self.kept = Tally({"total": self.total, "first_nonfinite_batch": self.first_nonfinite_batch})
         self.images = self.calls = self.batch = 0
         self.reachable = False

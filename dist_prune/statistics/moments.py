@@ -33,19 +33,19 @@ class StatisticsError(ValueError):
 
 
 class Sums(Protocol):
-    """What a pass over images adds up: it can be taken out between two batches, and put back."""
+    """Sums of a pass over images: their state can be saved between two batches, and loaded again."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, not copied."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         ...
 
 
 class Watch(Protocol):
-    """Hands a pass its batches; before the first it may put sums back, between two it may keep them."""
+    """Hands a pass its batches; before the first it may load saved sums, between two it may save them."""
 
     def __call__(self, batches: Iterable[T], sums: Mapping[str, Sums], /) -> Iterable[T]: ...
 

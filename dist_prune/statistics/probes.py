@@ -1,4 +1,4 @@
-"""Curvature by trying: perturb one site along a random direction and look at the loss of the network's output.
+"""Curvature by sampling: perturb one site along a random direction and look at the loss of the network's output.
 
 Much slower than `curvature`, one forward a site; kept because it needs no gradient (`hessian-global`), and as the
 reference for what `hessian-local` computes in closed form. Each image has a direction of its own, keyed by its
@@ -187,7 +187,7 @@ def _fit(view: View, indices: Tensor, losses: Tensor, probing: Probing, world: W
 
 
 def _ranks(losses: Tensor, indices: Tensor, world: World) -> Tensor:
-    """Each loss's place, 0 to 1, among those of all ranks; equal losses stand in the order of their images."""
+    """Each loss's rank, 0 to 1, among those of all processes; equal losses stand in the order of their images."""
     everywhere = world.gather((losses.cpu(), indices.cpu()))
     every_loss, every_index = (torch.cat(column) for column in zip(*everywhere, strict=True))
     order = every_index.argsort()

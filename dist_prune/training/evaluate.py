@@ -1,4 +1,4 @@
-"""What a network is worth: accuracy, divergence from the dense network, and where its time goes."""
+"""Evaluation: accuracy, KL to the dense network, and the time of each layer."""
 
 from __future__ import annotations
 

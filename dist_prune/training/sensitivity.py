@@ -40,7 +40,7 @@ def measure_sites(
     world: World,
     along: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> list[SiteLoss]:
-    """KL(dense ‖ dense with one site factored), for each factored site. The ranks share the sites.
+    """Sensitivity: KL(dense ‖ dense with one site factored), for each factored site. The ranks share the sites.
 
     Args:
         dense: the network; a site at a time is replaced in it, and put back.

@@ -32,7 +32,7 @@ Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a
 
 
 class TrainingError(RuntimeError):
-    """Training that went wrong beyond repair."""
+    """Training that cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Trainer:
             buffer.div_(self.world.size)
 
     def finish(self) -> None:
-        """Leave in the model the weights to evaluate and save: under `--ema` the averaged ones."""
+        """Put into the model the weights to evaluate and save: under `--ema` the averaged ones."""
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 
@@ -182,7 +182,7 @@ class Trainer:
         """One step without consequences but for the model's buffers, before a `restore`.
 
         DDP orders its messages again after the first backward. With three ranks or more sums depend on that, so
-        that a run that goes on must have that behind it as the one that was left had.
+        that a resumed run must have done this as the stopped one had.
         """
         nn.Module.train(self.replica)
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
@@ -191,7 +191,7 @@ class Trainer:
 
 
 def require_possible(settings: TrainingConfig, device: torch.device) -> None:
-    """Find out before long work whether this machine can train so.
+    """Check before long work that this machine supports these settings.
 
     Raises:
         ConfigError: it cannot; names the flag.
@@ -306,12 +306,12 @@ def scaled_lr(settings: TrainingConfig, ranks: int) -> float:
 
 
 def steps_of(settings: TrainingConfig, batches: int) -> int:
-    """Steps of an epoch of so many batches a rank."""
+    """Steps of an epoch of so many batches per rank."""
     return math.ceil(batches / settings.accumulate)
 
 
 def format_summary(settings: TrainingConfig, batches: int, ranks: int, teacher: Distillation | None) -> str:
-    """What training will be, in lines for the log."""
+    """The settings of a training, in lines for the log."""
     product = f"{settings.batch_size} images × {settings.accumulate} × {ranks} rank(s)"
     lines = [
         f"{settings.epochs} epochs of {steps_of(settings, batches)} steps, global batch "
