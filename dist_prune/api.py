@@ -25,11 +25,11 @@ from dist_prune.factorization.spectra import spectra_of, unit_of
 from dist_prune.network.sites import Survey, evaluating, survey
 from dist_prune.statistics import collect as statistics
 
-FEWEST = 8  # images, of which one judges
+FEWEST = 8  # images, of which one is the holdout
 
 
 class BatchesError(ValueError):
-    """Batches that nothing can be computed from."""
+    """Batches that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def compress(
 
     Raises:
         BatchesError: no batches, fewer than 8 images, or not what the network takes.
-        ConfigError, PlanError, SiteError: an option that cannot be, or not on this network.
+        ConfigError, PlanError, SiteError: an invalid option, or one that does not fit this network.
         CorrectionError: the network answers the same images differently each time.
         StatisticsError: NaN or infinity, or labels missing.
 

@@ -25,17 +25,17 @@ from dist_prune.run.train import last_tuning, load_dense, tune
 
 
 class WorkError(RuntimeError):
-    """What seemed sound before the work turned out not to be, in the middle of it."""
+    """Something that passed all checks before the work turned out to be unusable."""
 
 
 def run(config: Run) -> Path | None:
-    """Do the whole job on all ranks, or what is left of it; the run's directory, or None for a dry run.
+    """Do all stages on all ranks, or those that are left; the run's directory, or None for a dry run.
 
     Raises:
         ValueError: in its many kinds: something in the configuration, data or weights cannot be used. Raised
             before long work starts, and on every rank.
         WorkError: the same, found in the middle of the work.
-        Preempted: a signal asked to leave; `--resume` goes on from there.
+        Preempted: a signal asked to stop; `--resume` continues.
     """
     with listening() as flag, joined(config.device, config.timeout) as world, flag.deferring():
         report = Report(speaks=world.is_first, entering=world.enter, ranks=world.size)
@@ -88,7 +88,7 @@ def stages(job: Job) -> Iterator[Stage]:
 
 
 def settle(config: Run) -> tuple[Run, Path]:
-    """The run's directory, and whether it is begun or gone on with. Changes nothing on disk."""
+    """The run's directory, and whether it is begun or resumed. Changes nothing on disk."""
     launch = launch_of(os.environ)
     folder = run_directory.run_directory(config, launch)
     config = run_directory.taken_up(config, folder, launch, restarts(os.environ))
@@ -100,7 +100,7 @@ def settle(config: Run) -> tuple[Run, Path]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """While open, what cannot be used is no longer a wrong start, but a failure of the work."""
+    """While open, a ValueError is a failure of the work, no longer of the start."""
     try:
         yield
     except ValueError as error:

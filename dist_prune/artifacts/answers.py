@@ -45,7 +45,7 @@ def right(found: Predictions, images: int, world: World) -> Tensor:
 
 
 def save(path: Path, answers: Answers) -> None:
-    """Write them, and a checksum beside the file."""
+    """Write them, and a checksum file."""
     with replacing(path) as aside:
         save_file(dict(answers.right), aside, {"images": answers.images})
     seal(path)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: numbered, checksummed, each rank its own part, the common one last."""
+"""Checkpoints of a run: numbered, checksummed; each rank writes its own part, the common one comes last."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from dist_prune.distributed.world import World
 from dist_prune.utils.files import CheckpointError, checksum, replacing, require_intact, seal, seal_of
 
-SCHEMA = 3  # of checkpoints; a reader of one does not understand another
+SCHEMA = 3  # schema of checkpoints; a reader of one does not understand another
 
 
 MIDDLE = "-mid"
@@ -27,7 +27,7 @@ class SchemaError(CheckpointError):
 class Snapshot:
     """A run at one moment, in plain types and tensors: what all ranks have in `common`, and each one's `own`.
 
-    `whole`: no pass over the images is in its middle, so that another number of ranks can go on from here.
+    `whole`: no pass over the images is in its middle, so that another number of ranks can resume here.
     """
 
     common: dict[str, Any]
@@ -36,7 +36,7 @@ class Snapshot:
 
 
 def save(folder: Path, snapshot: Snapshot, world: World, keep: int = 2) -> Path:
-    """Write the next checkpoint: every rank its own part, then rank 0 the common one, whose seal makes it valid.
+    """Write the next checkpoint: every rank its own part, then rank 0 the common one; its checksum makes it valid.
 
     The newest `keep` stay, and the newest whole one. They are numbered: clocks may jump.
 
@@ -64,7 +64,7 @@ def newest(folder: Path, world: World, whole: bool = False) -> tuple[Snapshot | 
     Args:
         folder: of the checkpoints.
         world: all ranks get the same one.
-        whole: only those that another number of ranks can go on from.
+        whole: only those that another number of ranks can resume from.
 
     Raises:
         SchemaError: the newest one was written by another version of this program.
@@ -148,7 +148,7 @@ def _forget_old(folder: Path, keep: int) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, all ranks' parts with it: what can be rescued from it needs them."""
+    """Rename a damaged checkpoint, all ranks' parts with it: whatever can be recovered needs them."""
     for each in [*_parts_of(path), path]:
         each.replace(each.with_name(each.name + ".damaged"))
     seal_of(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Versions, commit, machine and command: what one needs to run it again."""
+"""Versions, commit, machine and command: all that is needed to run it again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "safetensors
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit, machine and command: what one needs to run it again."""
+    """Versions, commit, machine and command: all that is needed to run it again."""
     return {
         "command": shlex.join(sys.argv),
         "start": start_of(sys.argv, os.environ),

@@ -1,4 +1,4 @@
-"""Everything that a run's directory tells, finished or not."""
+"""Everything in a run's directory, whether the run is finished or not."""
 
 from __future__ import annotations
 

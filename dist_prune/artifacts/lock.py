@@ -18,7 +18,7 @@ from dist_prune.utils.files import CheckpointError
 
 LOCK, OWNER = "lock", "owner.json"
 BEAT_S = 1.0  # how often the owner shows that it lives
-SILENT_S = 8.0  # after which an owner that the kernel knows nothing of is given up
+SILENT_S = 8.0  # after which an owner that the kernel knows nothing of counts as gone
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 

@@ -1,4 +1,4 @@
-"""The points of all curves, one JSON object a line."""
+"""The points of all curves, one JSON object per line."""
 
 from __future__ import annotations
 

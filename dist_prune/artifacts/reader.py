@@ -21,7 +21,7 @@ Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 @dataclass(frozen=True)
 class Record:
-    """What a run was told, and what came of it.
+    """The settings of a finished run, and its results.
 
     `settings` and `environment` are config.json's, `result` is result.json, `stages` its figures by stage,
     `answers` None for a run of an earlier version, which kept none.
@@ -45,7 +45,7 @@ def read_run(folder: Path) -> Record:
     require_run(folder)
     if not (folder / "result.json").is_file():
         raise CheckpointError(
-            f"{folder}: its run is not finished (no result.json); go on with it by --run-dir {folder} --resume"
+            f"{folder}: its run is not finished (no result.json); resume it by --run-dir {folder} --resume"
         )
     config, result, plan = (read_json(folder / name) for name in (CONFIG, "result.json", "plan.json"))
     answers = load_answers(folder / ANSWERS) if (folder / ANSWERS).exists() else None

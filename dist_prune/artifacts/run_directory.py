@@ -1,4 +1,4 @@
-"""A run's directory: its name, whose it is, and whether a run that was started again gets on."""
+"""A run's directory: its name, which run it belongs to, and whether a restarted run makes progress."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IRRELEVANT = {
     "keep_checkpoints",
 }
 PER_RANK = {"batch_size", "distill_batch_size"}  # what --reshard may change
-PATIENCE_S = 20.0  # for which a restarted run waits for its own remains to end
+PATIENCE_S = 20.0  # for which a restarted run waits for processes of its earlier start to end
 RESTARTS = 3  # in a row that may begin at the same place
 
 
@@ -49,7 +49,7 @@ def run_directory(config: Run, launch: str = "", home: Path = Path("runs")) -> P
 
 
 def taken_up(config: Run, folder: Path, launch: str, restarts: int) -> Run:
-    """The settings of a run that torchrun or SLURM started again: it goes on with what it had begun."""
+    """The settings of a run that torchrun or SLURM started again: it resumes what it had begun."""
     if restarts and _launch_of(folder / CONFIG) == launch:
         return replace(config, resume=True, overwrite=False, run_dir=folder)
     return config
@@ -90,7 +90,7 @@ def require_free(folder: Path, config: Run) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a place where nothing can be written, before work; leaves nothing there.
+    """Refuse a place that cannot be written, before work; leaves nothing there.
 
     Raises:
         CheckpointError: the folder, or the innermost one around it that is there, cannot be written.

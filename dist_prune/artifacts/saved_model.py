@@ -25,7 +25,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Description:
-    """All that is needed to build a compressed network again, and to feed it."""
+    """All that is needed to build a compressed network again, and to preprocess its images."""
 
     arch: str
     classes: int
@@ -37,7 +37,7 @@ class Description:
 def save_compressed(folder: Path, model: nn.Module, description: Description) -> None:
     """Write `plan.json` and `model.safetensors` (with its checksum); each whole or not at all.
 
-    The source of an architecture given as `file.py:function` is copied beside them.
+    The source of an architecture given as `file.py:function` is copied into the same folder.
     """
     arch = description.arch
     source, _, function = arch.partition(":")
@@ -81,7 +81,7 @@ def load_compressed(run_dir: str | Path) -> nn.Module:
 
 
 def read_description(folder: Path) -> Description:
-    """What `plan.json` says; an architecture that travels along is named by where it lies.
+    """What `plan.json` says; the path of an architecture saved with it is of the folder.
 
     Raises:
         CheckpointError: absent, damaged, or of a newer format.

@@ -1,4 +1,4 @@
-"""`dist-prune check`: environment, folders, images and weights of a run, looked at before it is queued."""
+"""`dist-prune check`: environment, folders, images and weights of a run, checked before it is queued."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from dist_prune.utils.files import CheckpointError, cache_folder, write_text
 
 CHECK = Usage(
     "dist-prune check",
-    "Look at all that `run` with the same words will need: versions, devices, ranks, DALI, folders, images, "
+    "Check all that `run` with the same words will need: versions, devices, ranks, DALI, folders, images, "
     "weights. Exit code 1 if anything fails.",
     (
         "dist-prune check resnet18-imagenet --data /imagenet --run-dir /shared/runs/first",
@@ -211,7 +211,7 @@ def run_folder(config: Run, world: World) -> Iterator[Finding]:
     """Whether --run-dir can be taken as it is."""
     folder = run_directory.run_directory(config)
     run_directory.require_free(folder, config)
-    yield Finding("run directory", "ok", f"{folder} {'is a run to go on with' if folder.exists() else 'is free'}")
+    yield Finding("run directory", "ok", f"{folder} {'is a run to resume' if folder.exists() else 'is free'}")
 
 
 def shared(config: Run, world: World) -> Iterator[Finding]:
@@ -234,7 +234,7 @@ def shared(config: Run, world: World) -> Iterator[Finding]:
     if absent:
         text = f"{socket.gethostname()} does not see in {parent} what ranks {absent} wrote"
     yield Finding("shared folder", "fail" if mine or absent else "ok", mine or text, advice)
-    advice = "owner.json alone tells two runs in one directory apart, which takes some seconds"
+    advice = "only owner.json keeps a second run out of a directory, which takes some seconds"
     yield Finding("locks", "warn" if hole else "ok", hole or f"{parent}: kept out of what another holds", advice)
 
 

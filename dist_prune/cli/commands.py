@@ -77,7 +77,7 @@ COMMANDS = {
     "run": Command("compress a network: [RECIPE] [FLAGS]; several ranks through torchrun", run, RUN_FLAGS),
     "plan": Command("show what `run` would do to each layer; reads no data and no weights", plan, RUN_FLAGS),
     "check": Command(
-        "look at environment, folders, images and weights before a run", later("dist_prune.cli.check"), RUN_FLAGS
+        "check environment, folders, images and weights before a run", later("dist_prune.cli.check"), RUN_FLAGS
     ),
     "report": Command(
         "draw a run's page, or one over several runs",
@@ -90,7 +90,7 @@ COMMANDS = {
         "dist_prune.reporting.compare:Comparison",
     ),
     "export": Command(
-        "take a run's network away: ONNX, torch.export, …",
+        "export a run's network: ONNX, torch.export, …",
         later("dist_prune.export.command"),
         "dist_prune.export.command:Export",
     ),

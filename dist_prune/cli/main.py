@@ -25,7 +25,7 @@ from dist_prune.training.trainer import TrainingError
 from dist_prune.utils.console import without_colours
 from dist_prune.utils.files import CheckpointError, write_text
 
-FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must be able to speak before
+FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must print its error before
 
 
 def main(arguments: Sequence[str] | None = None, program: Usage = LOCAL) -> int:
@@ -64,8 +64,8 @@ class ExitStatus:
 def exit_code() -> Iterator[ExitStatus]:
     """While open, expected errors become one line and an exit code.
 
-    0 done, 1 failed while working, 2 could not start as asked, 75 left because a signal asked to (start it again,
-    and it goes on), 3 was started again three times and got no further.
+    0 done, 1 failed while working, 2 could not start as asked, 75 stopped because a signal asked to (started
+    again, it resumes), 3 was restarted three times and made no progress.
 
     An error that all ranks share is printed by rank 0; what a rank hears of another's, it prints itself.
     """
@@ -89,7 +89,7 @@ def exit_code() -> Iterator[ExitStatus]:
 def _failed(error: Exception, code: int, speaks: bool = True) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends all once one has ended: each keeps its exit code
     if speaks:
-        kind = "left" if code == PREEMPTED else "error"
+        kind = "stopped" if code == PREEMPTED else "error"
         print(f"{kind}: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(FIRST_WORD_S)

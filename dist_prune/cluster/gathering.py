@@ -64,7 +64,7 @@ def gather(sweep: Sweep) -> str:
 
 
 def as_table(found: Sequence[Outcome]) -> str:
-    """One line a run; * marks what no other run beats in both cost and accuracy."""
+    """One line per run; * marks what no other run beats in both cost and accuracy."""
     best = set(map(id, front(found)))
     rows = [
         [

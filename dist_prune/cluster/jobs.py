@@ -30,8 +30,8 @@ from dist_prune.distributed.preemption import PREEMPTED
 
 PROJECT = Path(__file__).parents[2]
 MAX_ARRAY = 1001  # SLURM's default
-TIMEOUTS = 10_000  # a run may reach its time limit as often as it needs to: it goes on each time
-WARNING_S = 180  # how long before the time limit the ranks are told
+TIMEOUTS = 10_000  # a run may reach its time limit as often as it needs to: it resumes each time
+WARNING_S = 180  # how long before the time limit the ranks are warned
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Shape:
 
 
 class Launch:
-    """A task as submitit calls it on every rank: the run begins, or goes on where it was left."""
+    """A task as submitit calls it on every rank: the run starts, or resumes."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -76,7 +76,7 @@ class Gather:
 
 
 def is_wanted(environ: Mapping[str, str]) -> bool:
-    """Whether the job that this process belongs to is to go on: SLURM counts a cancelled one as not running."""
+    """Whether the job that this process belongs to shall resume: SLURM counts a cancelled one as not running."""
     job = environ.get("SLURM_JOB_ID") if environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
     text = "" if job is None else _asked("scontrol", "show", "job", "-o", job)
     return job is None or re.search(r"JobState=(RUNNING|SIGNALING) ", text) is not None
@@ -113,7 +113,7 @@ def snapshot(folder: Path) -> Path:
 def parameters(
     name: str, sweep: Sweep, shape: Shape, site: ClusterProfile, code: Path, dependency: str = ""
 ) -> dict[str, Any]:
-    """What submitit's SLURM executor is told of a job that has one rank for each GPU."""
+    """The parameters of submitit's SLURM executor for a job that has one rank for each GPU."""
     paths = [code / "COMMIT", *sweep.data]
     setup = [
         *site.setup,
@@ -214,7 +214,7 @@ def _asked(*words: str, required: bool = False) -> str:
 
 
 class Book:
-    """Which job each task of a sweep was given to last, in a file of one line a submission."""
+    """Which job each task of a sweep was given to last, in a file of one line per submission."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.path = sweep.folder / "submitted.jsonl"
@@ -244,7 +244,7 @@ class Book:
         return {task.name: state(task) for task in tasks}
 
     def reason(self, task: Task) -> str:
-        """The last error that any rank of a task text, else its last words."""
+        """The last error that any rank of a task reported, else its last line."""
         job = self.jobs().get(task.name, "")
         lines = (
             [line for path in sorted(self.logs.glob(f"{job}_*_log.err")) for line in _lines(path)] if job else []

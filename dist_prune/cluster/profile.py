@@ -21,7 +21,7 @@ from dist_prune.config.flags import ConfigError
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """One cluster's ways; see `slurm/site.example.toml`."""
+    """The profile of one cluster; see `slurm/site.example.toml`."""
 
     partition: str = ""
     account: str = ""
@@ -48,7 +48,7 @@ class ClusterProfile:
 
 
 def read_site(path: Path | None) -> ClusterProfile:
-    """The site a file describes; without a file one that asks for nothing special.
+    """The profile in a file; without a file one that asks for nothing special.
 
     Raises:
         ConfigError: absent, no TOML, or a key or type that is not known.

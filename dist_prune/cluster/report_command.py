@@ -33,7 +33,7 @@ class Reporting:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Directories of runs."""
     output: Path | None = None
-    """Of several runs: the page to write, with the same in Markdown beside it; default ./report.html."""
+    """Of several runs: the page to write, with the same in Markdown next to it; default ./report.html."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def over_all(runs: Sequence[Record], output: Path) -> list[Path]:
     return write_pages(output, "runs", context(runs, output.parent))
 
 
-def context(runs: Sequence[Record], beside: Path) -> dict[str, Any]:
-    """All that the templates ask for; links are relative to the folder `beside` the page."""
+def context(runs: Sequence[Record], home: Path) -> dict[str, Any]:
+    """All that the templates ask for; links are relative to `home`, the page's folder."""
     settings = differing(runs)
     outcomes = [_outcome(run, values) for run, values in zip(runs, settings, strict=True)]
     best = set(map(id, front(outcomes)))
@@ -87,7 +87,7 @@ def context(runs: Sequence[Record], beside: Path) -> dict[str, Any]:
             o,
             accuracy_interval(o.top1, run.result["dense"]["images"]),
             id(o) in best,
-            link(run.folder / HTML, beside),
+            link(run.folder / HTML, home),
             values,
         )
         for o, run, values in zip(outcomes, runs, settings, strict=True)
@@ -101,9 +101,9 @@ def context(runs: Sequence[Record], beside: Path) -> dict[str, Any]:
     }
 
 
-def link(page: Path, beside: Path) -> str | None:
-    """From a page in the folder `beside` to this one, if it is there."""
-    return os.path.relpath(str(page), str(beside)) if page.is_file() else None
+def link(page: Path, home: Path) -> str | None:
+    """From a page in the folder `home` to this one, if it is there."""
+    return os.path.relpath(str(page), str(home)) if page.is_file() else None
 
 
 def _outcome(run: Record, values: Mapping[str, str]) -> Outcome:

@@ -46,7 +46,7 @@ class Submission:
     sweep_dir: Path | None = None
     """Where everything goes; default sweeps/RECIPE-…, the same for the same command."""
     cluster: Literal["slurm", "local", "debug"] = "slurm"
-    """slurm; local: processes on this machine, one a rank; debug: one after the other in this process."""
+    """slurm; local: processes on this machine, one per rank; debug: one after the other in this process."""
     array_parallelism: int = 256
     """Runs at a time."""
     nodes: int = 1
@@ -56,7 +56,7 @@ class Submission:
     cpus_per_task: int = 8
     """Cores of a rank."""
     time: int = 720
-    """Time limit of a run, minutes; a run that reaches it goes on in another turn."""
+    """Time limit of a run, minutes; a run that reaches it is queued again and resumes."""
     partition: str = ""
     """SLURM's partition."""
     account: str = ""
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.cluster == "slurm":
             require_slurm()
         if asked.status:
-            return tell(sweep, living(asked))
+            return show_status(sweep, living(asked))
         sweep.folder.mkdir(parents=True, exist_ok=True)
         code = snapshot(sweep.folder)
         if asked.cluster == "slurm":
@@ -148,7 +148,7 @@ def _content(path: Path) -> bytes:
         return b""
 
 
-def tell(sweep: Sweep, living: dict[str, str]) -> int:
+def show_status(sweep: Sweep, living: dict[str, str]) -> int:
     """How far every task is, and why it failed."""
     book, tasks = Book(sweep), [*sweep.passes(), *sweep.runs()]
     states, jobs = book.states(tasks, living), book.jobs()

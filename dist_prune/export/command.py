@@ -41,7 +41,7 @@ class Export:
     """A run's directory, or a folder with its plan.json, model.safetensors and model.safetensors.sha256."""
     format: Format
     """onnx: PyTorch's dynamo exporter, run in onnxruntime; torch-export: a torch.export program; state-dict: the
-    tensors alone; python: a readable module that needs torch alone, and NAME_weights.pt beside it."""
+    tensors alone; python: a readable module that needs torch alone, and NAME_weights.pt next to it."""
     out: Path | None = None
     """File to write; default model.onnx, .pt2, .pt or .py in the run's directory."""
     images: Path | None = None
@@ -54,7 +54,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A network that was taken from `folder`, and what it is."""
+    """The network of `folder`, and what it is."""
 
     folder: Path
     network: nn.Module
@@ -90,12 +90,12 @@ def take(folder: Path) -> Compressed:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder; expected the directory of a finished run")
     if is_known(folder) and not finished(folder):
-        raise CheckpointError(f"{folder}: its run is not finished (no result.json): go on with it by --resume")
+        raise CheckpointError(f"{folder}: its run is not finished (no result.json): continue it with --resume")
     return Compressed(folder, load_compressed(folder), read_description(folder))
 
 
 def require_absent(path: Path, overwrite: bool) -> None:
-    """Nothing that is there is replaced unasked.
+    """Refuse to replace a file without --overwrite.
 
     Raises:
         CheckpointError: it would be.

@@ -223,12 +223,12 @@ def write_state(path: Path, network: nn.Module) -> int:
     return len(state)
 
 
-# ── what others say ────────────────────────────────────────────────────────────────────────────────────────
+# ── others' messages ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters narrate; what matters comes as an exception."""
+    """Silence the exporters; what matters comes as an exception."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Images to hold an exported network against: of the run's data, of a folder, or noise where there are none."""
+"""Images to compare an exported network on: of the run's data, of a folder, or noise where there are none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network as a Python module that needs torch alone: a class a kind of block, and all layers in one place."""
+"""A network as a Python module that needs torch alone: a class per kind of block, and all layers in one place."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Source:
 def write_source(
     path: Path, network: nn.Module, images: Tensor, title: str, constants: Sequence[str]
 ) -> Agreement:
-    """Write the module to `path`, and `…_weights.pt` beside it; import both in a process without this package.
+    """Write the module to `path`, and `…_weights.pt` next to it; import both in a process without this package.
 
     Raises:
         ExportError: see `write_down` and `compare`.
@@ -118,7 +118,7 @@ def write_source(
 
 
 def weights_of(path: Path) -> Path:
-    """Where the weights of a module lie."""
+    """The file of a module's weights."""
     return path.with_name(f"{path.stem}_weights.pt")
 
 

@@ -64,7 +64,7 @@ class Speed:
         macs: multiply-adds of one image.
         params: parameters.
         megabytes: of parameters and buffers.
-        passes: one entry an engine and batch size.
+        passes: one entry per engine and batch size.
         sites: in order of execution, for batches of `site_batch` images, eager.
         site_batch: images.
         site_share: part of the dense eager pass that these sites take, 0 to 1; the rest is not compressed.
@@ -144,7 +144,7 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """As the kernel tells it."""
+    """As the kernel reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

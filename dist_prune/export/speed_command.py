@@ -35,9 +35,9 @@ class Timed:
     run: tyro.conf.Positional[Path]
     """A run's directory, or a folder with its plan.json, model.safetensors and model.safetensors.sha256."""
     batches: tuple[int, ...] = (1, 8, 64)
-    """Images a pass; sites are timed with the middle one."""
+    """Images per pass; sites are timed with the middle one."""
     engines: tuple[Engine, ...] = ("eager", "onnxruntime")
-    """What runs the networks; channels-last: eager, laid out NHWC; compile: torch.compile."""
+    """What runs the networks; channels-last: eager, in NHWC memory format; compile: torch.compile."""
     device: str = "auto"
     """auto: CUDA where there is one; or cpu, cuda."""
     threads: int = 0
@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> int:
 
     Raises:
         CheckpointError: no finished run, a damaged one, or the file is there already.
-        ConfigError: a flag cannot be.
+        ConfigError: an invalid flag.
     """
     asked = parse(words)
     path = asked.out or asked.run / FILE

@@ -53,7 +53,7 @@ def parameters(forward: Forward) -> list[str]:
 
 
 def statements(forward: Forward, module: nn.Module) -> list[str]:
-    """The body of the forward, one statement a line.
+    """The body of the forward, one statement per line.
 
     Raises:
         UntraceableError: an operation that has no name in torch.

@@ -1,4 +1,4 @@
-"""`dist-prune compare`: finished runs side by side, what they were told and what came of it."""
+"""`dist-prune compare`: finished runs side by side: settings and results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _section(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def cut(text: str, room: int) -> str:
-    """The end of a text that is too long: of paths, what tells them apart."""
+    """The end of a text that is too long: of paths, the part that distinguishes them."""
     return text if len(text) <= room else "…" + text[1 - room :]
 
 

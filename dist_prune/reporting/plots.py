@@ -11,7 +11,7 @@ from dist_prune.factorization.layers import Layer
 
 
 def spectrum_figure(layer: Layer, rank: int | None) -> Figure:
-    """Shares of the sum, on a logarithmic axis, one line a group; the rank as a dashed line."""
+    """Shares of the sum, on a logarithmic axis, one line per group; the rank as a dashed line."""
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
     spectrum = layer.spectrum or ()

@@ -1,4 +1,4 @@
-"""How far a phase has come: a bar on a terminal, now and then a line in a log."""
+"""Progress of a phase: a bar on a terminal, a line every half minute in a log."""
 
 from __future__ import annotations
 

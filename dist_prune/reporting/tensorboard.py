@@ -18,7 +18,7 @@ MARKS = {"group", "step", "time"}  # of a point; everything else in it is a valu
 TRAINED = "(pretrain|train|distill|rounds/train)"
 # Category → chart → the groups of points it shows, and a pattern of their tags.
 CHARTS: dict[str, dict[str, tuple[set[str], str]]] = {
-    "what became of the network": {
+    "the network at each stage": {
         "top-1, %: dense, projected, corrected, distilled, tuned": ({"top1"}, "top1/.*"),
         "KL to the dense network, nats per image": ({"val"}, "val/kl"),
         "loss on the validation images": ({"val"}, "val/loss"),
@@ -39,7 +39,7 @@ CHARTS: dict[str, dict[str, tuple[set[str], str]]] = {
 
 @dataclass
 class Curves:
-    """One run's TensorBoard folder. The first error in writing is told; from then on nothing is drawn.
+    """One run's TensorBoard folder. The first error in writing is reported; from then on nothing is drawn.
 
     A run is worth more than its pictures: metrics.jsonl has the points, and layers.json what the pictures show.
     """

@@ -1,4 +1,4 @@
-"""Where a run can be left and taken up again: between stages, and within them between two batches or sites."""
+"""Checkpointing and resuming: between stages, and within them between two batches or sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_prune.statistics.moments import Moments, Sums
 
 T = TypeVar("T")
 
-GO_ON, SAVE, LEAVE = 0, 1, 2  # what a rank may wish
+GO_ON, SAVE, LEAVE = 0, 1, 2  # what a rank may vote for
 
 
 class Stateful(Protocol):
@@ -38,13 +38,13 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far a stage has come that is not done.
+    """A resume point: how far an unfinished stage has come.
 
     Attributes:
         at: in words, such as "epoch 3, step 120"; two that are equal made no progress.
         common: plain types and tensors, the same on all ranks.
         own: this rank's.
-        whole: whether another number of ranks could go on from here.
+        whole: whether another number of ranks could resume here.
     """
 
     at: str
@@ -55,12 +55,12 @@ class ResumePoint:
 
 @dataclass
 class CheckpointManager:
-    """Saves the run when it is time or a signal came, and hands each stage what it had left.
+    """Saves the run when it is time or a signal came, and gives each stage the state to resume from.
 
     Attributes:
         world: the ranks.
         folder: of the checkpoints.
-        flag: which signal asked to leave.
+        flag: which signal asked to stop.
         say: takes lines for people.
         every_s: seconds between two checkpoints.
         keep: how many.
@@ -78,7 +78,7 @@ class CheckpointManager:
     header: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Stateful] = field(default_factory=dict)
     stage: str = ""
-    left: dict[str, Any] | None = None  # of the stage under way when the run was left
+    left: dict[str, Any] | None = None  # of the stage under way when the run was stopped
     own: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class CheckpointManager:
         self._wish = GO_ON
         self._saved = time.monotonic()
 
-    # ── taking up ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── resuming ────────────────────────────────────────────────────────────────────────────────────────────
 
     def take_up(self, found: Snapshot) -> None:
         """Be where the run was; from now on stages continue what this checkpoint holds."""
@@ -103,24 +103,24 @@ class CheckpointManager:
         left, own = self.left, self.own
         self.left, self.own = None, {}
         set_randomness(own)
-        self.say(f"   going on from {left['at']}")
+        self.say(f"   resuming at {left['at']}")
         return ResumePoint(left["at"], left["common"], own.get("standing", {}), left["whole"])
 
-    # ── leaving ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── saving ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def watched(
         self, batches: Iterable[T], standing: Callable[[], ResumePoint | None] | None = None
     ) -> Iterator[T]:
-        """The batches; whenever the next one is asked for, the run may be left. See `pause`."""
+        """The batches; whenever the next one is asked for, the run may be stopped. See `pause`."""
         for batch in batches:
             yield batch
             self.pause(standing)
 
     def pause(self, standing: Callable[[], ResumePoint | None] | None = None) -> None:
-        """A place where all ranks stand alike: save if it is time, leave if any rank was asked to.
+        """A point that all ranks reach together: save if it is time, stop if any rank was asked to.
 
         Args:
-            standing: of the stage, or None if it cannot be left exactly here. Without it the stage will start
+            standing: of the stage, or None if it cannot be resumed exactly here. Without it the stage will start
                 again, from the checkpoint before it.
 
         Raises:
@@ -136,7 +136,7 @@ class CheckpointManager:
         self._vote.begin(self._own_wish())
 
     def close(self, standing: ResumePoint | None = None) -> None:
-        """The end of a stage, or of an epoch: save, and leave if any rank was asked to.
+        """The end of a stage, or of an epoch: save, and stop if any rank was asked to.
 
         Raises:
             Preempted, CheckpointError: see `pause`.
@@ -171,11 +171,11 @@ class CheckpointManager:
 
     def _leave(self) -> None:
         heard = [name for name in self.world.gather(self.flag.signal) if name]
-        raise Preempted(f"asked to leave by {heard[0]}; saved")
+        raise Preempted(f"asked to stop by {heard[0]}; saved")
 
 
 class Resumable(Passes):
-    """Passes that can be left after any batch: each rank's sums and stream are its own, finished passes common."""
+    """Passes that can be resumed after any batch: sums and stream are each rank's own, finished passes common."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Resumable(Passes):
         opening: Callable[[int], Stream],
         along: Callable[[Stream], Iterable[Batch]] = iter,
     ) -> None:
-        """Take up the passes of the stage under way; `opening` gives its streams, `along` their batches."""
+        """Resume the passes of the stage under way; `opening` gives its streams, `along` their batches."""
         self.checkpoints, self.opening, self.along = manager, opening, along
         self.left = manager.resumed()
         self.found: dict[str, dict[str, Tensor]] = self.left.common["found"] if self.left else {}

@@ -109,7 +109,7 @@ def passes_of(job: Job) -> Resumable:
 
 
 def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
-    """What the layers are and what their directions are worth, on disk and in TensorBoard."""
+    """The layers and their spectra, on disk and in TensorBoard."""
     found, path = layers.layers_of(job.survey, bases), job.folder / layers.LAYERS
     job.world.from_first(lambda: layers.save(path, found))
     job.report.layers(found, job.state.chosen)
@@ -118,7 +118,7 @@ def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
 def directions(
     job: Job, model: nn.Module, sites: Sequence[Site], gathered: Statistics
 ) -> tuple[dict[str, Basis], Spectra | None]:
-    """The bases of these sites of the network, and what their directions are worth."""
+    """The bases of these sites of the network, and their spectra."""
     method = job.config.compression.basis
     with job.report.phase("bases"):
         bases = solve(model, sites, gathered, method, job.config.seed, job.world)
@@ -126,7 +126,7 @@ def directions(
 
 
 def decide(job: Job, spectra: Spectra | None) -> Plan:
-    """The plan, made on rank 0, and text."""
+    """The plan, made on rank 0, and printed."""
     plan = job.world.from_first(lambda: job.planner.plan(spectra))
     noise = probe(job.config, job.world, 16)
     shares = job.world.from_first(lambda: time_sites(job.dense, job.survey.sites, noise))

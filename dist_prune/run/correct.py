@@ -42,7 +42,7 @@ def correct(job: Job) -> None:
 
 
 def reestimate_batch_norm(job: Job) -> None:
-    """Take batch norm's statistics again, in place."""
+    """Re-estimate batch norm's statistics, in place."""
     with job.report.phase("batch norm"):
         images = correction.decode(unlabelled_stream(job), mirrored=False)
         memory = job.config.correction.calibration_bytes
@@ -56,7 +56,7 @@ def solved(state: correction.CorrectionState) -> int:
 
 
 def pause_between_sites(job: Job, state: correction.CorrectionState, shown: Count) -> None:
-    """A correction may be left after each site; after some of them a checkpoint is due."""
+    """A correction may be stopped after each site; after some of them a checkpoint is due."""
     number, trial, last = solved(state), len(state.trials) + 1, state.outcomes[-1]
     shown.step()
     job.report.scalars("calibration", len(state.outcomes), {f"trial {trial}": last.tried[last.chosen]})

@@ -1,4 +1,4 @@
-"""Label-free training towards the dense network: the divergence of the outputs, and what the blocks give."""
+"""Label-free distillation from the dense network: KL of the softmax, and errors of the blocks' outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def distill(job: Job) -> None:
-    """Label-free training."""
+    """Label-free distillation."""
     with job.report.phase("distillation"):
         train_towards(job, job.state.compressed)
 

@@ -1,4 +1,4 @@
-"""The end of a run: the network saved, the figures told, the pages drawn, and result.json last."""
+"""The end of a run: the network saved, the results printed, the pages drawn, and result.json last."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def finished(folder: Path) -> bool:
 
 
 def finish(job: Job) -> None:
-    """Save the model, tell the figures, and write result.json last."""
+    """Save the model, print the results, and write result.json last."""
     description = Description(
         job.config.network.arch,
         job.config.network.classes,
@@ -44,7 +44,7 @@ def finish(job: Job) -> None:
 
 
 def draw(job: Job, result: dict[str, Any]) -> None:
-    """The pages of the run, which is worth more than they are: whatever goes wrong with them is only text."""
+    """The pages of the run, which is worth more than they are: whatever goes wrong with them is only a warning."""
     try:
         page.write(job.folder, result)
     except Exception as error:
@@ -89,7 +89,7 @@ def to_compare(job: Job, result: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def told_outcome(job: Job, result: dict[str, Any]) -> str:
-    """The last words: accuracy at every stage, cost, and where everything is."""
+    """The summary: accuracy at every stage, cost, and where everything is."""
     rows = [
         [stage, f"{m.top1:.2f} %", f"{m.top5:.2f} %", f"{m.loss:.4f}", "" if m.kl is None else f"{m.kl:.4f}"]
         for stage, m in job.state.metrics.items()

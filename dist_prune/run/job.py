@@ -39,7 +39,7 @@ class Job:
         everything: all sites of the network.
         survey: those that `--sites` chooses.
         planner: from spectra to a plan.
-        checkpoints: where it can be left and resumed.
+        checkpoints: where it can be stopped and resumed.
         state: what its stages have found.
     """
 
@@ -75,7 +75,7 @@ def validation(job: Job) -> Stream:
 
 
 def watched_validation(job: Job) -> Iterator[Batch]:
-    """The same in a run that can be left in its middle."""
+    """The same in a run that can be stopped and resumed."""
     return job.checkpoints.watched(job.report.meter.batches(validation(job)))
 
 

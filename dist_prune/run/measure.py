@@ -30,7 +30,7 @@ def evaluate_dense(job: Job) -> None:
 
 
 def evaluate(stage: str) -> Callable[[Job], None]:
-    """The compressed network on the validation images, told as `stage`; all ranks must hold the same network."""
+    """The compressed network on the validation images, reported as `stage`; all ranks hold the same network."""
 
     def measure(job: Job) -> None:
         job.world.require_same(f"parameters ({stage})", fingerprint(job.state.compressed))
@@ -64,7 +64,7 @@ def log_metrics(job: Job, stage: str, metrics: Metrics) -> None:
 
 
 def measure_sites(job: Job) -> None:
-    """What each site loses by itself, next to what was predicted."""
+    """Sensitivity: what each site loses by itself, next to what was predicted."""
     images, split = job.config.images, statistics_split(job, SITE_IMAGES)
     with job.report.phase("measure sites"):
         everything = Unsharded(job.world.device, job.world.local_rank)

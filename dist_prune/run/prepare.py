@@ -85,7 +85,7 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
 
 
 def identity_of(dataset: Dataset, unlabelled: Split | None, dense: nn.Module) -> dict[str, str]:
-    """What a run is about: another one cannot go on with its checkpoints."""
+    """What a run is about: another one cannot resume from its checkpoints."""
     return {
         "training images": dataset.train.digest(),
         "validation images": dataset.val.digest(),
@@ -95,7 +95,7 @@ def identity_of(dataset: Dataset, unlabelled: Split | None, dense: nn.Module) ->
 
 
 def shares_of(config: Run, world: World) -> dict[str, int]:
-    """How the images are shared out: what a pass over them can only go on with."""
+    """How the images are shared out: a pass over them can only resume with the same."""
     return {
         "ranks": world.size,
         "batch_size": config.tuning.batch_size,

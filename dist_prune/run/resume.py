@@ -23,7 +23,7 @@ from dist_prune.utils.files import CheckpointError
 
 @contextmanager
 def opened(job: Job) -> Iterator[Job]:
-    """Have the run's directory to oneself, and stand where an earlier start of the run was left, if there is one.
+    """Lock the run's directory, and resume from its newest checkpoint, if there is one.
 
     Raises:
         CheckpointError: another process works there, or it cannot be written.
@@ -48,7 +48,7 @@ def opened(job: Job) -> Iterator[Job]:
 
 
 def take_up(job: Job) -> None:
-    """Stand where the newest checkpoint that can be used was left."""
+    """Resume from the newest checkpoint that can be used."""
     found = newest_checkpoint(job)
     if found is not None:
         require_identity(job, found.common["identity"])
@@ -67,7 +67,7 @@ def take_up(job: Job) -> None:
 
 
 def redraw(job: Job) -> None:
-    """Draw again what is drawn but once, in TensorBoard, which forgot it."""
+    """Draw again what is drawn only once: TensorBoard's folder was emptied."""
     if job.state.plan is None or not job.world.is_first:
         return
     try:
@@ -79,7 +79,7 @@ def redraw(job: Job) -> None:
 
 
 def newest_checkpoint(job: Job, whole: bool = False) -> Snapshot | None:
-    """The newest intact checkpoint; damaged ones are text."""
+    """The newest intact checkpoint; damaged ones are reported."""
     found, problems = checkpoints.newest(job.checkpoints.folder, job.world, whole)
     for problem in problems:
         job.report.warn(f"{problem}; renamed to ….damaged, using the checkpoint before")
@@ -87,7 +87,7 @@ def newest_checkpoint(job: Job, whole: bool = False) -> Snapshot | None:
 
 
 def require_identity(job: Job, before: dict[str, str]) -> None:
-    """Refuse to go on with other images or another network.
+    """Refuse to resume with other images or another network.
 
     Raises:
         ConfigError: names what is different.
@@ -96,12 +96,12 @@ def require_identity(job: Job, before: dict[str, str]) -> None:
     if differing:
         raise ConfigError(
             f"--resume: the {' and the '.join(differing)} are not what {job.folder} was begun with: "
-            f"put them back, or begin again with --overwrite"
+            f"put them back, or start over with --overwrite"
         )
 
 
 def resharded(job: Job, found: Snapshot) -> Snapshot | None:
-    """Another number of ranks, or batch size, goes on from where no pass over the images is in its middle.
+    """Another number of ranks, or batch size, resumes where no pass over the images is in its middle.
 
     Raises:
         ConfigError: that was not asked for.
@@ -109,8 +109,8 @@ def resharded(job: Job, found: Snapshot) -> Snapshot | None:
     before, now = (shares_text(shares) for shares in (found.common["shares"], job.checkpoints.header["shares"]))
     if not job.config.reshard:
         raise ConfigError(
-            f"--resume: the run was left by {before}, this is {now}: start it as it was, or add --reshard to go "
-            f"on from the end of its last epoch"
+            f"--resume: the run was stopped with {before}, this is {now}: start it as it was, or add --reshard to "
+            f"resume from the end of its last epoch"
         )
     boundary = found if found.whole else newest_checkpoint(job, whole=True)
     again = "nothing" if found.whole else f"what was done between it and {place_of(found.common)}"

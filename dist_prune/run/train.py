@@ -1,4 +1,4 @@
-"""A job's network in training: epochs, curves, and where it can be left and taken up again."""
+"""A job's network in training: epochs, curves, and where it can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dist_prune.utils import files
 
 
 def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, before: int = 0) -> None:
-    """Train `model` in place, or go on training it; a checkpoint is left after every epoch.
+    """Train `model` in place, or resume training it; a checkpoint is saved after every epoch.
 
-    `before` says how often the run has trained so before: images come in another order, curves go on from there.
+    `before`: how often the run has trained before; images come in another order, curves continue from there.
     """
     images, split, seed = job.config.images, job.dataset.train, job.config.seed + before
     stream = training_stream(
@@ -89,7 +89,7 @@ def last_tuning(config: Run) -> TuningConfig:
 
 
 class Session:
-    """Training as something that can be left after every step."""
+    """Training that can be stopped and resumed after every step."""
 
     def __init__(self, job: Job, trainer: Trainer, stream: Stream) -> None:
         self.job, self.trainer, self.stream = job, trainer, stream
@@ -97,7 +97,7 @@ class Session:
         self.began = 0  # epochs that were done when the stream began: another order than theirs
 
     def batches(self, epochs: int, epoch: int) -> Iterator[Batch]:
-        """Of one epoch; training may be left after each step."""
+        """Of one epoch; training may be stopped after each step."""
         shown = self.job.report.meter.batches(self.stream, epochs, epoch)
         return self.job.checkpoints.watched(shown, lambda: self.in_epoch(epoch))
 
@@ -109,10 +109,10 @@ class Session:
         return self.standing(epoch, f"epoch {epoch + 1}, step {self.trainer.step}")
 
     def standing(self, epoch: int, at: str, whole: bool = False) -> ResumePoint:
-        """All that training goes on from, once `epoch` epochs are done.
+        """The state that training resumes from, once `epoch` epochs are done.
 
         Raises:
-            TrainingError: the network is no longer made of numbers: what was saved before stays the last.
+            TrainingError: the network is not finite: the checkpoint before stays the last.
         """
         model = self.trainer.model
         require_numbers(model, self.trainer.step)
@@ -129,7 +129,7 @@ class Session:
         )
 
     def resume(self) -> int:
-        """Go on where training was left, if it was; the epochs already done."""
+        """Resume where training was stopped, if it was; the epochs already done."""
         left = self.job.checkpoints.resumed()
         if left is None:
             return 0
@@ -155,7 +155,7 @@ class Session:
 
 
 def require_numbers(model: nn.Module, step: int) -> None:
-    """Never save what cannot be gone on with.
+    """Never save a network that is not finite.
 
     Raises:
         TrainingError: a parameter is NaN or infinite, on any rank: after an all-reduce, on all.

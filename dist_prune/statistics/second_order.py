@@ -3,7 +3,7 @@
 A site's error e_p at position p changes the output of an image by KL(dense ‖ compressed) ≈ ½ E_l (Σ_p g_pᵀe_p)²,
 with g = ∂l/∂y at the site's output and l a random function of the logits z whose gradients have the Fisher
 information as their second moment. The sum over positions is inside the square: errors of neighbouring positions
-add up, as they do in the network. The Fisher metric Σ_p g_p g_pᵀ leaves that out: a third to a hundredth is predicted.
+add up, as they do in the network. The Fisher metric Σ_p g_p g_pᵀ ignores that and predicts a third to a hundredth.
 
 As l we take Σ_y ε_y √p_y log p_y with random signs ε and p = softmax(z): its gradient is Bᵀε, BᵀB = diag(p) − ppᵀ.
 A label drawn from p has the same second moment, but of a confident network nearly all of it comes from labels that

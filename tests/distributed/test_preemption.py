@@ -58,7 +58,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_to_the_same_bits(
         kill_with=name,
     )
     assert done.codes == [PREEMPTED, PREEMPTED], done.err
-    assert f"left: asked to leave by {name}; saved" in done.err
+    assert f"stopped: asked to stop by {name}; saved" in done.err
     assert "Traceback" not in done.err and "error:" not in done.err
     assert not (folder / "owner.json").exists()
     words = bench.words(folder, **EVERYTHING)  # not a word of resuming: SLURM started it again

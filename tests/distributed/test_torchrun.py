@@ -160,7 +160,7 @@ def test_a_signal_to_torchrun_has_the_ranks_save_and_leave(
         run.reach(phase)
         run.launcher.send_signal(signal.Signals[name])
         said = run.end()
-    assert f"left: asked to leave by {name}; saved" in said, said
+    assert f"stopped: asked to stop by {name}; saved" in said, said
     assert run.launcher.returncode == 1, said
     assert not run.living()
     bench.commands.succeed(*bench.words(tmp_path / "run", **EVERYTHING, resume=True), ranks=2)

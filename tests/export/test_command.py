@@ -213,7 +213,7 @@ def damaged(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (unfinished, r"its run is not finished \(no result.json\): go on with it by --resume"),
+        (unfinished, r"its run is not finished \(no result.json\): continue it with --resume"),
         (damaged, r"its SHA-256 differs from the one in model.safetensors.sha256: damaged"),
         (lambda folder: (folder / "plan.json").unlink(), "no plan.json; expected the directory of a finished run"),
         (shutil.rmtree, "there is no such folder; expected the directory of a finished run"),

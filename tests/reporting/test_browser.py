@@ -72,7 +72,7 @@ def shown(browser: Browser, address: str, *expected: str) -> str:
 
 def test_custom_scalars_open_on_what_matters(browser: Browser, board: str) -> None:
     charts = [
-        "what became of the network",
+        "the network at each stage",
         "top-1, %: dense, projected, corrected, distilled, tuned",
         "KL to the dense network, nats per image",
         "training",

@@ -91,8 +91,8 @@ def test_another_number_of_ranks_does_not_resume(bench: Bench, killed: Path, tmp
     done = bench.commands(*bench.words(folder, epochs=EPOCHS, resume=True))
     assert done.codes == [2]
     assert done.errors == [
-        "error: --resume: the run was left by 2 ranks with batches of 4, this is 1 ranks with batches of 4: "
-        "start it as it was, or add --reshard to go on from the end of its last epoch",
+        "error: --resume: the run was stopped with 2 ranks with batches of 4, this is 1 ranks with batches of 4: "
+        "start it as it was, or add --reshard to resume from the end of its last epoch",
     ]
 
 

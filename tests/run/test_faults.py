@@ -139,7 +139,7 @@ def test_an_image_that_goes_bad_in_an_epoch_is_named_and_the_last_checkpoint_sta
     done = bench.commands(*bench.words(folder, **FLAGS, resume=True, data=data), ranks=2)
     assert done.codes == [1, 1]
     assert done.errors and all("b/3.jpg" in line for line in done.errors)
-    assert "going on from epoch" in done.out
+    assert "resuming at epoch" in done.out
     assert any((folder / "checkpoints").glob("*.sha256"))
     shutil.rmtree(data)
     shutil.copytree(bench.data, data)

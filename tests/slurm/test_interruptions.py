@@ -60,7 +60,7 @@ def test_a_warning_before_the_time_limit_saves_requeues_and_goes_on(jobs: Jobs, 
     job = started(jobs, "warned", "--nodelist=n1")
     jobs.cluster.run("scancel", "--signal=USR2", job)
     require_gone_on(jobs, "warned", job, expected)
-    assert "left: asked to leave by SIGUSR2; saved" in jobs.log("warned")
+    assert "stopped: asked to stop by SIGUSR2; saved" in jobs.log("warned")
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_a_job_of_a_higher_partition_preempts_it_and_it_goes_on(jobs: Jobs, expe
     urgent = jobs.cluster.submit("--partition=urgent", *size, "--wrap=sleep 3", cwd=jobs.home)
     assert jobs.cluster.finish(urgent) == "COMPLETED"
     require_gone_on(jobs, "preempted", job, expected)
-    assert "left: asked to leave by SIGTERM; saved" in jobs.log("preempted")
+    assert "stopped: asked to stop by SIGTERM; saved" in jobs.log("preempted")
 
 
 @pytest.mark.slow

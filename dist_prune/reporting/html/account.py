@@ -1,4 +1,4 @@
-"""What a run was told to do, in sentences."""
+"""The settings of a run, in sentences."""
 
 from __future__ import annotations
 

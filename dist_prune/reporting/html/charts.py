@@ -16,7 +16,7 @@ LEAST = 1e-9  # of what is drawn on a logarithmic axis
 
 @dataclass(frozen=True)
 class Tick:
-    """A number beside an axis, and where it stands, in per cent."""
+    """A label of an axis, and its position, in per cent."""
 
     at: float
     text: str
