@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dist_prune.utils.text import read_text
+
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "safetensors", "tensorboard")
 
 
@@ -69,11 +71,13 @@ def _commit() -> str | None:
     here = Path(__file__).parents[1]
     noted = here.with_name("COMMIT")
     if noted.is_file():
-        return noted.read_text().strip()
+        return read_text(noted).strip()
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, encoding="utf-8", check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()

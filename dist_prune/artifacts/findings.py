@@ -16,6 +16,7 @@ from dist_prune.factorization.plan import Plan, PlanError
 from dist_prune.training import sensitivity
 from dist_prune.training.evaluate import Metrics
 from dist_prune.utils.files import CheckpointError
+from dist_prune.utils.text import read_damaged
 
 SPEED = "speed.json"  # of `dist-prune speed`
 
@@ -136,5 +137,5 @@ def _sites(path: Path) -> tuple[dict[str, Mapping[str, Any]], str]:
 
 
 def _last(path: Path) -> str:
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = read_damaged(path).splitlines() if path.is_file() else []
     return lines[-1] if lines else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_prune.utils.files import CheckpointError
+from dist_prune.utils.text import read_text, write_text
 
 LOCK, OWNER = "lock", "owner.json"
 BEAT_S = 1.0  # how often the owner shows that it lives
@@ -77,7 +78,7 @@ class Lock:
     def _read(self) -> dict[str, Any]:
         """What the owner wrote last; opened again each time, as network file systems compare then."""
         with suppress(OSError, ValueError):
-            found = json.loads(self._owner.read_text())
+            found = json.loads(read_text(self._owner))
             return found if isinstance(found, dict) else {}
         return {}
 
@@ -91,7 +92,7 @@ class Lock:
     def _beat(self, beat: int) -> None:
         """Renamed into place, so that no newcomer reads an empty file; not flushed, as it ends with the host."""
         aside = self._owner.with_name(f".{OWNER}.{os.getpid()}")
-        aside.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beat": beat}))
+        write_text(aside, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beat": beat}))
         aside.rename(self._owner)
 
 

@@ -15,6 +15,7 @@ from dist_prune.artifacts.run_directory import CONFIG, is_known
 from dist_prune.factorization.plan import Plan, PlanError
 from dist_prune.training.evaluate import Metrics
 from dist_prune.utils.files import CheckpointError
+from dist_prune.utils.text import read_text
 
 Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
@@ -80,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: absent or damaged; names the file.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or absent ({error})") from error
     if not isinstance(found, dict):

@@ -16,6 +16,7 @@ from dist_prune.artifacts.lock import LOCK, OWNER, Lock
 from dist_prune.config.run import Run, to_dict
 from dist_prune.distributed.preemption import NoProgressError
 from dist_prune.utils.files import CheckpointError, write_text
+from dist_prune.utils.text import read_text
 
 CONFIG, ATTEMPTS = "config.json", "attempts.json"
 SNAPSHOT = "code"  # in a run's directory, the code that a cluster job runs
@@ -57,7 +58,7 @@ def taken_up(config: Run, folder: Path, launch: str, restarts: int) -> Run:
 
 def _launch_of(path: Path) -> str | None:
     try:
-        found = json.loads(path.read_text())["environment"]["launch"]
+        found = json.loads(read_text(path))["environment"]["launch"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
@@ -80,7 +81,7 @@ def require_free(folder: Path, config: Run) -> None:
             f"--run-dir {folder} holds a run: choose another name, or continue it with --resume, "
             f"or replace it with --overwrite"
         )
-    changed = changes(json.loads((folder / CONFIG).read_text())["run"], to_dict(config))
+    changed = changes(json.loads(read_text(folder / CONFIG))["run"], to_dict(config))
     if config.reshard:
         changed = {name: text for name, text in changed.items() if name.rpartition(".")[2] not in PER_RANK}
     if changed:
@@ -169,7 +170,7 @@ def require_progress(folder: Path, place: str, restarts: int) -> None:
         NoProgressError: three in a row did; starting the run by hand begins a new count.
     """
     path = folder / ATTEMPTS
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = json.loads(read_text(path)) if path.is_file() else {}
     count = before.get("count", 0) + 1 if restarts and before.get("place") == place else min(restarts, 1)
     write_text(path, json.dumps({"place": place, "count": count}) + "\n")
     if count > RESTARTS:

@@ -18,6 +18,7 @@ from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import build
 from dist_prune.network.sites import SiteError
 from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal, write_text
+from dist_prune.utils.text import read_text
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -104,7 +105,7 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no plan.json; expected the directory of a finished run")
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = json.loads(read_text(path))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

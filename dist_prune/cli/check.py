@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -27,13 +26,21 @@ from dist_prune.artifacts.lock import LOCK, Lock
 from dist_prune.config.help import Usage
 from dist_prune.config.recipes import given, parse
 from dist_prune.config.run import Run
-from dist_prune.data.dataset import Split, check_files, damaged, decode_fault, find_faults
+from dist_prune.data.damage import damaged, decode_fault, find_faults
+from dist_prune.data.dataset import Split
 from dist_prune.data.loader import Unsharded, evaluation_stream
 from dist_prune.data.timm_images import adapted
 from dist_prune.distributed.launch_env import find_launch_env
 from dist_prune.distributed.world import RankError, World, joined
 from dist_prune.network import models
-from dist_prune.run.prepare import load_network, open_images, open_unlabelled, require_classes
+from dist_prune.run.prepare import (
+    check_images,
+    load_network,
+    notes_on,
+    open_images,
+    open_unlabelled,
+    require_classes,
+)
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils.console import columns, hanging
 from dist_prune.utils.files import CheckpointError, cache_folder, write_text
@@ -266,7 +273,8 @@ def _unseen(folder: Path, size: int) -> list[int]:
 
 def _hole_in_lock(path: Path) -> str:
     """Why another process would get in, though this run holds the lock; nothing if it would not."""
-    done = subprocess.run([sys.executable, "-c", TRY_LOCK, str(path)], capture_output=True, text=True, check=False)
+    words = [sys.executable, "-c", TRY_LOCK, str(path)]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode == 0:
         return f"{path.parent.parent}: a process got what another holds"
     said = done.stderr.strip().splitlines()[-1:]
@@ -296,19 +304,21 @@ def images(config: Run, world: World) -> Iterator[Finding]:
     unlabelled = world.from_first(lambda: open_unlabelled(config))
     splits = {"train": dataset.train, "val": dataset.val, "calibration": unlabelled}
     for name, split in splits.items():
-        if split is not None:
-            check_files(split, world)
+        if split is not None and split.files:
+            check_images(config, split, world)
             yield Finding(name, "ok", f"{len(split):,} images in {split.root}, both ends of each file sound")
+    if notes := notes_on(dataset, unlabelled):
+        yield Finding("notes", "warn", "; ".join(notes), "see that this is meant")
     require_classes(config, dataset)
     yield Finding("classes", "ok", f"{len(dataset.train.classes):,}, as many as the network has outputs")
-    read = sum(_decoded(split, config, world) for split in splits.values() if split is not None)
+    read = sum(_decoded(split, config, world) for split in splits.values() if split is not None and split.files)
     yield Finding("read", "ok", f"{read} images by this rank, as --resize and --crop want them")
 
 
 def _decoded(split: Split, config: Run, world: World) -> int:
     some = split.subset(min(len(split), DECODED * world.size), config.seed)
     # By Pillow first: some damage inside a file ends DALI's process without a word.
-    faults = list(find_faults(some, range(len(some)), partial(decode_fault, smallest=0)))
+    faults = list(find_faults(some, range(len(some)), decode_fault))
     if faults:
         raise damaged(some, faults)
     stream = evaluation_stream(some, config.images.image, world, DECODED, config.images.threads)

@@ -22,7 +22,7 @@ from dist_prune.distributed.world import RankError
 from dist_prune.pipeline import WorkError, run
 from dist_prune.training.evaluate import EvaluationError
 from dist_prune.training.trainer import TrainingError
-from dist_prune.utils.console import without_colours
+from dist_prune.utils.console import adapt_output
 from dist_prune.utils.files import CheckpointError, write_text
 
 FIRST_WORD_S = 1.0  # torchrun ends every rank as soon as one has ended: rank 0 must print its error before
@@ -70,7 +70,7 @@ def exit_code() -> Iterator[ExitStatus]:
     An error that all ranks share is printed by rank 0; what a rank hears of another's, it prints itself.
     """
     status = ExitStatus()
-    without_colours(os.environ)
+    adapt_output(os.environ)
     try:
         status.first = find_launch_env(os.environ).rank == 0
         yield status

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from dist_prune.cluster.sweep import Combination, Sweep
 from dist_prune.utils.files import replacing, write_text
 from dist_prune.utils.tables import table
+from dist_prune.utils.text import read_text
 
 STAGES = ("tuned", "distilled", "corrected", "projected")  # the last that ran is the result
 
@@ -36,7 +37,7 @@ class Outcome:
 def outcomes(sweep: Sweep) -> list[Outcome]:
     """Of all combinations that are finished, in the sweep's order."""
     tasks = zip(sweep.combinations, sweep.runs(), strict=True)
-    return [outcome_of(c, json.loads((t.folder / t.product).read_text())) for c, t in tasks if t.is_done]
+    return [outcome_of(c, json.loads(read_text(t.folder / t.product))) for c, t in tasks if t.is_done]
 
 
 def outcome_of(combination: Combination, result: Mapping[str, Any]) -> Outcome:

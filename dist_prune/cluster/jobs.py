@@ -27,6 +27,7 @@ from dist_prune.cluster.profile import ClusterProfile
 from dist_prune.cluster.sweep import Sweep, Task
 from dist_prune.config.flags import ConfigError
 from dist_prune.distributed.preemption import PREEMPTED
+from dist_prune.utils.text import append_text, read_damaged, read_text
 
 PROJECT = Path(__file__).parents[2]
 MAX_ARRAY = 1001  # SLURM's default
@@ -103,7 +104,11 @@ def snapshot(folder: Path) -> Path:
     content = [(str(path.relative_to(PROJECT)), path.read_bytes()) for path in sorted(files) if path.is_file()]
     code = folder / f"code-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
     done = subprocess.run(
-        ["bash", str(script), str(PROJECT), str(code)], capture_output=True, text=True, check=False
+        ["bash", str(script), str(PROJECT), str(code)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if done.returncode:
         raise ConfigError(f"--sweep-dir {folder}: the code could not be copied there ({done.stderr.strip()})")
@@ -202,7 +207,9 @@ def max_array() -> int:
 
 def _asked(*words: str, required: bool = False) -> str:
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         if required:
             message = getattr(error, "stderr", "") or error
@@ -222,14 +229,12 @@ class Book:
 
     def note(self, tasks: Sequence[Task], jobs: Sequence[str]) -> None:
         """Remember."""
-        with self.path.open("a") as file:
-            file.writelines(
-                json.dumps({"task": t.name, "job": j}) + "\n" for t, j in zip(tasks, jobs, strict=True)
-            )
+        lines = [json.dumps({"task": t.name, "job": j}) + "\n" for t, j in zip(tasks, jobs, strict=True)]
+        append_text(self.path, "".join(lines))
 
     def jobs(self) -> dict[str, str]:
         """The last job of each task."""
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = read_text(self.path).splitlines() if self.path.is_file() else []
         return {entry["task"]: entry["job"] for entry in map(json.loads, lines)}
 
     def states(self, tasks: Sequence[Task], living: Mapping[str, str]) -> dict[str, str]:
@@ -255,4 +260,4 @@ class Book:
 
 def _lines(path: Path) -> Iterator[str]:
     with suppress(OSError):
-        yield from (line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip())
+        yield from (line.strip() for line in read_damaged(path).splitlines() if line.strip())

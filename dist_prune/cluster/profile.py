@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_prune.config.flags import ConfigError
+from dist_prune.utils.text import read_text
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read_site(path: Path | None) -> ClusterProfile:
     if path is None:
         return ClusterProfile()
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(read_text(path))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--site {path}: cannot be read ({error}); slurm/site.example.toml is one") from error
     known = {f.name: f for f in dataclasses.fields(ClusterProfile)}

@@ -30,6 +30,7 @@ from dist_prune.cluster.jobs import (
 )
 from dist_prune.cluster.profile import ClusterProfile, read_site
 from dist_prune.cluster.sweep import Sweep, Task, plan_sweep
+from dist_prune.utils.console import adapt_output
 from dist_prune.utils.tables import table
 
 POLL_S = 0.5
@@ -81,6 +82,7 @@ class Submission:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the words say; the exit code: 0 done, 1 a run here failed, 2 could not start as asked."""
+    adapt_output(os.environ)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         asked, rest = tyro.cli(Submission, args=words, return_unknown_args=True)

@@ -13,6 +13,7 @@ import tomli_w
 from dist_prune.config.flags import ConfigError, did_you_mean
 from dist_prune.config.run import Run, to_dict
 from dist_prune.config.settings import changed, settings
+from dist_prune.utils.text import read_text
 
 BASE = "recipe"  # the key that names the recipe on which a file builds
 ONE_RUN = {"run-dir", "resume", "reshard", "overwrite", "dry-run", "save-recipe", BASE}
@@ -48,7 +49,7 @@ def read_recipe(path: Path, known: Mapping[str, Run]) -> Run:
             wrong type, or one that cannot be.
     """
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"recipe {path}: could not be read ({error.strerror}); expected a TOML file") from error
     except ValueError as error:
@@ -65,7 +66,7 @@ def read_recipe(path: Path, known: Mapping[str, Run]) -> Run:
 
 def keys_of(path: Path) -> set[str]:
     """The flags that a file has values for."""
-    return set(_values({k: v for k, v in tomllib.loads(path.read_text()).items() if k != BASE}))
+    return set(_values({k: v for k, v in tomllib.loads(read_text(path)).items() if k != BASE}))
 
 
 def _values(content: Mapping[str, Any], table: str = "") -> dict[str, Any]:

@@ -308,6 +308,14 @@ class Run:
     """Seconds a collective may wait for a rank before the run ends; allow for the widest layer's solve."""
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether training images are used with their labels."""
+        trained = self.network.weights == "none" or (
+            self.until == "end" and bool(self.tuning.epochs or self.iteration.is_iterative)
+        )
+        return trained or self.compression.basis.method == "gradient"
+
+    @property
     def keeps_to_dense(self) -> bool:
         """Whether correction means anything: not after training in rounds, nor of untrained layers."""
         return not self.iteration.is_iterative and self.compression.basis.method != "random-init"

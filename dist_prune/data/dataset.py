@@ -1,4 +1,4 @@
-"""Images as files: what a data set on disk is, whether its files are sound, and scikit-learn's digits.
+"""Images as files: what a data set on disk is, and scikit-learn's digits.
 
 The layout is ImageNet's: `train/<class>/*.jpg` and `val/<class>/*.jpg`. A flat folder of images without classes
 is a split too, with every label −1.
@@ -10,29 +10,18 @@ import hashlib
 import importlib
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from dist_prune.distributed.world import World
+from dist_prune.data.listing import ENDINGS, DataError, Listing, brief, left_out_text, list_folder, read_class_list
 
-ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\x00", b"MM\x00*", b"P3", b"P6", b"P2", b"P5")
-PNG, PNG_END = SIGNATURES[1], b"IEND"
-JPEG, SCAN_START, IMAGE_END = SIGNATURES[0], b"\xff\xda", b"\xff\xd9"
 UNLABELLED = -1
 DIGITS = 1797
-
-
-class DataError(ValueError):
-    """The images on disk, or what was asked of them, cannot be used as they are."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +32,7 @@ class Split:
     classes: tuple[str, ...]
     files: tuple[str, ...] = field(repr=False)
     labels: tuple[int, ...] = field(repr=False)
+    left_out: str = field(default="", compare=False)  # files that are no images that can be read, in words
 
     def __len__(self) -> int:
         return len(self.files)
@@ -65,27 +55,27 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The two splits of a data set, with the same classes."""
+    """The two splits of a data set, with the network's classes; `notes` say what is not as one might think."""
 
     train: Split
     val: Split
+    notes: tuple[str, ...] = ()
 
 
 def list_images(root: Path, classes: Sequence[str] | None = None) -> Split:
-    """List the images below `root`: in class folders, or directly in it, without labels.
+    """List the images below `root`: in class folders, at any depth there, or directly in it, without labels.
 
     Labels follow the sorted folder names, or `classes` where given (the folders may then be a subset of it).
     Raises DataError for a folder that is absent, empty, mixed, or not in `classes`.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder: expected one of images, or of class folders with images")
-    loose = _images_in(root)
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if loose and folders:
-        raise DataError(f"{root} has images ({loose[0]}) and folders ({folders[0]}): keep one kind")
-    if loose:
-        return Split(root, (), tuple(loose), (UNLABELLED,) * len(loose))
-    return _list_classes(root, folders, tuple(folders if classes is None else classes))
+    found = list_folder(root)
+    _require_one_kind(found)
+    if found.loose:
+        return _unlabelled(found, ())
+    names = tuple(found.folders if classes is None else classes)
+    if unknown := sorted(found.folders.keys() - set(names)):
+        raise DataError(f"{root} has class folders that are not in the class list: {brief(unknown)}")
+    return _labelled(found, names)
 
 
 def list_unlabelled(root: Path) -> Split:
@@ -95,131 +85,132 @@ def list_unlabelled(root: Path) -> Split:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: expected one with images, at any depth")
-    below = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
-    files = sorted(str(path) for path in below if not any(part.startswith(".") for part in path.parts))
-    if not files:
-        raise DataError(f"no images in {root}, at any depth: expected names ending in {_brief(sorted(ENDINGS))}")
-    return Split(root, (), tuple(files), (UNLABELLED,) * len(files))
+    found = _unlabelled(list_folder(root), ())
+    if not found.files:
+        raise DataError(
+            f"no images in {root}, at any depth: expected names ending in {brief(sorted(ENDINGS), len(ENDINGS))}"
+            f"{f'; {found.left_out}' * bool(found.left_out)}"
+        )
+    return found
 
 
-def open_dataset(folder: Path, class_list: Path | None = None) -> Dataset:
-    """List `folder`/train and `folder`/val, which must have the same class folders.
+def open_dataset(
+    folder: Path, class_list: Path | None = None, outputs: int = 0, labelled: bool = True, train: bool = True
+) -> Dataset:
+    """List `folder`/train and `folder`/val. Classes come from one list, and either may lack images of some.
 
-    `class_list` is a text file with one class folder per line, in the order of the labels. Raises DataError.
+    The list is `class_list`; without it train's folders, or those of both if only these are as many as the network
+    has outputs; where training images need no labels, val's folders if these are.
+
+    Args:
+        folder: of the data set.
+        class_list: see `listing.read_class_list`.
+        outputs: of the network; 0: not known.
+        labelled: whether training images are used with their labels. Otherwise their folders may have any names.
+        train: whether training images are used at all; otherwise train/ may be absent.
+
+    Raises:
+        DataError: a folder or images are absent, or folders are not among the classes.
     """
-    for part in (folder, folder / "train", folder / "val"):
+    for part in (folder, *([folder / "train"] if train else []), folder / "val"):
         if not part.is_dir():
             layout = f"{folder}/{{train,val}}/<class>/*.jpg"
             raise DataError(f"{part} is not a folder: expected {layout}, or MNIST's idx files in {folder}")
-    classes = None if class_list is None else _read_classes(class_list)
-    train, val = (list_images(folder / part, classes) for part in ("train", "val"))
-    for split in (train, val):
-        if not split.classes:
-            raise DataError(f"{split.root} has images but no class folders: expected {split.root}/<class>/")
-    _require_same_classes(train, val)
-    return Dataset(train, val)
+    here = Listing(folder / "train", (), {}, {})
+    found, judged = list_folder(folder / "train") if train else here, list_folder(folder / "val")
+    for listing in (found, judged) if labelled else (judged,):
+        _require_class_folders(listing)
+    if train and not found.images:
+        raise DataError(_no_images(found))
+    classes = read_class_list(class_list) if class_list else _choose_classes(found, judged, outputs, labelled)
+    strangers = {part.root.name: _strangers(part, classes) for part in (found, judged)}
+    if class_list:
+        for listing in (found, judged) if labelled else (judged,):
+            _require_listed(listing, strangers[listing.root.name], classes, class_list)
+    anonymous = not labelled and (found.loose or strangers["train"])
+    splits = _unlabelled(found, classes) if anonymous else _labelled(found, classes), _labelled(judged, classes)
+    if not splits[1].files:
+        raise DataError(f"{_no_images(judged)}, in a class of train/ or of --class-list")
+    return Dataset(*splits, tuple(_notes(splits, strangers, bool(anonymous))))
 
 
-def _images_in(folder: Path) -> list[str]:
-    names = (path.name for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
-    return sorted(name for name in names if not name.startswith("."))
+def _require_one_kind(found: Listing) -> None:
+    if found.loose and found.folders:
+        first = next(iter(found.folders))
+        raise DataError(f"{found.root} has images ({found.loose[0]}) and folders ({first}): keep one kind")
 
 
-def _list_classes(root: Path, folders: list[str], classes: tuple[str, ...]) -> Split:
-    if unknown := sorted(set(folders) - set(classes)):
-        raise DataError(f"{root} has folders that are not in the class list: {_brief(unknown)}; remove them")
-    found = {name: _images_in(root / name) for name in sorted(folders, key=classes.index)}
-    if empty := [name for name, images in found.items() if not images]:
-        raise DataError(f"{root} has class folders without images: {_brief(empty)}; fill or remove them")
-    if not found:
-        raise DataError(f"no images in {root}: expected <class>/*, ending in {_brief(sorted(ENDINGS))}")
-    files = tuple(f"{name}/{image}" for name, images in found.items() for image in images)
-    labels = tuple(label for label, name in enumerate(classes) for _ in found.get(name, ()))
-    return Split(root, classes, files, labels)
+def _require_class_folders(found: Listing) -> None:
+    _require_one_kind(found)
+    if found.loose:
+        raise DataError(f"{found.root} has images but no class folders: expected {found.root}/<class>/")
+    if not found.images:
+        raise DataError(_no_images(found))
 
 
-def _read_classes(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise DataError(f"class list {path} is not a file: expected text with one class folder per line")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise DataError(f"class list {path} has lines twice: {_brief(twice)}; a line number is a label")
-    return tuple(names)
+def _no_images(found: Listing) -> str:
+    left = left_out_text(found.root, found.left_out)
+    endings = brief(sorted(ENDINGS), len(ENDINGS))
+    return f"no images in {found.root}: expected <class>/*, ending in {endings}{f'; {left}' * bool(left)}"
 
 
-def _require_same_classes(train: Split, val: Split) -> None:
-    left, right = ({file.partition("/")[0] for file in split.files} for split in (train, val))
-    if left != right:
-        where = f"only in train: {_brief(sorted(left - right))}; only in val: {_brief(sorted(right - left))}"
-        raise DataError(f"class folders below {train.root.parent} differ: {where}; expected the same in both")
+def _choose_classes(train: Listing, val: Listing, outputs: int, labelled: bool) -> tuple[str, ...]:
+    own = tuple(train.folders) or tuple(val.folders)
+    every = tuple(sorted({*map(_spelling, own), *map(_spelling, val.folders)}))
+    for names in (own, every, *([] if labelled else [tuple(val.folders)])):
+        if len(names) == outputs:
+            return names
+    return own
 
 
-def _brief(names: Sequence[str], limit: int = 10) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "none") + rest
+def _spelling(name: str) -> str:
+    """One spelling of letters with accents, of which file systems and editors know two."""
+    return unicodedata.normalize("NFC", name)
 
 
-# Damaged files. A pipeline cannot skip one, so they are looked for before, and named after it failed.
+def _strangers(found: Listing, classes: Sequence[str]) -> list[str]:
+    """Folders with images that are no class."""
+    known = set(map(_spelling, classes))
+    return [name for name, images in found.folders.items() if images and _spelling(name) not in known]
 
 
-def check_files(split: Split, world: World, threads: int = 16) -> None:
-    """Look at the ends of every file, a share on each rank: its size, signature and JPEG end marker.
-
-    Raises DataError on all ranks, naming up to ten damaged files and how many there are. Decodes nothing.
-    """
-    mine = list(find_faults(split, range(world.rank, len(split), world.size), file_fault, threads))
-    faults = [fault for part in world.gather(mine) for fault in part]
-    if faults:
-        raise damaged(split, sorted(faults))
+def _require_listed(found: Listing, strangers: Sequence[str], classes: Sequence[str], class_list: Path) -> None:
+    if strangers:
+        raise DataError(
+            f"{found.root} has class folders that are not in the class list: {brief(strangers)}; {class_list} "
+            f"begins with {brief(list(map(repr, classes)), 3)}: expected one folder's name per line, in the "
+            f"order of the network's outputs"
+        )
 
 
-def damaged(split: Split, faults: list[str]) -> DataError:
-    return DataError(f"{len(faults)} damaged in {split.root}: {_brief(faults)}; replace or remove them")
+def _labelled(found: Listing, classes: Sequence[str]) -> Split:
+    """The images of the folders that are classes, in the order of the classes."""
+    order = {_spelling(name): label for label, name in enumerate(classes)}
+    folders = sorted((order[_spelling(n)], images) for n, images in found.folders.items() if _spelling(n) in order)
+    files = tuple(image for _, images in folders for image in images)
+    labels = tuple(label for label, images in folders for _ in images)
+    return Split(found.root, tuple(classes), files, labels, left_out_text(found.root, found.left_out))
 
 
-def find_faults(
-    split: Split, positions: range, check: Callable[[Path], str | None], threads: int = 16
-) -> Iterator[str]:
-    """Yield `name (reason)` for the files in which `check` finds a reason."""
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(positions), 4096):  # in pieces: a million pending futures are a gigabyte
-            files = [split.files[i] for i in positions[start : start + 4096]]
-            reasons = pool.map(check, [split.root / file for file in files])
-            yield from (f"{file} ({reason})" for file, reason in zip(files, reasons, strict=True) if reason)
+def _unlabelled(found: Listing, classes: Sequence[str]) -> Split:
+    labels = (UNLABELLED,) * len(found.images)
+    return Split(found.root, tuple(classes), found.images, labels, left_out_text(found.root, found.left_out))
 
 
-def file_fault(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-            file.seek(max(0, path.stat().st_size - 4096))
-            if not head:
-                return "empty"
-            if not head.startswith(SIGNATURES):
-                return f"not an image, starts with {head[:4]!r}"
-            tail = file.read()
-            if head.startswith(JPEG) and not (_jpeg_ends(tail) or _jpeg_ends(path.read_bytes())):
-                return "truncated JPEG"
-            if head.startswith(PNG) and PNG_END not in tail:  # DALI may crash on one
-                return "truncated PNG"
-            return None
-    except OSError as error:
-        return f"unreadable, {error.strerror}"
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    # an embedded thumbnail has an end marker too, but the picture's scan starts after it
-    return data.rfind(IMAGE_END) > data.rfind(SCAN_START)
-
-
-def decode_fault(path: Path, smallest: int) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            width, height = image.size
-            return None if min(image.size) >= smallest else f"{width}×{height} pixels, need {smallest}"
-    except Exception as error:  # Pillow raises many kinds, struct.error and SyntaxError among them
-        return f"cannot be decoded, {error}"
+def _notes(splits: Sequence[Split], strangers: Mapping[str, Sequence[str]], anonymous: bool) -> Iterator[str]:
+    """What is not as one might think."""
+    train, val = splits
+    yield from filter(None, (split.left_out for split in splits))
+    for split in (val,) if anonymous or not train.files else splits:
+        seen = set(split.labels)
+        if lacking := [name for label, name in enumerate(split.classes) if label not in seen]:
+            count = f"{len(lacking):,} of {len(split.classes):,}"
+            yield f"{split.root} has no images of {count} classes: {brief(lacking)}"
+    if anonymous:
+        yield f"{train.root}: its images are used without labels, as its folders are not the network's classes"
+    if strangers["val"]:
+        names = brief(strangers["val"])
+        yield f"{val.root}: folders that are no classes of {train.root} are left out: {names}"
 
 
 def write_digits(folder: Path) -> Path:

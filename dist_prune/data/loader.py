@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from dist_prune.config.run import Augment, ImageSpec
-from dist_prune.data.dataset import DataError, Split, damaged, decode_fault, file_fault, find_faults
+from dist_prune.data.damage import damaged, decode_fault, file_fault, find_faults, size_fault, too_small
+from dist_prune.data.dataset import Split
+from dist_prune.data.listing import DataError
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
@@ -214,10 +216,13 @@ class Stream:
         count, size, rank = len(self.split), self.world.size, self.world.rank
         shard = range(count * rank // size, count * (rank + 1) // size)
         seen = range(count) if self.augment else shard  # training shards move with every epoch
-        decode = partial(decode_fault, smallest=0 if self.spec.resize else self.spec.crop)
         faults = list(find_faults(self.split, seen, file_fault))
+        if not faults and not self.spec.resize:
+            fits = partial(size_fault, smallest=self.spec.crop)
+            if small := list(islice(find_faults(self.split, seen, fits), 1)):
+                return too_small(self.split, small)
         if not faults:  # the first is enough: decoding everything takes too long
-            faults = list(islice(find_faults(self.split, seen, decode), 1))
+            faults = list(islice(find_faults(self.split, seen, decode_fault), 1))
         unnamed = f"DALI failed on an image of {self.split.root} that Pillow can read: {error}"
         return damaged(self.split, faults) if faults else DataError(unnamed)
 

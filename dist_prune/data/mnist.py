@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dist_prune.data.dataset import DataError
+from dist_prune.data.listing import DataError
 
 PARTS = {"train": "train", "val": "t10k"}  # our name → the files'
 KINDS = {"images-idx3": 3, "labels-idx1": 1}  # name → dimensions

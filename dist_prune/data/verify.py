@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -15,8 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dist_prune.data.dataset import ENDINGS, DataError, decode_fault, file_fault
+from dist_prune.data.damage import decode_fault, file_fault, images_of_any_size, size_fault
+from dist_prune.data.listing import ENDINGS, DataError
+from dist_prune.utils.console import adapt_output
 from dist_prune.utils.files import write_text
+from dist_prune.utils.text import read_text
 
 PARTS = ("train", "val")
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # ILSVRC 2012
@@ -63,7 +67,7 @@ def class_folders(data: Path) -> list[str]:
 def check_slice(data: Path, classes: Sequence[str], smallest: int, threads: int) -> Slice:
     """Open and decode every file of these classes; images below `smallest` pixels on a side are wrong-sized."""
     files, faults = dict.fromkeys(PARTS, 0), []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, images_of_any_size():
         for label in classes:
             for part in PARTS:
                 folder = data / part / label
@@ -87,8 +91,10 @@ def faults_of(path: Path, smallest: int) -> Iterator[tuple[str, str]]:
         return
     if damage := file_fault(path):
         yield ("truncated" if damage == "empty" or damage.startswith("truncated") else "unreadable"), damage
-    elif damage := decode_fault(path, smallest):
-        yield ("wrong size" if "pixels, need" in damage else "unreadable"), damage
+    elif damage := decode_fault(path):
+        yield "unreadable", damage
+    elif damage := size_fault(path, smallest):
+        yield "wrong size", damage
 
 
 def name_fault(path: Path) -> str:
@@ -112,7 +118,7 @@ def read_report(folder: Path, count: int) -> list[Slice] | None:
     paths = [folder / f"{index}of{count}.json" for index in range(count)]
     if not all(path.is_file() for path in paths):
         return None
-    found = [json.loads(path.read_text()) for path in paths]
+    found = [json.loads(read_text(path)) for path in paths]
     return [Slice(tuple(s["classes"]), s["files"], tuple(Fault(**f) for f in s["faults"])) for s in found]
 
 
@@ -148,6 +154,7 @@ def _share(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check one slice; the exit code: 0 sound, 1 faults found, 2 could not start."""
+    adapt_output(os.environ)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--slice", type=_share, default=(0, 1), help="INDEX/COUNT: every COUNT-th class")

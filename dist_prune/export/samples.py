@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dist_prune.artifacts.run_directory import CONFIG
 from dist_prune.config.run import ImageSpec
-from dist_prune.data.dataset import DataError, Split, list_unlabelled, write_digits
+from dist_prune.data.dataset import Split, list_unlabelled, write_digits
+from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Unsharded, evaluation_stream
 from dist_prune.data.mnist import has_idx, unpack
 from dist_prune.utils.files import CheckpointError, cache_folder
+from dist_prune.utils.text import read_text
 
 BATCH, THREADS = 64, 2
 
@@ -71,7 +73,7 @@ def data_of(run: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        return str(json.loads(path.read_text())["run"]["images"]["data"])
+        return str(json.loads(read_text(path))["run"]["images"]["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not the settings of a run ({error!r})") from error
 

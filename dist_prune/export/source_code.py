@@ -22,6 +22,7 @@ from dist_prune.export.tracing import Pair, UntraceableError, is_known, own_buff
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import evaluating
 from dist_prune.utils.files import replacing
+from dist_prune.utils.text import write_text
 
 WIDTH = 110
 SHOWN = 4  # names in a docstring
@@ -112,7 +113,7 @@ def write_source(
     weights = weights_of(path)
     source = write_down(network, images)
     with replacing(path) as code, replacing(weights) as state:
-        code.write_text(source.module(title, weights.name, images.shape[-1], constants))
+        write_text(code, source.module(title, weights.name, images.shape[-1], constants))
         torch.save(source.state, state)
         return compare(_in_a_fresh_process(code, state, parts(images)), network, images)
 
@@ -127,7 +128,7 @@ def _in_a_fresh_process(code: Path, weights: Path, batches: list[Tensor]) -> Ten
         given, found = Path(folder) / "images", Path(folder) / "logits"
         torch.save(batches, given)
         words = [sys.executable, "-I", "-B", "-c", CHECK, *map(str, (code, weights, given, found))]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:]
             raise ExportError(f"the module that was written does not run: {' '.join(reason)}; it was not kept")

@@ -22,6 +22,7 @@ from dist_prune.factorization.latency import sample_calls
 from dist_prune.network.memory_format import channels_last
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import evaluating, survey
+from dist_prune.utils.text import read_text
 
 Engine = Literal["eager", "channels-last", "compile", "onnxruntime"]
 Network = Callable[[Tensor], object]
@@ -146,7 +147,7 @@ def device_name(device: torch.device) -> str:
 def processor_name() -> str:
     """As the kernel reports it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = read_text(info).splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 

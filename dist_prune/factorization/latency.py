@@ -23,6 +23,7 @@ from dist_prune.factorization.knapsack import Ints
 from dist_prune.network.memory_format import layout_of
 from dist_prune.network.sites import Site, evaluating, factored_like, given_to
 from dist_prune.utils.files import cache_folder, name_of, write_text
+from dist_prune.utils.text import read_text
 
 Calls = Sequence[Callable[[], object]]
 
@@ -238,7 +239,7 @@ def _kept(folder: Path, key: list[str], measured: Callable[[], Timing]) -> Timin
 def _read(path: Path, key: list[str]) -> Timing | None:
     """None where there is none, or not one of this key."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
         if content["key"] != key:
             return None
         return Timing(int(content["dense"]), tuple(content["ranks"]), tuple(content["pairs"]))

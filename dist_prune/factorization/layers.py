@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_prune.factorization.bases import Basis
 from dist_prune.network.sites import Site, Survey
 from dist_prune.utils.files import CheckpointError, write_text
+from dist_prune.utils.text import read_text
 
 LAYERS = "layers.json"
 DIGITS = 5  # of a share: beyond what a picture shows
@@ -91,7 +92,7 @@ def load(path: Path) -> list[Layer]:
         CheckpointError: there are none, or they are damaged.
     """
     try:
-        return [_restored(fields) for fields in json.loads(path.read_text())]
+        return [_restored(fields) for fields in json.loads(read_text(path))]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged or absent ({error!r})") from error
 

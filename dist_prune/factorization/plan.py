@@ -17,6 +17,7 @@ from dist_prune.factorization.budget import NAMED, Budget, Menu, budget_of, mult
 from dist_prune.factorization.latency import LatencyTable
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.sites import Site, Survey, View
+from dist_prune.utils.text import read_text
 
 WORTH_IT = "within the budget nothing need be left out"
 UNDECIDED = "its rank follows from the statistics"
@@ -235,7 +236,7 @@ def read_plan(file: Path, survey: Survey, side: str) -> Plan:
         PlanError: not JSON, unknown sites, or impossible ranks, each named.
     """
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read_text(file))
     except ValueError as error:
         raise PlanError(f"--ranks {file}: not JSON ({error})") from error
     plan = Plan.from_json(content["choices"] if isinstance(content, dict) else content)

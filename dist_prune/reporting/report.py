@@ -20,6 +20,7 @@ from dist_prune.reporting.plots import prediction_figure, spectrum_figure
 from dist_prune.reporting.progress import Meter
 from dist_prune.reporting.tensorboard import FOLDER, Curves
 from dist_prune.utils.files import write_text
+from dist_prune.utils.text import append_text
 
 
 @dataclass
@@ -89,9 +90,9 @@ class Report:
 
     def _log(self, text: str) -> None:
         if self.folder is not None:
-            with (self.folder / "log.txt").open("a") as log:
-                stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-                log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            lines = "".join(f"{stamp} {line}\n" for line in text.splitlines())
+            append_text(self.folder / "log.txt", lines)
 
     def warn(self, text: str) -> None:
         """Say what may have spoilt something, and keep it for the report."""
@@ -106,8 +107,7 @@ class Report:
         known = {name: value for name, value in values.items() if value is not None}
         point = {"group": group, "step": step, "time": time.time(), **known}
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in point.items()}
-        with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        append_text(self.folder / METRICS, json.dumps(finite) + "\n")
         if self.curves is not None:
             self.curves.point(point)
 

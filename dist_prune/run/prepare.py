@@ -13,7 +13,8 @@ from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import Run
 from dist_prune.correction.correct import require_deterministic
 from dist_prune.data import timm_images
-from dist_prune.data.dataset import Dataset, Split, check_files, list_unlabelled, open_dataset, write_digits
+from dist_prune.data.damage import check_files, require_size
+from dist_prune.data.dataset import Dataset, Split, list_unlabelled, open_dataset, write_digits
 from dist_prune.data.mnist import has_idx, unpack
 from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World, digest
@@ -46,7 +47,7 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     ):  # they were sound when it began
         for split in (dataset.train, dataset.val, unlabelled):
             if split is not None:
-                check_files(split, world)
+                check_images(config, split, world)
     for settings in (config.tuning, config.pretrain):
         require_possible(settings, world.device)
     dense, everything = load_network(config, world)
@@ -111,13 +112,30 @@ def open_images(config: Run) -> Dataset:
     folder = Path(config.images.data)
     if has_idx(folder):
         folder = unpack(folder, files.cache_folder())
-    return open_dataset(folder, config.images.class_list)
+    needs_train = config.needs_labels or config.correction.calibrate_data is None
+    return open_dataset(folder, config.images.class_list, config.network.classes, config.needs_labels, needs_train)
 
 
 def open_unlabelled(config: Run) -> Split | None:
     """The images that `--calibrate-data` names."""
     folder = config.correction.calibrate_data
     return None if folder is None else list_unlabelled(folder)
+
+
+def check_images(config: Run, split: Split, world: World) -> None:
+    """Look at both ends of every file, and at the size of some.
+
+    Raises:
+        DataError: on all ranks; see `check_files` and `require_size`.
+    """
+    check_files(split, world)
+    if not config.images.image.resize:
+        world.from_first(lambda: require_size(split, config.images.image.crop))
+
+
+def notes_on(dataset: Dataset, unlabelled: Split | None) -> list[str]:
+    """What is not as one might think of the images."""
+    return [*dataset.notes, *([unlabelled.left_out] if unlabelled and unlabelled.left_out else [])]
 
 
 def require_classes(config: Run, dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from dist_prune.data import timm_images
 from dist_prune.distributed.preemption import restarts
 from dist_prune.factorization import layers
 from dist_prune.run.job import Job
+from dist_prune.run.prepare import notes_on
 from dist_prune.training import sensitivity
 from dist_prune.utils.files import CheckpointError
 
@@ -38,6 +39,8 @@ def opened(job: Job) -> Iterator[Job]:
         job.report.say(f"run directory {job.folder}, {job.world.size} rank(s) on {job.world.device.type}")
         if note := timm_images.adopted(job.config):
             job.report.say(note)
+        for concern in notes_on(job.dataset, job.unlabelled):
+            job.report.warn(concern)
         if job.config.resume:
             take_up(job)
         yield job

@@ -18,6 +18,7 @@ from dist_prune.statistics.probes import kl
 from dist_prune.training.evaluate import Predictions, predict
 from dist_prune.utils.files import CheckpointError, write_text
 from dist_prune.utils.tables import table
+from dist_prune.utils.text import read_text
 
 SITES = "sites.json"
 
@@ -103,7 +104,7 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: there is no such file, or it is damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
         return {"sites": content["sites"], "unit": content["predicted"]}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged or absent ({error!r})") from error

@@ -1,12 +1,43 @@
-"""Text for terminals of any width, plain where colours are not wanted."""
+"""Text for terminals of any width and any encoding, plain where colours are not wanted."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import shutil
+import sys
 import textwrap
+import unicodedata
 from collections.abc import Mapping
 
 import tyro
+
+PLAIN = "dist_prune.plain"  # how Python knows the handler of characters that a stream cannot show
+LOOKS_LIKE = {
+    **dict.fromkeys("─−–—‐╌━", "-"),
+    **dict.fromkeys("│┃▏▎▍▌▋▊▉", "|"),
+    **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼", "+"),
+    **dict.fromkeys("█▇▆▅▄▃▂▁", "#"),
+    "→": "->",
+    "×": "x",
+    "·": ".",
+    "‖": "||",
+    "≤": "<=",
+    "≥": ">=",
+    "≈": "~",
+    "÷": "/",
+    "±": "+-",
+    "Σ": "sum",
+    "λ": "lambda",
+    "γ": "gamma",
+    "α": "alpha",
+    "ρ": "rho",
+    "∂": "d",
+    "√": "sqrt",
+    "½": "1/2",
+    "′": "'",
+    "⊗": "x",
+}
 
 
 def hanging(first: str, text: str, indent: int, columns: int) -> str:
@@ -26,7 +57,25 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
-def without_colours(environ: Mapping[str, str]) -> None:
-    """Respect $NO_COLOR, which tyro does not; it recognises dumb and absent terminals by itself."""
+def adapt_output(environ: Mapping[str, str]) -> None:
+    """Make the standard streams take any text, and respect $NO_COLOR, which tyro does not."""
+    codecs.register_error(PLAIN, _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PLAIN)
     if environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Say in ASCII what a stream's encoding cannot: the handler of such errors while text is written."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_plain, error.object[error.start : error.end])), error.end
+
+
+def _plain(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    nearest = unicodedata.normalize("NFKD", LOOKS_LIKE.get(character, character))
+    return nearest.encode("ascii", "ignore").decode() or "?" * (not unicodedata.combining(character))

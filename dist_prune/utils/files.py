@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dist_prune.utils import text as text_files
+
 
 class CheckpointError(RuntimeError):
     """A file that could not be written, or that is not what was written."""
@@ -57,9 +59,9 @@ def _is_full(folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
+    """Write a small text file atomically, as UTF-8."""
     with replacing(path) as aside:
-        aside.write_text(text)
+        text_files.write_text(aside, text)
 
 
 def checksum(path: Path) -> str:
@@ -88,7 +90,7 @@ def require_intact(path: Path) -> None:
         raise CheckpointError(f"{path}: there is no such file")
     if not seal_of(path).is_file():
         raise CheckpointError(f"{path}: has no {seal_of(path).name}; it was not written to the end")
-    expected = seal_of(path).read_text().split()[:1]
+    expected = text_files.read_text(seal_of(path)).split()[:1]
     if [checksum(path)] != expected:
         raise CheckpointError(f"{path}: its SHA-256 differs from the one in {seal_of(path).name}: damaged")
 

@@ -1,22 +1,19 @@
 """What a data set on disk is, and which files are damaged."""
 
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dist_prune.data.dataset import (
-    DataError,
-    Split,
-    check_files,
-    list_images,
-    list_unlabelled,
-    open_dataset,
-    write_digits,
-)
+from dist_prune.data.damage import check_files
+from dist_prune.data.dataset import Split, list_images, list_unlabelled, open_dataset, write_digits
+from dist_prune.data.listing import DataError
 from tests.pictures import One, dataset, flat, jpeg_bytes, picture, save
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(5000) + b"IEND\xaeB`\x82"
 
 
 def test_a_data_set_is_listed_by_class_then_name(tmp_path: Path) -> None:
@@ -43,14 +40,6 @@ def no_val(root: Path) -> None:
     (root / "val").rename(root / "valid")
 
 
-def class_only_in_train(root: Path) -> None:
-    save(root / "train" / "c" / "x.jpg", picture(20, 20))
-
-
-def empty_class(root: Path) -> None:
-    (root / "val" / "b" / "x.jpg").unlink()
-
-
 def nothing(root: Path) -> None:
     for file in list(root.rglob("*.jpg")):
         file.unlink()
@@ -71,8 +60,6 @@ def images_beside_folders(root: Path) -> None:
     ("spoil", "message"),
     [
         (no_val, "val is not a folder: expected .*/{train,val}/<class>/"),
-        (class_only_in_train, "only in train: c; only in val: none"),
-        (empty_class, "class folders without images: b"),
         (nothing, "no images in .*train"),
         (without_class_folders, "train has images but no class folders"),
         (images_beside_folders, r"images \(stray.png\) and folders \(a\)"),
@@ -82,6 +69,64 @@ def test_a_layout_that_is_wrong_is_explained(tmp_path: Path, spoil: Callable[[Pa
     spoil(dataset(tmp_path))
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path)
+
+
+# Classes come from one list; either folder may lack images of some
+
+
+def test_val_may_lack_classes_of_train(tmp_path: Path) -> None:
+    save(dataset(tmp_path, "ab") / "train" / "aa" / "x.jpg", picture(20, 20))
+    (tmp_path / "val" / "b" / "x.jpg").unlink()
+    (tmp_path / "train" / "c").mkdir()
+    found = open_dataset(tmp_path)
+    assert found.train.classes == found.val.classes == ("a", "aa", "b", "c")
+    assert (found.train.labels, found.val.labels) == ((0, 1, 2), (0,))
+    assert [note.partition(" has ")[2] for note in found.notes] == [
+        "no images of 1 of 4 classes: c",
+        "no images of 3 of 4 classes: aa, b, c",
+    ]
+
+
+def test_folders_of_both_are_the_classes_where_the_network_has_as_many_outputs(tmp_path: Path) -> None:
+    (dataset(tmp_path, "abc") / "train" / "b" / "x.jpg").unlink()
+    (tmp_path / "train" / "b").rmdir()
+    assert open_dataset(tmp_path, outputs=3).val.labels == (0, 1, 2)
+    assert open_dataset(tmp_path, outputs=3).train.labels == (0, 2)
+    found = open_dataset(tmp_path, outputs=2)
+    assert (found.val.files, found.val.labels) == (("a/x.jpg", "c/x.jpg"), (0, 1))
+    assert found.notes == (f"{tmp_path}/val: folders that are no classes of {tmp_path}/train are left out: b",)
+
+
+def test_training_images_without_labels_may_lie_in_any_folders(tmp_path: Path) -> None:
+    dataset(tmp_path, "ab")
+    (tmp_path / "train" / "b").rename(tmp_path / "train" / "2026")
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    for class_list, outputs in ((tmp_path / "names.txt", 0), (None, 2)):
+        found = open_dataset(tmp_path, class_list, outputs, labelled=False)
+        assert found.val.labels == (0, 1) or outputs  # train's own two folders are as many as the outputs
+    found = open_dataset(tmp_path, tmp_path / "names.txt", 2, labelled=False)
+    assert (found.train.labels, len(found.train)) == ((-1, -1), 2)
+    assert found.notes[0].endswith("used without labels, as its folders are not the network's classes")
+    with pytest.raises(DataError, match="train has class folders that are not in the class list: 2026"):
+        open_dataset(tmp_path, tmp_path / "names.txt", 2)
+
+
+def test_training_images_without_labels_need_no_folders_or_may_be_absent(tmp_path: Path) -> None:
+    shutil.rmtree(dataset(tmp_path, "ab") / "train")
+    absent = open_dataset(tmp_path, outputs=2, labelled=False, train=False)
+    assert (len(absent.train), absent.train.classes, absent.val.labels) == (0, ("a", "b"), (0, 1))
+    flat(tmp_path / "train", 3)
+    loose = open_dataset(tmp_path, outputs=2, labelled=False)
+    assert (loose.train.labels, loose.val.labels) == ((-1, -1, -1), (0, 1))
+    with pytest.raises(DataError, match="train has images but no class folders"):
+        open_dataset(tmp_path, outputs=2)
+
+
+def test_accents_written_in_two_ways_are_one_class(tmp_path: Path) -> None:
+    (dataset(tmp_path, "ab") / "val" / "b").rename(tmp_path / "val" / "caf\u00e9")
+    (tmp_path / "train" / "b").rename(tmp_path / "train" / "cafe\u0301")
+    found = open_dataset(tmp_path)
+    assert (found.train.labels, found.val.labels, found.notes) == ((0, 1), (0, 1), ())
 
 
 def test_an_absent_folder_and_an_unlisted_class_are_named(tmp_path: Path) -> None:
@@ -115,6 +160,9 @@ def test_sound_files_pass_and_ten_of_many_damaged_are_named(tmp_path: Path) -> N
     )  # padded beyond the tail that is looked at
     flat(tmp_path, 2)
     check_files(list_images(tmp_path), One())
+    for i, content in enumerate([PNG + bytes(9000), PNG + b"tag", b"II+\x00" + bytes(40)]):
+        (tmp_path / f"sound{i}.png").write_bytes(content)
+    check_files(list_images(tmp_path), One())
     (tmp_path / "bad00.jpg").write_bytes(jpeg_bytes()[:-2])  # the decoder may or may not mind
     for i in range(1, 12):
         (tmp_path / f"bad{i:02d}.jpg").touch()
@@ -139,7 +187,7 @@ def test_unlabelled_images_are_found_at_any_depth(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"no images in .*, at any depth"):
+    with pytest.raises(DataError, match=r"no images in .*, at any depth.*1 files in .* left out.*: 1 \.txt"):
         list_unlabelled(tmp_path)
     with pytest.raises(DataError, match="absent is not a folder: expected one with images"):
         list_unlabelled(tmp_path / "absent")

@@ -11,7 +11,9 @@ from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Re
 from torchvision.transforms.v2.functional import resize
 
 from dist_prune.config.run import Augment, ImageSpec
-from dist_prune.data.dataset import DataError, Split, check_files, list_images
+from dist_prune.data.damage import check_files
+from dist_prune.data.dataset import Split, list_images
+from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Stream, evaluation_stream, normalise, training_stream
 from tests.pictures import SMALL, One, flat, jpeg_bytes, picture, save
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dist_prune.data.dataset import DataError, open_dataset
+from dist_prune.data.dataset import open_dataset
+from dist_prune.data.listing import DataError
 from dist_prune.data.mnist import has_idx, unpack
 from dist_prune.network.models import build
 from dist_prune.network.sites import survey

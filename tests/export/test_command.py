@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune import load_compressed
-from dist_prune.data.dataset import DataError
+from dist_prune.data.listing import DataError
 from dist_prune.export.command import main
 from dist_prune.export.formats import ExportError, compare, write_onnx, write_program
 from dist_prune.utils.files import CheckpointError

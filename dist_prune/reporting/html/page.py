@@ -18,6 +18,7 @@ from dist_prune.reporting.html.charts import Plot, plot, scatter
 from dist_prune.training.evaluate import Metrics
 from dist_prune.utils.files import CheckpointError, write_text
 from dist_prune.utils.tables import si
+from dist_prune.utils.text import read_damaged
 
 HTML, MARKDOWN = "report.html", "report.md"
 MARK = "made by dist_prune"  # in every page, so that only pages are replaced
@@ -84,7 +85,7 @@ def write_pages(html: Path, template: str, content: Mapping[str, Any]) -> list[P
     """
     pages = [(html, f"{template}.html"), (html.with_suffix(".md"), f"{template}.md")]
     for path, _ in pages:
-        if path.is_file() and MARK not in path.read_text(errors="replace"):
+        if path.is_file() and MARK not in read_damaged(path):
             raise CheckpointError(f"{path} was not written by this program; choose another name by --output")
     for path, name in pages:
         write_text(path, templates().get_template(name).render(content, mark=MARK))
