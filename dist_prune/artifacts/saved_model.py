@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import nn
 
 from dist_prune.config.run import ImageSpec, NetworkConfig, to_dict
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild
+from dist_prune.network import user_code
+from dist_prune.network.errors import ModelError
 from dist_prune.network.models import build
 from dist_prune.network.sites import SiteError
+from dist_prune.network.weights import load_state
 from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal, write_text
 from dist_prune.utils.text import read_text
 
@@ -33,22 +37,19 @@ class Description:
     image: ImageSpec
     labels: tuple[str, ...]
     plan: Plan
+    options: Mapping[str, Any] = field(default_factory=dict)  # that torchvision built it with
 
 
 def save_compressed(folder: Path, model: nn.Module, description: Description) -> None:
     """Write `plan.json` and `model.safetensors` (with its checksum); each whole or not at all.
 
-    The source of an architecture given as `file.py:function` is copied into the same folder.
+    The source of an architecture given as `file.py:function`, and what it imports, is copied into the same folder.
     """
-    arch = description.arch
-    source, _, function = arch.partition(":")
-    if source.endswith(".py"):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / "network.py")
-        arch = f"network.py:{function}"
+    arch = _with_sources(folder, description.arch) if user_code.is_file(description.arch) else description.arch
+    network = to_dict(NetworkConfig(arch, WEIGHTS, description.classes))
     content = {
         "format": FORMAT,
-        "network": to_dict(NetworkConfig(arch, WEIGHTS, description.classes)),
+        "network": network | ({"options": dict(description.options)} if description.options else {}),
         "image": to_dict(description.image),
         "labels": list(description.labels),
         "choices": description.plan.to_json(),
@@ -58,6 +59,17 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
     with replacing(path) as aside:
         save_model(model, str(aside))
     seal(path)
+
+
+def _with_sources(folder: Path, arch: str) -> str:
+    """Copy the file as `network.py`, or into `network/` with what it imports from beside it; its new name."""
+    function, files = user_code.split(arch)[1], user_code.sources(arch)
+    main, home = next(iter(files)), folder if len(files) == 1 else folder / "network"
+    for name, source in files.items():
+        copied = home / ("network.py" if len(files) == 1 else name)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copied)
+    return f"network.py:{function}" if len(files) == 1 else f"network/{main}:{function}"
 
 
 def load_compressed(run_dir: str | Path) -> nn.Module:
@@ -73,10 +85,11 @@ def load_compressed(run_dir: str | Path) -> nn.Module:
     folder = Path(run_dir)
     found = read_description(folder)
     require_intact(folder / WEIGHTS)
+    dense = build(found.arch, found.classes, found.options)
     try:
-        model = rebuild(build(found.arch, found.classes), found.plan)
-        load_model(model, str(folder / WEIGHTS))
-    except (safetensors.SafetensorError, RuntimeError, AttributeError, SiteError) as error:
+        model = rebuild(dense, found.plan)
+        load_state(model, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    except (safetensors.SafetensorError, RuntimeError, AttributeError, SiteError, ModelError) as error:
         raise CheckpointError(f"{folder}: {WEIGHTS} does not fit plan.json ({error})") from error
     return model.eval()
 
@@ -93,11 +106,12 @@ def read_description(folder: Path) -> Description:
         plan = Plan.from_json(content["choices"])
         spec = ImageSpec(**image | {"mean": tuple(image["mean"]), "std": tuple(image["std"])})
         arch, classes, labels = str(network["arch"]), int(network["classes"]), tuple(content["labels"])
+        options = dict(network.get("options", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'plan.json'}: incomplete or edited wrongly ({error!r})") from error
-    if arch.startswith("network.py:"):
+    if arch.startswith(("network.py:", "network/")):
         arch = str(folder / arch)
-    return Description(arch, classes, spec, labels, plan)
+    return Description(arch, classes, spec, labels, plan, options)
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

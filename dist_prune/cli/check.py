@@ -337,10 +337,10 @@ def weights(config: Run, world: World) -> Iterator[Finding]:
     elif missing:
         advice = f"where compute nodes have no network, fetch {missing} and give --weights FILE"
         yield Finding("weights", "warn", f"{network.weights} will be downloaded", advice)
-        config = replace(config, network=replace(network, weights="none"))
-    _, everything = load_network(config, world)
+    taken: list[str] = []
+    _, everything = load_network(config, world, taken.append, read=not missing)
     if network.weights != "none" and not missing:
-        yield Finding("weights", "ok", f"{network.weights} fits {network.arch}")
+        yield Finding("weights", "ok", "; ".join([f"{network.weights} fits {network.arch}", *taken]))
     chosen = len(everything.select(config.compression.sites).sites)
     text = f"{network.arch}: {everything.params / 1e6:.2f} M parameters, {everything.macs / 1e6:.1f} M MACs, "
     yield Finding("network", "ok", f"{text}{chosen} of {len(everything.sites)} layers chosen by --sites")

@@ -76,7 +76,8 @@ def main(words: Sequence[str]) -> int:
         torch.set_num_threads(asked.threads)
     cuda = asked.device == "cuda" or (asked.device == "auto" and torch.cuda.is_available())
     device, side = torch.device("cuda" if cuda else "cpu"), taken.description.image.crop
-    dense = build(taken.description.arch, taken.description.classes).to(device)
+    what = taken.description
+    dense = build(what.arch, what.classes, what.options).to(device)
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     found = measure_speed(dense, taken.network.to(device), image, asked.batches, asked.engines)
     write_text(path, found.to_json())

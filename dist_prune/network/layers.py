@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from dist_prune.network.models import ModelError
+from dist_prune.network.errors import ModelError
 
 UNKNOWN = (_ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

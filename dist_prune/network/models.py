@@ -1,9 +1,8 @@
-"""Networks: built by name, loaded from weights, cut down to a plain `nn.Module` that maps images to logits."""
+"""Networks: built by name, filled with weights, cut down to a plain `nn.Module` that maps images to logits."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-
-class ModelError(ValueError):
-    """An architecture or a checkpoint that cannot be used; the message says what to do."""
+from dist_prune.network import published, user_code
+from dist_prune.network.errors import ModelError
+from dist_prune.network.weights import load_file, load_state
 
 
 class BasicBlock(nn.Module):
@@ -92,52 +91,35 @@ class MnistNet(nn.Module):
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56)}
 
 
-def build(arch: str, classes: int) -> nn.Module:
+def build(arch: str, classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
     """An untrained network with `classes` outputs.
 
     Args:
         arch: a CIFAR ResNet (`resnet20`, …), `mnist`, a torchvision name, a timm name (with the `timm` extra
             installed), or `path/to/file.py:function` with `function(num_classes=…)` returning the network.
         classes: number of outputs.
+        options: further arguments of a torchvision network, see `published.options_of`.
 
     Raises:
-        ModelError: the name is unknown; close matches are offered.
+        ModelError: the name is unknown, and close matches are offered; or the file cannot be used.
     """
-    if arch.partition(":")[0].endswith(".py"):
-        return _from_file(arch, classes)
+    if user_code.is_file(arch):
+        return user_code.build_from_file(arch, classes)
     if arch in CIFAR_DEPTHS:
         return CifarResNet(CIFAR_DEPTHS[arch], classes)
     if arch == "mnist":
         return MnistNet(classes)
-    if arch in torchvision.models.list_models(module=torchvision.models):
+    if published.is_torchvisions(arch):
         # The auxiliary heads of these two only serve training from scratch.
         extra = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+        extra |= options or {}
         return cast(nn.Module, torchvision.models.get_model(arch, weights=None, num_classes=classes, **extra))
     return _from_timm(arch, classes)
 
 
-def _from_file(arch: str, classes: int) -> nn.Module:
-    path, _, function = arch.partition(":")
-    if not Path(path).is_file():
-        raise ModelError(f"--arch {arch}: there is no file {path}")
-    name = f"dist_prune_user_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise ModelError(f"--arch {arch}: {path} has no function {function!r}; it has {', '.join(names)}")
-    return cast(nn.Module, getattr(module, function)(num_classes=classes))
-
-
 def is_timms(arch: str) -> bool:
     """Whether `build` takes the network from timm; a name that torchvision knows, too, is torchvision's."""
-    if (
-        arch.partition(":")[0].endswith(".py")
-        or arch in _without_timm()
-        or importlib.util.find_spec("timm") is None
-    ):
+    if user_code.is_file(arch) or arch in _without_timm() or importlib.util.find_spec("timm") is None:
         return False
     import timm  # noqa: PLC0415  an optional extra
 
@@ -172,110 +154,62 @@ def load(arch: str, classes: int, weights: str) -> nn.Module:
     Args:
         arch: see `build`.
         classes: number of outputs.
-        weights: a file (state dict, `.pt`/`.pth`/`.safetensors`), a torchvision enum (`IMAGENET1K_V1`,
-            `DEFAULT`), `pretrained` for timm, or `none`.
+        weights: a file (see `checkpoint_files`), a torchvision enum (`IMAGENET1K_V1`, `DEFAULT`), `pretrained`
+            for timm, or `none`.
 
     Raises:
         ModelError: no such file or enum, a damaged file, or a checkpoint of another architecture.
     """
-    model = build(arch, classes)
+    model = build(arch, classes, published.options_of(arch, weights))
     fill(model, arch, classes, weights)
     return model.eval()
 
 
-def fill(model: nn.Module, arch: str, classes: int, weights: str) -> None:
-    """Put the weights that `weights` names into the network that `build` made; see `load`."""
-    if weights != "none":
-        load_weights(model, read_weights(arch, classes, weights), f"--weights {weights} into --arch {arch}")
+def fill(model: nn.Module, arch: str, classes: int, weights: str) -> str:
+    """Put the weights that `weights` names into the network that `build` made; see `load`.
 
-
-def read_weights(arch: str, classes: int, weights: str) -> dict[str, Tensor]:
-    """The state dict that `weights` names (see `load`)."""
-    path = Path(weights)
+    Returns:
+        What was taken of the file, in words; empty where it fits as it is.
+    """
+    path, what = Path(weights).expanduser(), f"--weights {weights} into --arch {arch}"
+    if weights == "none":
+        return ""
     if path.is_file():
-        return _read_file(path)
-    if path.suffix or "/" in weights:
+        return load_file(model, path, what)
+    if path.is_dir():
+        raise ModelError(f"--weights {weights}: is a folder; give the file in it")
+    if "://" in weights:
+        raise ModelError(f"--weights {weights}: is an address; download it, and give the file")
+    named = published.entry_of(arch, weights) is not None and "/" not in weights
+    if not named and (path.suffix or "/" in weights):
         raise ModelError(f"--weights {weights}: there is no such file")
-    if arch in torchvision.models.list_models(module=torchvision.models):
-        return _download(arch, classes, weights)
-    if weights == "pretrained" and arch not in CIFAR_DEPTHS and importlib.util.find_spec("timm") is not None:
-        import timm  # noqa: PLC0415  an optional extra
-
-        return dict(timm.create_model(arch, pretrained=True, num_classes=classes).state_dict())
+    if published.is_torchvisions(arch):
+        return load_file(model, published.fetched(arch, classes, weights), what)
+    if weights == "pretrained" and is_timms(arch):
+        load_state(model, _timms_weights(arch, classes), what)
+        return ""
     raise ModelError(f"--weights {weights}: neither a file nor known for {arch}; give a file or 'none'")
 
 
-def missing_weights(arch: str, weights: str) -> str:
-    """The address from which `read_weights` would download; empty if the weights are at hand, or not known."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if weights == "pretrained" and is_timms(arch):
-        return f"timm's weights of {arch}"
-    if Path(weights).is_file() or arch in CIFAR_DEPTHS or arch not in known:
-        return ""
-    entry = torchvision.models.get_model_weights(arch).__members__.get(weights)
-    cached = entry and Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
-    return "" if cached is None or cached.is_file() else str(entry.url)
+def _timms_weights(arch: str, classes: int) -> dict[str, Tensor]:
+    import timm  # noqa: PLC0415  an optional extra
 
-
-def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # noqa: PLC0415  one of two formats
-
-            return load_file(path)
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ModelError(f"{path}: not readable as weights ({type(error).__name__}: {error})") from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ModelError(f"{path}: expected a state dict (name → tensor), got {type(loaded).__name__}")
-    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
-
-
-def _download(arch: str, classes: int, weights: str) -> dict[str, Tensor]:
-    known = torchvision.models.get_model_weights(arch)
-    if weights not in known.__members__:
-        members = ", ".join(known.__members__)
-        raise ModelError(f"--weights {weights}: {arch} has {members}; or give a file, or 'none'")
-    entry = known[weights]
-    if classes != len(entry.meta["categories"]):
+        return dict(timm.create_model(arch, pretrained=True, num_classes=classes).state_dict())
+    except Exception as error:  # of timm, or of any of the libraries that fetch its files
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"--weights {weights} has {len(entry.meta['categories'])} classes, --classes is {classes}: "
-            f"leave --classes out or give weights trained on these classes"
-        )
-    try:
-        return dict(entry.get_state_dict(progress=False, check_hash=True))
-    except OSError as error:
-        raise ModelError(
-            f"--weights {weights}: the download failed ({error}). On a machine without network, fetch "
-            f"{entry.url} elsewhere and give the file: --weights FILE"
+            f"--weights pretrained: timm has none for {arch}, or they cannot be downloaded "
+            f"({type(error).__name__}: {reason}). On a machine without network, give a file: --weights FILE"
         ) from error
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy `state` into `model`, every name and shape exact.
-
-    Raises:
-        ModelError: names missing, left over or of another shape; up to four of each are named.
-    """
-    own = model.state_dict()
-    # Auxiliary heads are part of torchvision's files but not of the network built here.
-    state = {k: v for k, v in state.items() if k in own or not k.startswith(("aux1.", "aux2.", "AuxLogits."))}
-    problems = {
-        "missing": [k for k in own if k not in state],
-        "not in the network": [k for k in state if k not in own],
-        "of another shape": [
-            f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
-            for k, v in state.items()
-            if k in own and v.shape != own[k].shape
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{len(v)} {k}: {', '.join(v[:4])}" for k, v in problems.items() if v)
-        raise ModelError(f"{what}: the checkpoint is of another architecture ({text})")
-    model.load_state_dict(state)
+def missing_weights(arch: str, weights: str) -> str:
+    """The address from which `fill` would download; empty if the weights are at hand, or not known."""
+    if weights == "pretrained" and is_timms(arch):
+        return f"timm's weights of {arch}"
+    entry = None if Path(weights).expanduser().is_file() else published.entry_of(arch, weights)
+    return "" if entry is None or published.file_of(entry).is_file() else str(entry.url)
 
 
 def logits_of(output: Any) -> Tensor:  # noqa: ANN401  networks return what they like

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
 from dist_prune.network.memory_format import place_like
-from dist_prune.network.models import ModelError, looks_like_probabilities
+from dist_prune.network.models import looks_like_probabilities
 from dist_prune.network.trial import Trial, answer_of, stand_in, tolerance_of
 
 

@@ -21,6 +21,7 @@ from dist_prune.factorization.project import balance, project, rebuild, unfold
 from dist_prune.factorization.schedule import shrunk_sites, still_factored
 from dist_prune.factorization.spectra import Spectra, spectra_of
 from dist_prune.network import models
+from dist_prune.network.published import options_of
 from dist_prune.network.sites import Site
 from dist_prune.run.checkpointing import Resumable
 from dist_prune.run.job import Job, Stage, calibration, probe, statistics_split, watched_validation
@@ -82,7 +83,8 @@ def plan_and_project(job: Job) -> None:
     if method.method == "random-init":
         job.state.plan = job.state.target = decide(job, None)
         torch.manual_seed(config.seed)
-        untrained = models.build(config.network.arch, config.network.classes)
+        network = config.network
+        untrained = models.build(network.arch, network.classes, options_of(network.arch, network.weights))
         job.state.network = rebuild(untrained, job.state.plan).to(job.world.device)
         keep_layers(job, {})
         return

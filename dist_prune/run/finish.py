@@ -12,6 +12,7 @@ from dist_prune.artifacts.answers import save as save_answers
 from dist_prune.artifacts.saved_model import Description, save_compressed
 from dist_prune.distributed.world import digest
 from dist_prune.factorization.plan import cost
+from dist_prune.network.published import options_of
 from dist_prune.reporting.html import page
 from dist_prune.run.job import STAGES, Job
 from dist_prune.utils import files
@@ -31,6 +32,7 @@ def finish(job: Job) -> None:
         job.config.images.image,
         job.dataset.train.classes,
         job.state.chosen,
+        options_of(job.config.network.arch, job.config.network.weights),
     )
     job.world.from_first(lambda: save_compressed(job.folder, job.state.compressed, description))
     answers = Answers(job.dataset.val.digest(), job.state.right)

@@ -41,6 +41,7 @@ class Job:
         planner: from spectra to a plan.
         checkpoints: where it can be stopped and resumed.
         state: what its stages have found.
+        notes: on weights and images, for the log.
     """
 
     config: Run
@@ -55,6 +56,7 @@ class Job:
     planner: Planner
     checkpoints: CheckpointManager
     state: State
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def reference(self) -> Predictions:

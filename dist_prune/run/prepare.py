@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +20,11 @@ from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World, digest
 from dist_prune.factorization.planner import planner, timed_planner
 from dist_prune.network import models
+from dist_prune.network.errors import ModelError
 from dist_prune.network.memory_format import lay_out
-from dist_prune.network.sites import Survey, survey
+from dist_prune.network.published import options_of
+from dist_prune.network.sites import SiteError, Survey, survey
+from dist_prune.network.user_code import split, told
 from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
 from dist_prune.run.job import Job, calibration, probe, unlabelled_stream, validation
@@ -50,7 +53,8 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
                 check_images(config, split, world)
     for settings in (config.tuning, config.pretrain):
         require_possible(settings, world.device)
-    dense, everything = load_network(config, world)
+    notes: list[str] = []
+    dense, everything = load_network(config, world, notes.append)
     found = everything.select(config.compression.sites)
     ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
     ranks.check()
@@ -79,6 +83,7 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
             parts={"state": state, "report": report},
         ),
         state=state,
+        notes=tuple(filter(None, (*notes, timm_images.adopted(config)))),
     )
     for stream in (validation(job), calibration(job, 0), unlabelled_stream(job)):
         assert len(stream), "streams refuse to share fewer images than ranks"
@@ -152,13 +157,29 @@ def require_classes(config: Run, dataset: Dataset) -> None:
         )
 
 
-def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
-    """The dense network on this rank's device, and all its sites."""
+def load_network(
+    config: Run, world: World, say: Callable[[str], None], read: bool = True
+) -> tuple[nn.Module, Survey]:
+    """The dense network on this rank's device, with weights unless not `read`, and all its sites.
+
+    Args:
+        config: names the network, its weights and images.
+        world: one rank reads, or downloads, the weights; the others get them from it.
+        say: given what was taken of a file of weights, where that needs saying.
+        read: whether the network gets its weights.
+
+    Raises:
+        ModelError: no such network or weights, or they do not fit.
+        ConfigError: the network does not take these images, or has other outputs than classes.
+    """
     torch.manual_seed(config.seed)
     network = config.network
-    dense = models.build(network.arch, network.classes).eval()
-    # One rank reads, or downloads, the weights; the others get them from it.
-    world.from_first(lambda: models.fill(dense, network.arch, network.classes, network.weights))
+    options = options_of(network.arch, network.weights)
+    dense = models.build(network.arch, network.classes, options).eval()
+    if read:
+        taken = world.from_first(lambda: models.fill(dense, network.arch, network.classes, network.weights))
+        if taken:
+            say(taken)
     dense = dense.to(world.device)
     world.broadcast_(*dense.state_dict().values())
     if config.channels_last:
@@ -166,10 +187,13 @@ def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
     image = probe(config, world, 1)
     try:
         found = survey(dense, image)
-    except RuntimeError as error:
+    except (ModelError, SiteError):
+        raise
+    except Exception as error:  # whatever the network's own code raises
         size = " × ".join(map(str, image.shape[1:]))
         see = "--crop and --channels-last" if config.channels_last else "--crop"
-        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({error})") from error
+        reason = error if isinstance(error, RuntimeError) else told(error, Path(split(network.arch)[0]))
+        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
     if found.classes != network.classes:
         raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
     return dense, found
@@ -177,8 +201,7 @@ def load_network(config: Run, world: World) -> tuple[nn.Module, Survey]:
 
 def show_plan(config: Run, world: World, report: Report) -> None:
     """The dry run: the plan's table from the network alone; weights are not even read."""
-    unread = replace(config, network=replace(config.network, weights="none"))
-    dense, everything = load_network(unread, world)
+    dense, everything = load_network(config, world, report.say, read=False)
     found = everything.select(config.compression.sites)
     known = planner(config, found, world)
     plan, note = known.foreseen()

@@ -13,7 +13,6 @@ from dist_prune.artifacts.checkpoints import Snapshot
 from dist_prune.artifacts.environment import environment
 from dist_prune.artifacts.lock import Lock
 from dist_prune.config.flags import ConfigError
-from dist_prune.data import timm_images
 from dist_prune.distributed.preemption import restarts
 from dist_prune.factorization import layers
 from dist_prune.run.job import Job
@@ -37,7 +36,7 @@ def opened(job: Job) -> Iterator[Job]:
         if job.world.is_first:
             job.report.open(job.folder)
         job.report.say(f"run directory {job.folder}, {job.world.size} rank(s) on {job.world.device.type}")
-        if note := timm_images.adopted(job.config):
+        for note in job.notes:
             job.report.say(note)
         for concern in notes_on(job.dataset, job.unlabelled):
             job.report.warn(concern)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from dist_prune.config.run import Run, to_dict
 from dist_prune.config.training import TrainingConfig, TuningConfig
 from dist_prune.data.loader import Batch, Stream, training_stream
 from dist_prune.factorization.project import balance
-from dist_prune.network import models
+from dist_prune.network import models, user_code
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, probe
 from dist_prune.training.trainer import Trainer, TrainingError, distillation_loss, format_summary, steps_of
@@ -60,13 +59,13 @@ def load_dense(job: Job) -> None:
         job.world.size,
         torch.__version__,
     ]
-    source = Path(config.network.arch.partition(":")[0])  # where the architecture is a file of the user's own
-    code = files.checksum(source) if source.is_file() else ""
-    key = [*map(str, map(to_dict, settings)), job.dataset.train.digest(), code]
+    arch = config.network.arch
+    code = list(map(files.checksum, user_code.sources(arch).values())) if user_code.is_file(arch) else []
+    key = [*map(str, map(to_dict, settings)), job.dataset.train.digest(), *code]
     cached = files.cache_folder() / f"{config.network.arch.replace('/', '_')}-{files.name_of(key)}.pt"
     if job.world.from_first(lambda: files.is_intact(cached)):
         job.report.say(f"dense weights from {cached}")
-        job.dense.load_state_dict(models.read_weights(config.network.arch, config.network.classes, str(cached)))
+        models.fill(job.dense, config.network.arch, config.network.classes, str(cached))
         return
     job.checkpoints.stage = "pretrain"
     with job.report.phase("pretrain"):

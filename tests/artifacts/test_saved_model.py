@@ -1,6 +1,7 @@
 """A compressed network leaves this process as files and comes back as the same function, anywhere."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,3 +287,39 @@ def test_loading_needs_no_data_no_training_code_and_no_reports(networks: dict[st
     words = [sys.executable, "-c", LOAD, str(networks["transformer"].folder)]
     done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_networks_file_imports_travels_with_it(tmp_path: Path) -> None:
+    """Loaded where the sources are gone, and where the same name is another module."""
+    home = tmp_path / "home"
+    (home / "parts").mkdir(parents=True)
+    (home / "parts" / "__init__.py").write_text("")
+    (home / "parts" / "heads.py").write_text("from torch import nn\nHead = nn.Linear\n")
+    (home / "blocks.py").write_text("from parts.heads import Head\n")
+    (home / "network.py").write_text(
+        "import blocks\ndef net(num_classes):\n    return blocks.Head(3, num_classes)\n"
+    )
+    arch = f"{home / 'network.py'}:net"
+    model = build(arch, 7)
+    save_compressed(tmp_path / "run", model, Description(arch, 7, ImageSpec(0, 32), (), Plan(())))
+    shutil.rmtree(home)
+    for name in ("network.py", "blocks.py", "parts/heads.py"):
+        assert (tmp_path / "run" / "network" / name).is_file()
+    assert digest(load_compressed(tmp_path / "run")) == digest(model)
+
+
+def test_options_of_torchvisions_networks_come_back(tmp_path: Path) -> None:
+    options = {"transform_input": True}
+    model = build("googlenet", 7, options)
+    description = Description("googlenet", 7, ImageSpec(0, 32), (), Plan(()), options)
+    save_compressed(tmp_path, model, description)
+    loaded = load_compressed(tmp_path)
+    assert loaded.transform_input
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_networks_that_ask_for_their_version_come_back(tmp_path: Path) -> None:
+    """safetensors keep tensors alone."""
+    model = build("mnasnet0_5", 7)
+    save_compressed(tmp_path, model, Description("mnasnet0_5", 7, ImageSpec(0, 32), (), Plan(())))
+    assert digest(load_compressed(tmp_path)) == digest(model)

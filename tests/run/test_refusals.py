@@ -58,6 +58,14 @@ def occupied(bench: Bench, tmp_path: Path) -> dict[str, object]:
     return {"run_dir": tmp_path / "file"}
 
 
+def with_file(text: str) -> Case:
+    def flags(bench: Bench, tmp_path: Path) -> dict[str, object]:
+        (tmp_path / "mine.py").write_text(text)
+        return {"arch": f"{tmp_path}/mine.py:net", "weights": "none", "pretrain.epochs": 1}
+
+    return flags
+
+
 def drop(*names: str) -> Callable[[Path], None]:
     return lambda folder: [shutil.rmtree(folder / name) for name in names] and None
 
@@ -94,6 +102,18 @@ BAD: dict[str, tuple[Case, str]] = {
     "unknown architecture": (with_flags(arch="resnet19"), "unknown architecture 'resnet19'; close: resnet18"),
     "no such network file": (with_flags(arch="absent.py:net"), "there is no file absent.py"),
     "no such function": (with_network("tyni"), "has no function 'tyni'; it has"),
+    "a network file that is not Python": (
+        with_file("def net(:\n"),
+        "mine.py line 1 is not Python: invalid syntax",
+    ),
+    "a network file that raises": (with_file("1 / 0\n"), "ZeroDivisionError: division by zero (mine.py line 1)"),
+    "a forward that raises": (
+        with_file(
+            "from torch import nn\n\nclass Odd(nn.Linear):\n    def forward(self, x):\n        return x + absent\n"
+            "def net(num_classes):\n    return Odd(2, num_classes)\n"
+        ),
+        "does not take images of 3 × 16 × 16, see --crop (NameError: name 'absent' is not defined (mine.py",
+    ),
     "another number of outputs": (with_network("five"), "has 5 outputs, --classes is 4"),
     "another input size": (with_network("dense_only"), "does not take images of 3 × 16 × 16, see --crop"),
     "a layout it cannot have": (
