@@ -164,6 +164,8 @@ def devices(config: Run, world: World) -> Iterator[Finding]:
         meant = config.device == "cpu"
         advice = "no GPU is seen: ask the scheduler for one; --device cpu says that none is meant"
         yield Finding("device", "ok" if meant else "warn", text, advice)
+    if crowd := world.crowding():
+        yield Finding("cores", "warn", *crowd.rsplit("; ", 1))
     for settings in (config.tuning, config.pretrain):
         require_possible(settings, world.device)
 

@@ -19,6 +19,14 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_prune.distributed.devices import (
+    choose_device,
+    crowding,
+    identity_of,
+    load_of_this_process,
+    quiet_output,
+    require_own_gpu,
+)
 from dist_prune.distributed.launch_env import LaunchEnv, find_launch_env
 from dist_prune.distributed.watchdog import Alarm, Whereabouts, describe
 
@@ -28,10 +36,6 @@ P = ParamSpec("P")
 BUCKET_BYTES = 64 * 2**20
 LAUNCHER_S = 10.0  # a launcher's store that cannot be reached for so long has gone with the launcher
 PANEL = 128  # rows of a symmetric matrix that travel together, from their first diagonal element on
-
-
-class DeviceError(ValueError):
-    """The device asked for is not there."""
 
 
 class RankError(RuntimeError):
@@ -47,13 +51,14 @@ def joined(device: str = "auto", timeout_s: float = 600, place: LaunchEnv | None
     seconds with the same message on stderr and exit status 1. An error all ranks share is raised as it is.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        device: "auto" (a GPU for each rank; the CPU where there is none at all), "cpu" or "cuda".
         timeout_s: seconds that ranks wait for each other, when joining and in every collective.
         place: where this process stands; found in the environment by default.
 
     Raises:
         RankError: another rank failed or died, or the ranks could not meet.
-        RuntimeError: "cuda" was asked for and there is none for this rank, or this process has already joined.
+        DeviceError: "cuda" was asked for and there is none, or two ranks would share a GPU.
+        RuntimeError: this process has already joined.
     """
     if dist.is_initialized():
         raise RuntimeError("this process has already joined a world: pass that World on instead")
@@ -102,7 +107,7 @@ def _meet(place: LaunchEnv, timeout_s: float) -> Store:
 
 
 def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> torch.device:
-    device = _choose_device(wanted, place.local_rank)
+    device = choose_device(wanted, place.local_rank)
     agreed = store.compare_set("device", "", device.type).decode()
     if agreed != device.type:
         raise RuntimeError(
@@ -110,33 +115,18 @@ def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> tor
             "check the GPUs of this node, or pass device 'cpu'"
         )
     if device.type == "cuda":
+        require_own_gpu(store, place.size, identity_of(device), torch.cuda.device_count())
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if device.type == "cuda" else None,
-    )
-    return device
-
-
-def _choose_device(wanted: str, local_rank: int) -> torch.device:
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device is {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
-    available = torch.cuda.is_available()
-    if wanted == "cpu" or (wanted == "auto" and not available):
-        return torch.device("cpu")
-    if not available:
-        raise DeviceError(
-            f"device 'cuda' was asked for, but this process sees no GPU (CUDA_VISIBLE_DEVICES="
-            f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}): ask the scheduler for one, or pass device 'cpu'"
+    with quiet_output():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
         )
-    count = torch.cuda.device_count()
-    if count > 1 and local_rank >= count:
-        raise DeviceError(f"local rank {local_rank} has no GPU: {count} visible, start as many ranks per node")
-    return torch.device("cuda", local_rank if count > 1 else 0)  # one visible: the launcher chose it for us
+    return device
 
 
 def _leave(broken: bool = False) -> None:
@@ -272,6 +262,11 @@ class World:
         if work is not None:
             work.wait()
         return int(votes.item())
+
+    def crowding(self) -> str:
+        """Whether ranks on the CPU compute with more threads than there are cores, in words; empty if not."""
+        loads = self.gather(load_of_this_process())
+        return crowding(loads) if self.device.type == "cpu" else ""
 
     @_collective
     def barrier(self) -> None:

@@ -38,8 +38,9 @@ def opened(job: Job) -> Iterator[Job]:
         job.report.say(f"run directory {job.folder}, {job.world.size} rank(s) on {job.world.device.type}")
         for note in job.notes:
             job.report.say(note)
-        for concern in notes_on(job.dataset, job.unlabelled):
-            job.report.warn(concern)
+        for concern in [*notes_on(job.dataset, job.unlabelled), job.world.crowding()]:
+            if concern:
+                job.report.warn(concern)
         if job.config.resume:
             take_up(job)
         yield job

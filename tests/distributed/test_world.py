@@ -10,8 +10,9 @@ from torch import nn
 
 from dist_prune.distributed import watchdog as alarm_module
 from dist_prune.distributed import world as world_module
+from dist_prune.distributed.devices import DeviceError
 from dist_prune.distributed.launch_env import find_launch_env
-from dist_prune.distributed.world import DeviceError, RankError, World, digest, fingerprint, joined
+from dist_prune.distributed.world import RankError, World, digest, fingerprint, joined
 from tests.ranks import RanksFailed, free_address, in_turn, run_alone, run_ranks
 
 # --- what ranks do together, at several sizes -----------------------------------------------------

@@ -1,0 +1,141 @@
+"""Which device each rank computes on: a GPU of its own, or the CPU with cores enough."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
+
+
+class DeviceError(ValueError):
+    """The device asked for is not there."""
+
+
+class Board(Protocol):
+    """What the ranks can write on before they are connected: torch's rendezvous store."""
+
+    def add(self, key: str, amount: int, /) -> int: ...
+    def set(self, key: str, value: str, /) -> None: ...
+    def wait(self, keys: list[str], /) -> None: ...
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The CPU, or a GPU: the one that this rank would have if there were enough; see `require_own_gpu`.
+
+    Raises:
+        DeviceError: a GPU was asked for, and there is none.
+        ValueError: not a device.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise DeviceError(
+            f"device 'cuda' was asked for, but this process sees no GPU (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}): ask the scheduler for one, or pass device 'cpu'"
+        )
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def identity_of(device: torch.device) -> str:
+    """What a GPU is called on every host and whatever CUDA_VISIBLE_DEVICES shows."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def require_own_gpu(store: Board, size: int, gpu: str, visible: int) -> None:
+    """Compare the GPUs of all ranks, before they connect: NCCL refuses two ranks on one, and in other words.
+
+    Args:
+        store: that all ranks share.
+        size: how many ranks there are.
+        gpu: of this rank, see `identity_of`.
+        visible: how many GPUs this rank sees.
+
+    Raises:
+        DeviceError: on every rank, the same, if any two have the same GPU.
+    """
+    if store.add(f"gpu/{gpu}", 1) > 1:
+        store.add("gpus shared", 1)
+    if store.add("gpus", 1) == size:
+        store.set("gpus known", "")
+    store.wait(["gpus known"])
+    if shared := store.add("gpus shared", 0):
+        found = size - shared
+        raise DeviceError(
+            f"{size} ranks on {found} GPU{'s' * (found > 1)}, and a GPU takes one: start as many ranks as GPUs "
+            f"(--nproc-per-node {visible}), or compute on the CPU (--device cpu)"
+        )
+
+
+# ── the CPU ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of one rank: its host, the cores it may run on, how many it may keep busy in all, and its threads."""
+
+    host: str
+    cores: frozenset[int]
+    busy: float
+    threads: int
+
+
+def load_of_this_process() -> Load:
+    """With the threads that PyTorch computes with; those that decode images are not counted."""
+    cores = frozenset(os.sched_getaffinity(0))
+    return Load(socket.gethostname(), cores, min(float(len(cores)), _quota()), torch.get_num_threads())
+
+
+def _quota() -> float:
+    try:
+        busy, period = CPU_QUOTA.read_bytes().split()
+        return int(busy) / int(period)
+    except (OSError, ValueError):  # not in a container, or one without a limit ("max")
+        return float("inf")
+
+
+def crowding(ranks: Sequence[Load]) -> str:
+    """What to say where the ranks of a host compute with more threads than it has cores; empty if none do."""
+    for host in sorted({rank.host for rank in ranks}):
+        here = [rank for rank in ranks if rank.host == host]
+        union = frozenset[int]().union(*(rank.cores for rank in here))
+        available = min(len(union), sum({rank.cores: rank.busy for rank in here}.values()))
+        if sum(rank.threads for rank in here) > available:
+            each = int(available / len(here))
+            advice = f"set OMP_NUM_THREADS={each}" if each else f"start at most {max(1, int(available))} rank(s)"
+            return (
+                f"{len(here)} rank(s) × {here[0].threads} thread(s) on {available:g} core(s) of {host}: they hold "
+                f"each other up, and work takes several times as long; {advice}"
+            )
+    return ""
+
+
+@contextmanager
+def quiet_output() -> Iterator[None]:
+    """While open, what libraries print goes nowhere: gloo announces itself on the standard output."""
+    try:
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard output
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    try:
+        flush(None)
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,140 @@
+"""One GPU per rank, threads no more than cores, and nothing on the output but what the program says."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from dist_prune.distributed import devices
+from dist_prune.distributed.devices import DeviceError, Load, choose_device, crowding, require_own_gpu
+from dist_prune.distributed.world import World
+from tests.commands import PROGRAM
+from tests.ranks import run_ranks
+from tests.runs import Bench
+
+
+def verdicts(gpus: list[str]) -> list[str]:
+    """What each rank is told, all at the store at once."""
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=20))
+
+    def ask(gpu: str) -> str:
+        try:
+            require_own_gpu(store, len(gpus), gpu, len(set(gpus)))
+        except DeviceError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        return list(pool.map(ask, gpus))
+
+
+@pytest.mark.parametrize("gpus", ["a", "ab", "abcdefgh"])
+def test_ranks_with_a_gpu_each_go_on(gpus: str) -> None:
+    assert verdicts(list(gpus)) == [""] * len(gpus)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "start"),
+    [("aa", "2 ranks on 1 GPU,"), ("aba", "3 ranks on 2 GPUs,"), ("aaaa", "4 ranks on 1 GPU,")],
+)
+def test_ranks_that_share_a_gpu_are_all_told_the_same_with_both_ways_out(gpus: str, start: str) -> None:
+    (said,) = set(verdicts(list(gpus)))
+    assert said.startswith(start)
+    assert f"--nproc-per-node {len(set(gpus))}" in said and "--device cpu" in said
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_a_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 2)
+    assert [choose_device("auto", rank).index for rank in range(3)] == [0, 1, 0]  # the last is then refused
+    assert choose_device("cpu", 0).type == "cpu"
+    pretend(monkeypatch, 0)
+    assert choose_device("auto", 0).type == "cpu"
+    with pytest.raises(DeviceError, match="sees no GPU"):
+        choose_device("cuda", 0)
+
+
+def with_one_gpu(*words: str) -> int:
+    """The program where every rank sees the same GPU."""
+    from dist_prune.cli.main import main
+
+    torch.cuda.is_available = lambda: True  # type: ignore[method-assign]
+    torch.cuda.device_count = lambda: 1  # type: ignore[method-assign]
+    torch.cuda.get_device_properties = lambda _: SimpleNamespace(uuid="the one")  # type: ignore[method-assign]
+    return main(list(words))
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_two_ranks_on_one_gpu_end_in_one_line_before_any_work(bench: Bench, tmp_path: Path, device: str) -> None:
+    words = bench.words(tmp_path / "run", device=device)
+    done = bench.commands(*words, ranks=2, function="tests.distributed.test_devices:with_one_gpu")
+    assert done.codes == [2, 2]
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: 2 ranks on 1 GPU, and a GPU takes one: start as many ranks as GPUs")
+    assert "(--nproc-per-node 1)" in line and "(--device cpu)" in line
+    assert not (tmp_path / "run").exists()
+
+
+# ── cores ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(threads: int, cores: str = "01", busy: float = 9, host: str = "n1") -> Load:
+    return Load(host, frozenset(map(int, cores)), min(busy, len(cores)), threads)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([load(1), load(1)], ""),
+        ([load(2)], ""),
+        ([load(2), load(2)], "2 rank(s) × 2 thread(s) on 2 core(s) of n1: "),
+        ([load(2, "01"), load(2, "23")], ""),  # cores of their own, as srun binds them
+        ([load(2, host="n1"), load(2, host="n2")], ""),
+        ([load(1), load(1), load(1)], "start at most 2 rank(s)"),
+        ([load(4, "0123", 2.0)], "1 rank(s) × 4 thread(s) on 2 core(s)"),  # a container's share
+        ([load(4, "0123", 2.0), load(4, "4567", 2.0)], "OMP_NUM_THREADS=2"),
+    ],
+)
+def test_more_threads_than_cores_are_warned_of(ranks: list[Load], expected: str) -> None:
+    said = crowding(ranks)
+    assert (expected in said) if expected else not said
+
+
+def test_a_containers_share_of_the_cpu_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "CPU_QUOTA", tmp_path / "cpu.max")
+    for text, expected in (("150000 100000\n", 1.5), ("max 100000\n", float("inf"))):
+        (tmp_path / "cpu.max").write_text(text)
+        assert devices._quota() == expected
+
+
+def crowded(world: World, threads: int) -> str:
+    torch.set_num_threads(threads)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    return world.crowding()
+
+
+def test_ranks_learn_that_they_crowd() -> None:
+    said = run_ranks(crowded, 2, 2)
+    assert said[0] == said[1] and said[0].startswith("2 rank(s) × 2 thread(s) on 1 core(s) of ")
+    assert said[0].endswith("start at most 1 rank(s)")
+    assert run_ranks(crowded, 1, 1) == [""]
+
+
+# ── output ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_libraries_print_nothing_when_ranks_meet(bench: Bench, ranks: int) -> None:
+    done = bench.commands.succeed("plan", "mnist", function=PROGRAM, ranks=ranks)
+    assert done.out.startswith("site ") and "loo" not in done.out
+    assert not done.err
