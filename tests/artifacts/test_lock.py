@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import multiprocessing
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -92,7 +93,8 @@ def test_what_an_owner_left_that_died_long_ago_is_waited_for_once_and_taken(
     began = time.monotonic()
     held = Lock(tmp_path)
     assert time.monotonic() - began >= lock_module.SILENT_S
-    assert json.loads((tmp_path / OWNER).read_text())["beat"] >= 0
+    owner = json.loads((tmp_path / OWNER).read_text())
+    assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
     held.release()
 
 
@@ -128,7 +130,9 @@ def test_a_file_of_the_owner_s_that_is_cut_off_keeps_nobody_out(
     tmp_path: Path, no_kernel: None, left: str
 ) -> None:
     (tmp_path / OWNER).write_text(left)
-    Lock(tmp_path).release()
+    held = Lock(tmp_path)
+    assert read_of(tmp_path / OWNER, "pid") == os.getpid()
+    held.release()
 
 
 # ── a whole run under a clock that jumps ───────────────────────────────────────────────────────────────────

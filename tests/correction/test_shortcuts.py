@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dist_prune.network.models import CifarResNet
 from dist_prune.network.tracing import Pass, trace
@@ -152,16 +153,39 @@ def test_the_order_never_runs_in_a_circle() -> None:
     assert torch.equal(ended(Pass(program, model, x)), model(x))
 
 
+class Additions(TorchFunctionMode):
+    """Keeps the result of every addition of two tensors, before anything changes it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.__name__ in ("add", "add_", "__add__", "__iadd__"):
+            self.sums.append(result.clone())
+        return result
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "vit"])
-def test_shortcuts_stand_ready_at_their_sites(name: str) -> None:
+def test_at_a_site_its_shortcut_is_what_the_output_is_added_to(name: str) -> None:
     make, size = NETWORKS[name]
     model = seeded(make)
     x = torch.randn(1, 3, size, size)
     walk = Pass(traced(model, x), model, x)
-    for site in at_every_stop(walk):
-        if site in walk.program.shortcuts:
-            assert isinstance(walk.shortcut_of(site), Tensor)
+    shortcuts = walk.program.shortcuts
+    ready = {site: walk.shortcut_of(site).clone() for site in at_every_stop(walk) if site in shortcuts}
+    assert ready
+    outputs: dict[str, Tensor] = {}
+    for site in ready:
+        last = model.get_submodule(shortcuts[site].affine or site)
+        last.register_forward_hook(lambda _m, _x, y, site=site: outputs.update({site: y.clone()}))
+    with Additions() as seen:
+        model(x)
+    for site, shortcut in ready.items():
+        total = outputs[site] + shortcut
+        assert any(total.shape == one.shape and torch.allclose(total, one) for one in seen.sums), site
 
 
 # ── operations that change what they are given ─────────────────────────────────────────────────────────────

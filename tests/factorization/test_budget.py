@@ -83,10 +83,12 @@ def test_with_repair_of_two_equal_sites_the_later_one_keeps_more() -> None:
 def test_repair_changes_what_losses_count_not_what_is_predicted() -> None:
     spectra = decaying(SMALL)
     plan = make_plan(Rule("budget", 0.6, of="macs"), SMALL, 1, spectra=spectra, repair=2.0)
-    for choice in plan.choices:
-        if choice.rank is not None:
-            group = choice.rank // {s.name: s.groups for s in SMALL.sites}[choice.site]
-            assert choice.loss == pytest.approx(float(spectra.tails(choice.site)[group]))
+    losses = {choice.site: choice.loss for choice in plan.choices if choice.rank is not None}
+    assert losses
+    groups = {s.name: s.groups for s in SMALL.sites}
+    for name, loss in losses.items():
+        worth, kept = spectra.values[name], plan.ranks[name] // groups[name]
+        assert loss == pytest.approx(float(worth[:, kept:].sum() / worth.sum()))
 
 
 def test_a_budget_of_everything_keeps_everything(resnet20: Survey) -> None:

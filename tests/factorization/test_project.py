@@ -12,7 +12,6 @@ from dist_prune.factorization.project import balance, factor, project, project_o
 from dist_prune.network.sites import (
     Factored,
     Site,
-    Survey,
     View,
     bias_of,
     describe,
@@ -242,4 +241,3 @@ def test_a_module_used_twice_is_replaced_in_both_places(world: World) -> None:
     compressed = project(model, [site], pca(model, [site], moments, world), Plan((Choice("0", 6),)))
     assert compressed[0] is compressed[2] is not shared
     torch.testing.assert_close(logits_of(compressed(x)), model(x))
-    assert isinstance(survey(wrapped(nn.Linear(6, 2)), torch.zeros(1, 6)), Survey)
