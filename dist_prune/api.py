@@ -18,6 +18,7 @@ from dist_prune.data.loader import Batch
 from dist_prune.distributed.launch_env import LaunchEnv
 from dist_prune.distributed.world import World, joined
 from dist_prune.factorization.bases import solve
+from dist_prune.factorization.nested import nested_of
 from dist_prune.factorization.plan import Cost, Plan, cost
 from dist_prune.factorization.planner import timed_planner
 from dist_prune.factorization.project import project
@@ -64,6 +65,7 @@ def compress(
     method: Method = "fisher",
     side: Side = "output",
     sites: str = "*",
+    forms: str = "auto",
     correct: Literal["none", "refit", "regression"] = "regression",
     calibrate_images: int = 1024,
     seed: int = 0,
@@ -80,6 +82,7 @@ def compress(
         method: as `--method`: where the directions to keep come from; `gradient` needs labels.
         side: of a layer, whose directions are kept.
         sites: as `--sites`: which layers.
+        forms: as `--forms`: what a layer can become where ranks come from a budget.
         correct: as `--correct`: whether the layers are solved again against the given network.
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
@@ -96,7 +99,9 @@ def compress(
     if method == "random-init":
         raise ConfigError("method random-init keeps nothing of the network; it is for comparison, in runs")
     run = Run(
-        compression=CompressionConfig(MethodConfig(method=method, side=side), ranks, sites, round_to),
+        compression=CompressionConfig(
+            MethodConfig(method=method, side=side), ranks, forms=forms, sites=sites, round_to=round_to
+        ),
         correction=CorrectionConfig(correct, calibrate_images),
         seed=seed,
     )
@@ -198,12 +203,14 @@ def _compress(run: Run, model: nn.Module, given: Kept, world: World) -> Compress
     plans.check()
     if run.correction.correct != "none":
         require_deterministic(model, probe, world)
-    sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed)
+    patches = plans.needs_patches
+    sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed, None, patches)
     for text in statistics.warnings(sums, found.sites, basis, given.count):
         warnings.warn(text, stacklevel=3)
     bases = solve(model, found.sites, sums, basis, run.seed, world)
-    plan = plans.plan(spectra_of(bases, basis))
-    network = project(model, found.sites, bases, plan, basis.side).eval()
+    nested = nested_of(model, found.sites, plans.projected_forms, bases, sums, basis.damping, world)
+    plan = plans.plan(spectra_of(bases, basis, nested))
+    network = project(model, found.sites, bases, plan, basis.side, nested).eval()
     before, after = corrected(run, model, network, everything, given, world)
     unit = unit_of(basis)
     dense, table = Cost(found.macs, found.params), plans.format_table(plan, {}, unit)

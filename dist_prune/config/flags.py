@@ -28,14 +28,14 @@ def require(holds: bool, message: str) -> None:
 class Rule:
     """A parsed `--ranks`: `uniform`, `energy`, `budget` (`of` macs, params or latency), `file` or `sites`.
 
-    `file` is a plan's, `listed` are sites and their ranks.
+    `file` is a plan's, `listed` are sites, their forms and their ranks.
     """
 
     kind: str
     amount: float = 0.0
     file: Path = Path()
     of: str = ""
-    listed: tuple[tuple[str, int], ...] = ()
+    listed: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
 
     @property
     def needs_spectra(self) -> bool:
@@ -46,12 +46,29 @@ class Rule:
     def text(self) -> str:
         """As it is given on the command line."""
         if self.kind == "sites":
-            return "sites:" + ",".join(f"{name}={rank}" for name, rank in self.listed)
+            return "sites:" + ",".join(map(_listed_text, self.listed))
         amount = f"{self.of}={self.amount:g}" if self.of else f"{self.amount:g}"
         return str(self.file) if self.kind == "file" else f"{self.kind}:{amount}"
 
 
 BUDGETS = ("macs", "params", "latency")
+FORMS = ("output", "input", "vertical", "horizontal", "tucker")  # what a site can become; see factorization.forms
+
+
+def parse_forms(text: str) -> tuple[str, ...]:
+    """Read a list of forms: `all`, or names separated by commas; `dense` may be among them, as sites may stay so.
+
+    Raises:
+        ConfigError: unknown names, close ones are offered; or none.
+    """
+    if text == "all":
+        return FORMS
+    names = [name.strip() for name in text.split(",") if name.strip() not in ("", "dense")]
+    require(bool(names), f"--forms {text}: expected auto, all, or some of {', '.join(FORMS)}")
+    for name in names:
+        hint = did_you_mean(name, FORMS, f"forms: {', '.join(FORMS)}")
+        require(name in FORMS, f"--forms {text}: unknown form {name!r}; {hint}")
+    return tuple(form for form in FORMS if form in names)
 
 
 def parse_rule(text: str) -> Rule:
@@ -75,13 +92,26 @@ def parse_rule(text: str) -> Rule:
     return Rule("file", file=Path(text))
 
 
-def _listed(text: str, where: str) -> tuple[tuple[str, int], ...]:
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    for name, _, rank in pairs:
-        require(bool(name) and rank.isdecimal(), f"{where}: expected sites:NAME=RANK,NAME=RANK with whole numbers")
-    names = [name for name, _, _ in pairs]
-    require(len(names) == len(set(names)), f"{where}: a site is named twice")
-    return tuple((name, int(rank)) for name, _, rank in pairs)
+def _listed_text(listed: tuple[str, str, tuple[int, ...]]) -> str:
+    name, form, ranks = listed
+    return f"{name}={'' if form == 'output' else form + ':'}{'x'.join(map(str, ranks))}"
+
+
+def _listed(text: str, where: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """`NAME=8`, `NAME=vertical:8` or `NAME=tucker:8x16`, separated by commas."""
+    found = []
+    for pair in text.split(","):
+        name, _, value = pair.partition("=")
+        form, _, numbers = value.rpartition(":")
+        ranks = numbers.split("x")
+        require(
+            bool(name) and all(rank.isdecimal() for rank in ranks),
+            f"{where}: expected sites:NAME=RANK,NAME=RANK with whole numbers, or NAME=FORM:RANK, such as "
+            f"NAME=tucker:8x16; got {pair!r}",
+        )
+        found.append((name, form or "output", tuple(map(int, ranks))))
+    require(len(found) == len({name for name, _, _ in found}), f"{where}: a site is named twice")
+    return tuple(found)
 
 
 def _ratio(text: str, where: str) -> float:

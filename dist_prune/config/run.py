@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dist_prune.config.flags import parse_rule
+from dist_prune.config.flags import FORMS, parse_forms, parse_rule
 from dist_prune.config.flags import require as _require
 from dist_prune.config.training import IterationConfig, TrainingConfig, TuningConfig
 
@@ -108,6 +108,7 @@ Method = Literal[
 Side = Literal["output", "input"]
 DATA_FREE: tuple[Method, ...] = ("weight-svd", "random", "random-init")
 BLIND: tuple[Method, ...] = ("random", "random-init")  # their directions are not ordered
+COMPARABLE = ("fisher", "pca")  # whose losses are in one unit for all forms
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,10 @@ class CompressionConfig:
     ranks: str = "uniform:0.5"
     """uniform:RATIO of each site's channels, energy:RATIO of its spectrum, budget:macs|params|latency=RATIO of
     the dense network's, sites:NAME=RANK,… for these alone, or a plan FILE."""
+    forms: str = "auto"
+    """What a site can become where ranks come from a budget: all, or some of output (k×k → 1×1), input (1×1 →
+    k×k), vertical (k×1 → 1×k), horizontal (1×k → k×1), tucker (1×1 → k×k → 1×1), comma-separated. auto: all with
+    fisher and pca and a budget, else output."""
     sites: str = "*"
     """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
@@ -192,6 +197,26 @@ class CompressionConfig:
             f"or another method, such as pca or fisher",
         )
         _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
+        if self.forms != "auto":
+            others = [form for form in parse_forms(self.forms) if form != "output"]
+            _require(
+                not others or rule.kind == "budget",
+                f"--forms {self.forms}: --ranks {self.ranks} does not choose forms; use budget:…, or name them: "
+                f"sites:NAME=FORM:RANK, or a plan file",
+            )
+            _require(
+                not others or (method in COMPARABLE and self.basis.side == "output"),
+                f"--forms {self.forms}: --method {method} on --side {self.basis.side} does not compare forms; use "
+                f"{' or '.join(COMPARABLE)} on --side output",
+            )
+
+    @property
+    def allowed_forms(self) -> tuple[str, ...]:
+        """The forms that ranks are chosen for."""
+        if self.forms != "auto":
+            return parse_forms(self.forms)
+        compares = self.basis.method in COMPARABLE and self.basis.side == "output"
+        return FORMS if parse_rule(self.ranks).kind == "budget" and compares else ("output",)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.config.run import CorrectionConfig
-from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, Solver, left_out
+from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, left_out
+from dist_prune.correction.solver import Solver
 from dist_prune.data.loader import Batch, Stream, normalise
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of

@@ -47,6 +47,10 @@ class NormalEquations:
         solved = _solve(_shifted(self.xx, shift), right.mT).mT
         return solved, _symmetric(right @ solved.mT)
 
+    def shifted(self, shift: Tensor) -> Tensor:
+        """C_xx + λI, (g, d, d)."""
+        return _shifted(self.xx, shift)
+
     def through(self, inner: Tensor) -> NormalEquations:
         """The equations of a layer that is given inner·x̂."""
         xx, tx = inner @ self.xx @ inner.mT, self.tx @ inner.mT
@@ -82,6 +86,10 @@ class DualNormalEquations:
         lost = self.t - weight @ self.x
         solved = weight + _solve(_shifted(self.x.mT @ self.x, shift), lost.mT).mT @ self.x.mT
         return solved, _symmetric(self.t @ (solved @ self.x).mT + shift * weight @ solved.mT)
+
+    def shifted(self, shift: Tensor) -> Tensor:
+        """C_xx + λI, (g, d, d)."""
+        return _shifted(self.x @ self.x.mT, shift)
 
     def through(self, inner: Tensor) -> NormalEquations:
         """The equations of a layer that is given inner·x̂."""
@@ -141,10 +149,15 @@ def least_squares(
     Returns:
         (g, c, d) and (g, c, c).
     """
+    return normal.solved(weight, shift_of(normal, ridge))
+
+
+def shift_of(normal: NormalEquations | DualNormalEquations, ridge: float) -> Tensor:
+    """λ of each group, (g, 1, 1); see `least_squares`."""
     size = normal.mean_x.shape[-1]
     rounding = 1e-12 * normal.mean_x.square().sum(-1)[:, None, None]
     shift = torch.maximum(ridge * normal.variance[:, None, None], rounding) / size
-    return normal.solved(weight, torch.where(shift > 0, shift, 1))
+    return torch.where(shift > 0, shift, 1)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -18,88 +18,19 @@ from torch import Tensor, nn
 from dist_prune.correction.least_squares import (
     DualNormalEquations,
     NormalEquations,
-    bias,
     dual_normal_equations,
-    least_squares,
     normal_equations,
-    reduced_rank,
-    refit,
 )
+from dist_prune.correction.solver import Solver
 from dist_prune.distributed.world import World
-from dist_prune.factorization.project import factor
 from dist_prune.network.models import logits_of
 from dist_prune.network.replay import AnyPass, Route
-from dist_prune.network.sites import Factored, Site, View, output_rows, weight_of
+from dist_prune.network.sites import Site, View, output_rows
 from dist_prune.statistics.moments import Accumulator, StatisticsError, full_float32, sum_moments
 from dist_prune.statistics.probes import kl
 
 Rows = tuple[Tensor, Tensor]  # x̂ and t as columns, (g·d, images, positions) and (g·c, images, positions)
 WIDEST = 1 << 14  # dimensions of rows (x̂, t): wider ones would fill the memory with their matrices
-
-
-# ── one site ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Solver:
-    """How sites are solved: `refit` or `regression`; `ridge` as in `least_squares`; dampings of the metric to try.
-
-    Dampings are shares of the metric's largest eigenvalue; infinity stands for no metric.
-    """
-
-    kind: str = "regression"
-    ridge: float = 1e-3
-    dampings: tuple[float, ...] = (0.01, 0.1, math.inf)
-
-    def names(self, module: nn.Module) -> tuple[str, ...]:
-        """What is tried in the place of a layer."""
-        if not isinstance(module, Factored):
-            return ("re-solved",)
-        return ("refit",) if self.kind == "refit" else tuple(f"regression, damping {d:g}" for d in self.dampings)
-
-    def solve(
-        self,
-        name: str,
-        present: nn.Module,
-        dense: nn.Module,
-        site: Site,
-        normal: NormalEquations | DualNormalEquations,
-        metric: Tensor,
-    ) -> nn.Module:
-        """The layer that `name` stands for."""
-        weight = weight_of(dense, site).double()
-        if not isinstance(present, Factored):
-            return _resolved(dense, site, normal if site.bias else normal.uncentred(), self.ridge)
-        inner, outer = weight_of(present.reduce, site).double(), weight_of(present.expand, site).double()
-        if name == "refit":
-            return factor(dense, site, refit(normal, inner, outer, self.ridge))
-        damping = self.dampings[self.names(present).index(name)]
-        rank = inner.shape[0] * inner.shape[1]
-        return factor(dense, site, reduced_rank(normal, weight, rank, self.ridge, damped(metric, damping)))
-
-
-def damped(metric: Tensor, damping: float) -> Tensor:
-    """The metric, its largest eigenvalue scaled to 1, plus `damping`; the identity for an infinite one."""
-    identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
-    if math.isinf(damping):
-        return identity
-    largest: Tensor = torch.linalg.eigvalsh(metric)[:, -1:, None]
-    # Scaled, or a metric of 1e-60 would give layers of 1e-30 and 1e30, which float32 multiplies to nothing.
-    return torch.where(largest > 0, metric / torch.where(largest > 0, largest, 1) + damping * identity, identity)
-
-
-def _resolved(
-    dense: nn.Module, site: Site, normal: NormalEquations | DualNormalEquations, ridge: float
-) -> nn.Module:
-    solved, _ = least_squares(normal, weight_of(dense, site).double(), ridge)
-    module = copy.deepcopy(dense)
-    state = {"weight": solved, "bias": bias(normal, solved)} if site.bias else {"weight": solved}
-    for name, parameter in module.named_parameters():
-        parameter.data.copy_(state[name].reshape(parameter.shape))
-    return module
-
-
-# ── the walk ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass

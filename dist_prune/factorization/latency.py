@@ -5,6 +5,7 @@ The pass as a whole is measured too; what is no site takes the time that it took
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_prune.factorization.knapsack import Ints
+from dist_prune.factorization.forms import FORMS, Ranks
+from dist_prune.factorization.knapsack import Floats, Ints
 from dist_prune.network.memory_format import layout_of
-from dist_prune.network.sites import Site, evaluating, factored_like, given_to
+from dist_prune.network.sites import Site, evaluating, given_to
 from dist_prune.utils.files import cache_folder, name_of, write_text
 from dist_prune.utils.text import read_text
 
@@ -36,42 +38,67 @@ ROUNDS = (3, 15)  # samples of each call, at least and at most
 
 @dataclass(frozen=True)
 class Timing:
-    """One site: nanoseconds of one batch when dense, and when factored to each of `ranks`, ascending."""
+    """One site in one form: nanoseconds of one batch when dense, and of the chain at each of `ranks`.
+
+    Of a form with two ranks, `ranks` are all combinations of some first and some second ones, in order.
+    """
 
     dense: int
-    ranks: tuple[int, ...] = ()
-    pairs: tuple[int, ...] = ()
+    ranks: tuple[Ranks, ...] = ()
+    chains: tuple[int, ...] = ()
+
+    def at(self, columns: Sequence[Ints]) -> Floats:
+        """At other ranks, an array for each rank of the form: on straight lines between measured ones."""
+        if not len(columns[0]):
+            return np.zeros(0)
+        if len(columns) == 1:
+            return np.interp(columns[0], [r for (r,) in self.ranks], self.chains)
+        first, second = (sorted({ranks[i] for ranks in self.ranks}) for i in (0, 1))
+        grid = np.reshape(self.chains, (len(first), len(second)))
+        rows = np.stack([np.interp(columns[1], second, row) for row in grid])  # at each first rank
+        places = np.interp(columns[0], first, np.arange(len(first)))
+        low = np.minimum(places.astype(int), max(0, len(first) - 2))
+        high, every = np.minimum(low + 1, len(first) - 1), np.arange(len(places))
+        found: Floats = rows[low, every] + (places - low) * (rows[high, every] - rows[low, every])
+        return found
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Nanoseconds of one batch: of the `whole` dense network, and of each site.
+    """Nanoseconds of one batch: of the `whole` dense network, and of each site in each form, site → form → timing.
 
     Layers timed alone may sum to more than the pass they are part of; then all are scaled down to it.
     """
 
     whole: int
-    sites: Mapping[str, Timing]
+    sites: Mapping[str, Mapping[str, Timing]]
 
     @property
     def _scale(self) -> float:
-        return min(1.0, self.whole / max(1, sum(timing.dense for timing in self.sites.values())))
+        return min(1.0, self.whole / max(1, sum(self._dense(site) for site in self.sites)))
+
+    def _dense(self, site: str) -> int:
+        return next(iter(self.sites[site].values())).dense
 
     def dense(self, site: str) -> int:
         """Of the dense layer."""
-        return math.floor(self._scale * self.sites[site].dense)
+        return math.floor(self._scale * self._dense(site))
 
-    def pair(self, site: str, ranks: Ints) -> Ints:
-        """Of the factored pair at each rank, between measured ranks on a straight line."""
-        timing = self.sites[site]
-        if not len(ranks):
-            return np.zeros(0, np.int64)
-        times = np.interp(ranks, timing.ranks, timing.pairs)
-        return np.ceil(self._scale * times).astype(np.int64)
+    def option(self, site: str, form: str, columns: Sequence[Ints]) -> Ints:
+        """Of the chain at these ranks, an array for each rank of the form.
 
-    def predicted(self, ranks: Mapping[str, int]) -> int:
-        """Of the whole network when these sites are factored."""
-        saved = (self.dense(name) - int(self.pair(name, np.array([r]))[0]) for name, r in ranks.items())
+        Each form was timed beside the dense layer: what the machine's pace was then is divided out.
+        """
+        timing = self.sites[site][form]
+        pace = self._dense(site) / max(1, timing.dense)
+        return np.ceil(self._scale * pace * timing.at(columns)).astype(np.int64)
+
+    def predicted(self, chosen: Mapping[str, tuple[str, Ranks]]) -> int:
+        """Of the whole network when these sites are factored: site → form and ranks."""
+        saved = (
+            self.dense(name) - int(self.option(name, form, [np.array([r]) for r in ranks])[0])
+            for name, (form, ranks) in chosen.items()
+        )
         return self.whole - sum(saved)
 
 
@@ -80,37 +107,48 @@ def format_time(nanoseconds: int) -> str:
     return f"{nanoseconds / 1e6:.3g} ms"
 
 
-def candidates(ranks: Ints) -> tuple[int, ...]:
-    """Of ascending ranks the ones to measure: the first, the last, and some evenly between."""
-    places = np.linspace(0, len(ranks) - 1, min(CANDIDATES, len(ranks)))
-    return tuple(int(ranks[i]) for i in places.round().astype(int))
+def candidates(columns: Sequence[Ints]) -> tuple[Ranks, ...]:
+    """Of a form's ranks the ones to measure: the first, the last, and some evenly between, of each rank."""
+    each = CANDIDATES if len(columns) == 1 else CANDIDATES // 2
+    axes = []
+    for column in columns:
+        every = np.unique(column)
+        places = np.linspace(0, len(every) - 1, min(each, len(every)))
+        axes.append([int(every[i]) for i in places.round().astype(int)])
+    return tuple(itertools.product(*axes))
 
 
 def measure(
-    model: nn.Module, ranks: Mapping[Site, Ints], images: Tensor, folder: Path | None = None
+    model: nn.Module,
+    options: Mapping[Site, Mapping[str, Sequence[Ints]]],
+    images: Tensor,
+    folder: Path | None = None,
 ) -> LatencyTable:
-    """Time the network, and each site at some of its ranks, on this process's device.
+    """Time the network, and each site in each form at some of its ranks, on this process's device.
 
     Layers of equal shape are measured once. What was measured before, with the same shapes, batch, type, device,
-    threads and version of torch, is read from `folder` (by default in `checkpoint.cache_folder`).
+    threads and version of torch, is read from `folder` (by default in `files.cache_folder`).
 
     Args:
         model: the dense network, its kernels in the memory format to be timed; left as it was.
-        ranks: of each site those that may be chosen, ascending.
+        options: of each site its forms, and of each form the ranks that may be chosen, an array for each rank.
         images: (N, 3, H, W): the batch to time, on the network's device.
         folder: of the cache.
     """
     like = _Like(images.dtype, images.device, layout_of(model))
     folder, images = folder or cache_folder() / "latency", like.laid_out(images)
-    shapes = input_shapes(model, list(ranks), images)
+    shapes = input_shapes(model, list(options), images)
     key = [repr(model), str(tuple(images.shape)), *like.key]
     whole = _kept(folder, key, lambda: Timing(_time_whole(model, images)))
     timings = {}
-    for site, allowed in ranks.items():
-        module, chosen = model.get_submodule(site.name), candidates(allowed)
-        calls = [_timing(folder, module, site, chosen, like, shape) for shape in shapes[site.name]]
-        pairs = (sum(column) for column in zip(*(c.pairs for c in calls), strict=True))
-        timings[site.name] = Timing(sum(c.dense for c in calls), chosen, tuple(pairs))
+    for site, forms in options.items():
+        module, found = model.get_submodule(site.name), dict[str, Timing]()
+        for form, columns in (forms or {"output": []}).items():  # the dense layer is timed in any case
+            chosen = candidates(columns) if columns else ()
+            calls = [_timing(folder, module, form, chosen, like, shape) for shape in shapes[site.name]]
+            chains = tuple(sum(column) for column in zip(*(c.chains for c in calls), strict=True))
+            found[form] = Timing(sum(c.dense for c in calls), chosen, chains)
+        timings[site.name] = found
     return LatencyTable(whole.dense, timings)
 
 
@@ -142,18 +180,18 @@ def _time_whole(model: nn.Module, images: Tensor) -> int:
 
 
 def _timing(
-    folder: Path, module: nn.Module, site: Site, ranks: tuple[int, ...], like: _Like, shape: tuple[int, ...]
+    folder: Path, module: nn.Module, form: str, ranks: tuple[Ranks, ...], like: _Like, shape: tuple[int, ...]
 ) -> Timing:
-    """One call of a site with an input of this shape."""
+    """One call of a site in a form with an input of this shape."""
 
     def timed() -> Timing:
         x = like.laid_out(torch.randn(shape, dtype=like.dtype, device=like.device))
-        layers = [module, *(factored_like(module, site, rank) for rank in ranks)]
+        layers = [module, *(FORMS[form].build(module, each) for each in ranks)]
         with torch.no_grad():
             dense, *times = time_calls([partial(layer, x) for layer in layers], like.device)
         return Timing(dense, ranks, tuple(times))
 
-    key = [repr(module), str(shape), str(ranks), *like.key]
+    key = [repr(module), str(shape), form, str(ranks), *like.key]
     return _kept(folder, key, timed)
 
 
@@ -231,7 +269,7 @@ def _kept(folder: Path, key: list[str], measured: Callable[[], Timing]) -> Timin
     known = _read(path, key)
     if known is None:
         known = measured()
-        content = {"key": key, "dense": known.dense, "ranks": known.ranks, "pairs": known.pairs}
+        content = {"key": key, "dense": known.dense, "ranks": known.ranks, "chains": known.chains}
         write_text(path, json.dumps(content, indent=1) + "\n")
     return known
 
@@ -242,6 +280,6 @@ def _read(path: Path, key: list[str]) -> Timing | None:
         content = json.loads(read_text(path))
         if content["key"] != key:
             return None
-        return Timing(int(content["dense"]), tuple(content["ranks"]), tuple(content["pairs"]))
+        return Timing(int(content["dense"]), tuple(map(tuple, content["ranks"])), tuple(content["chains"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from dist_prune.factorization.bases import Basis
+from dist_prune.factorization.forms import FORMS
+from dist_prune.factorization.plan import Choice
 from dist_prune.network.sites import Site, Survey
 from dist_prune.utils.files import CheckpointError, write_text
 from dist_prune.utils.text import read_text
@@ -24,55 +26,35 @@ class Layer:
     """One site as it was found, before anything was decided about it.
 
     Attributes:
-        name: of the site.
-        shape: in short, such as `128×64·3×3/2`.
-        outputs: channels, all groups together.
-        groups: of the convolution.
-        macs: multiply-adds of the dense layer, one image.
-        weights: of the dense layer.
-        rank_macs: multiply-adds of a pair, per rank.
-        rank_weights: weights of a pair, per rank.
+        site: what it is, and what it costs.
         spectrum: each direction's share of its group's sum, (g, k), best first; None where none was computed.
     """
 
-    name: str
-    shape: str
-    outputs: int
-    groups: int
-    macs: int
-    weights: int
-    rank_macs: int
-    rank_weights: int
+    site: Site
     spectrum: tuple[tuple[float, ...], ...] | None = None
 
-    def costs(self, rank: int | None) -> tuple[int, int]:
-        """Multiply-adds of one image, and weights: of a pair of this rank, or of the dense layer."""
-        return (self.macs, self.weights) if rank is None else (rank * self.rank_macs, rank * self.rank_weights)
+    def costs(self, choice: Choice) -> tuple[int, int]:
+        """Multiply-adds of one image, and weights: in the form that is chosen, or of the dense layer."""
+        if choice.rank is None:
+            return self.site.macs, self.site.dense_weights
+        form = FORMS[choice.form]
+        return form.macs(self.site, choice.ranks), form.params(self.site, choice.ranks)
 
-    def kept(self, rank: int) -> float:
-        """Share of the spectrum that so many directions, all groups together, keep."""
-        spectrum = self.spectrum or ()
-        return sum(sum(group[: rank // len(spectrum)]) for group in spectrum) / max(1, len(spectrum))
+    def kept(self, choice: Choice) -> float | None:
+        """Share of the outputs' spectrum that is kept; None where it does not say so."""
+        if self.spectrum is None or choice.rank is None or choice.form != "output":
+            return None
+        each = choice.rank // len(self.spectrum)
+        return sum(sum(group[:each]) for group in self.spectrum) / len(self.spectrum)
 
 
 def layers_of(survey: Survey, bases: Mapping[str, Basis]) -> list[Layer]:
     """The sites in execution order, with the spectra of those that have a basis."""
-    return [_layer(site, bases.get(site.name)) for site in survey.sites]
-
-
-def _layer(site: Site, basis: Basis | None) -> Layer:
-    spectrum = None if basis is None else _shares(basis.spectrum)
-    return Layer(
-        site.name,
-        site.shape,
-        site.outputs,
-        site.groups,
-        site.macs,
-        site.dense_weights,
-        site.factored_macs(1),
-        site.factored_weights(1),
-        spectrum,
-    )
+    found = []
+    for site in survey.sites:
+        basis = bases.get(site.name)
+        found.append(Layer(site, None if basis is None else _shares(basis.spectrum)))
+    return found
 
 
 def _shares(spectrum: Tensor) -> tuple[tuple[float, ...], ...]:
@@ -98,5 +80,6 @@ def load(path: Path) -> list[Layer]:
 
 
 def _restored(fields: dict[str, Any]) -> Layer:
-    spectrum = fields["spectrum"]
-    return Layer(**{**fields, "spectrum": None if spectrum is None else tuple(map(tuple, spectrum))})
+    spectrum, site = fields["spectrum"], fields["site"]
+    pairs = {name: tuple(site[name]) for name in ("kernel", "stride", "maps")}
+    return Layer(Site(**{**site, **pairs}), None if spectrum is None else tuple(map(tuple, spectrum)))

@@ -14,9 +14,10 @@ import numpy as np
 from dist_prune.config.flags import Rule
 from dist_prune.factorization import knapsack
 from dist_prune.factorization.budget import NAMED, Budget, Menu, budget_of, multiples, rounded
+from dist_prune.factorization.forms import DENSE, FORMS, Form, Ranks, form_of, format_ranks
 from dist_prune.factorization.latency import LatencyTable
 from dist_prune.factorization.spectra import Spectra
-from dist_prune.network.sites import Site, Survey, View
+from dist_prune.network.sites import Site, SiteError, Survey, View
 from dist_prune.utils.text import read_text
 
 WORTH_IT = "within the budget nothing need be left out"
@@ -29,15 +30,39 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What happens to one site: `rank` channels, or kept dense (`rank` None) for `reason`.
+    """What happens to one site: a form with its ranks, or kept dense (`rank` None) for `reason`.
 
-    `loss` is predicted from the spectrum, in the unit of `Spectra.unit`; None where there is no spectrum.
+    Attributes:
+        site: its name.
+        rank: the smallest of `ranks`.
+        reason: why it stays dense.
+        loss: predicted from the spectrum, in the unit of `Spectra.unit`; None where there is no spectrum.
+        form: one of `forms.FORMS`.
+        ranks: the form's, as many as it has; `rank` alone where none are given.
     """
 
     site: str
     rank: int | None
     reason: str = ""
     loss: float | None = None
+    form: str = "output"
+    ranks: Ranks = ()
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and not self.ranks:
+            object.__setattr__(self, "ranks", (self.rank,))
+
+    @property
+    def label(self) -> str:
+        """In short: `dense`, `12`, `vertical 12` or `tucker 12x16`."""
+        if self.rank is None:
+            return "dense"
+        return format_ranks(self.ranks) if self.form == "output" else f"{self.form} {format_ranks(self.ranks)}"
+
+
+def choose(site: str, form: str, ranks: Ranks, loss: float | None = None) -> Choice:
+    """The site in this form."""
+    return Choice(site, min(ranks), "", loss, form, ranks)
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,11 @@ class Plan:
     def ranks(self) -> dict[str, int]:
         """Site → rank of the factored sites, in execution order."""
         return {c.site: c.rank for c in self.choices if c.rank is not None}
+
+    @property
+    def factored(self) -> dict[str, Choice]:
+        """Site → choice of the factored sites, in execution order."""
+        return {c.site: c for c in self.choices if c.rank is not None}
 
     @property
     def loss(self) -> float | None:
@@ -77,9 +107,12 @@ class Plan:
 def _choice(row: Mapping[str, Any]) -> Choice:
     rank, loss = row["rank"], row.get("loss")
     reason = str(row.get("reason", ""))
-    return Choice(
-        str(row["site"]), None if rank is None else int(rank), reason, None if loss is None else float(loss)
-    )
+    form, ranks = str(row.get("form", "output")), tuple(map(int, row.get("ranks") or ()))
+    if form == DENSE or (rank is None and not ranks):
+        return Choice(str(row["site"]), None, reason, loss)
+    form_of(form)
+    ranks = ranks or (int(rank),)
+    return Choice(str(row["site"]), min(ranks), reason, None if loss is None else float(loss), form, ranks)
 
 
 @dataclass(frozen=True)
@@ -94,10 +127,10 @@ def cost(survey: Survey, plan: Plan) -> Cost:
     """Exact multiply-adds and parameters of the network under the plan."""
     macs, params = survey.macs, survey.params
     for site in survey.sites:
-        rank = plan.ranks.get(site.name)
-        if rank is not None:
-            macs += site.factored_macs(rank) - site.macs
-            params += site.factored_weights(rank) - site.dense_weights + (0 if site.bias else site.outputs)
+        if (choice := plan.factored.get(site.name)) is not None:
+            form = FORMS[choice.form]
+            macs += form.macs(site, choice.ranks) - site.macs
+            params += form.params(site, choice.ranks) - site.dense_weights + (0 if site.bias else site.outputs)
     return Cost(macs, params)
 
 
@@ -112,6 +145,7 @@ def make_plan(
     spectra: Spectra | None = None,
     latency: LatencyTable | None = None,
     repair: float = 0.0,
+    forms: Sequence[Form] = (FORMS["output"],),
 ) -> Plan:
     """Apply the rule.
 
@@ -123,6 +157,7 @@ def make_plan(
         spectra: of the directions; the rules `energy` and `budget` need them.
         latency: what ranks cost, for a budget of latency.
         repair: how much later sites repair, for a budget; see `_within`.
+        forms: that a budget chooses from.
 
     Raises:
         PlanError: a file that cannot be used, a budget out of reach, or a rule without the spectra it needs.
@@ -131,7 +166,7 @@ def make_plan(
     if rule.kind == "file":
         plan = read_plan(rule.file, survey, side)
     elif rule.kind == "sites":
-        choices = [Choice(name, rank) for name, rank in rule.listed]
+        choices = [choose(name, form, ranks) for name, form, ranks in rule.listed]
         plan = _listed(choices, survey, side, f"--ranks {rule.text}", "not in --ranks")
     elif rule.kind == "uniform":
         plan = _plan(survey, [_uniform(view, rule.amount, round_to) for view in views])
@@ -140,7 +175,9 @@ def make_plan(
     elif rule.kind == "energy":
         plan = _plan(survey, [_by_energy(view, rule.amount, round_to, spectra) for view in views])
     else:
-        plan = _plan(survey, _within(require_reachable(rule, survey, round_to, side, latency), spectra, repair))
+        plan = _plan(
+            survey, _within(require_reachable(rule, survey, round_to, side, latency, forms), spectra, repair)
+        )
     return with_losses(plan, survey, spectra) if spectra else plan
 
 
@@ -169,7 +206,7 @@ def _by_energy(view: View, share: float, round_to: int, spectra: Spectra) -> Cho
 
 
 def _if_cheaper(site: Site, rank: int) -> Choice:
-    if site.factored_macs(rank) >= site.macs:
+    if FORMS["output"].macs(site, (rank,)) >= site.macs:
         return Choice(site.name, None, f"rank {rank} costs no less than the dense layer")
     return Choice(site.name, rank)
 
@@ -182,21 +219,28 @@ def with_losses(plan: Plan, survey: Survey, spectra: Spectra) -> Plan:
         site = sites.get(choice.site)
         if site is None:
             return replace(choice, loss=None)
-        tails = spectra.tails(site.name)
-        return replace(choice, loss=0.0 if choice.rank is None else float(tails[choice.rank // site.groups]))
+        if choice.rank is None:
+            return replace(choice, loss=0.0)
+        loss = float(spectra.of_options(site, [(choice.form, choice.ranks)])[0])
+        return replace(choice, loss=None if math.isnan(loss) else loss)
 
     return Plan(tuple(map(predicted, plan.choices)))
 
 
 def require_reachable(
-    rule: Rule, survey: Survey, round_to: int, side: str = "output", latency: LatencyTable | None = None
+    rule: Rule,
+    survey: Survey,
+    round_to: int,
+    side: str = "output",
+    latency: LatencyTable | None = None,
+    forms: Sequence[Form] = (FORMS["output"],),
 ) -> Budget:
     """Refuse a budget before any work is done for it. Arguments as for `make_plan`.
 
     Raises:
         PlanError: out of reach; the message gives the least possible, and which layers stand in the way.
     """
-    budget = budget_of(rule, survey, round_to, side, latency)
+    budget = budget_of(rule, survey, round_to, side, latency, forms)
     if budget.is_reachable:
         return budget
     left = ", ".join(f"{s.name} ({s.reason})" for s in survey.skipped[:NAMED])
@@ -215,15 +259,16 @@ def _within(budget: Budget, spectra: Spectra, repair: float) -> list[Choice]:
     """
     menus = budget.menus
     counts = [math.exp(-repair * (len(menus) - place) / len(menus)) for place in range(len(menus))]
-    options = [menu.options(n * spectra.tails(menu.site.name)) for n, menu in zip(counts, menus, strict=True)]
-    chosen = knapsack.solve(options, budget.for_sites)
-    return [_chosen(menu, option) for menu, option in zip(menus, chosen, strict=True)]
+    pruned = [menu.pruned(n, spectra) for n, menu in zip(counts, menus, strict=True)]
+    chosen = knapsack.solve([options for _, options in pruned], budget.for_sites)
+    return [_chosen(menu, option) for (menu, _), option in zip(pruned, chosen, strict=True)]
 
 
 def _chosen(menu: Menu, option: int) -> Choice:
-    if option < len(menu.ranks):
-        return Choice(menu.site.name, int(menu.ranks[option]))
-    return Choice(menu.site.name, None, WORTH_IT if len(menu.ranks) else menu.why_dense)
+    if option < len(menu.options):
+        form, ranks = menu.options[option]
+        return choose(menu.site.name, form, ranks)
+    return Choice(menu.site.name, None, menu.why_dense or WORTH_IT)
 
 
 # ── plans in files ─────────────────────────────────────────────────────────────────────────────────────────
@@ -251,12 +296,15 @@ def _listed(choices: Sequence[Choice], survey: Survey, side: str, where: str, ab
         if choice.rank is not None and name not in sites:
             raise PlanError(f"{where}: {name} is not a site here; sites: {', '.join(sites)}")
         if choice.rank is not None:
-            _check_rank(sites[name], choice.rank, where)
+            _check(sites[name], choice, where)
     return _plan(survey, [named.get(name, Choice(name, None, absent)) for name in sites])
 
 
-def _check_rank(view: View, rank: int, where: str) -> None:
-    site = view.site
-    if not 1 <= rank <= view.full_rank or rank % site.groups:
-        extra = f", a multiple of {site.groups}" if site.groups > 1 else ""
-        raise PlanError(f"{where}: {site.name} has rank {rank}; expected 1 to {view.full_rank}{extra}")
+def _check(view: View, choice: Choice, where: str) -> None:
+    form, site = form_of(choice.form), view.site
+    try:
+        form.require(site, choice.ranks, view.full_rank)
+    except SiteError as error:
+        raise PlanError(f"{where}: {error}") from error
+    if view.side == "input" and form.name != "output":
+        raise PlanError(f"{where}: {site.name} is {form.name}; on --side input there is output alone")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dist_prune.factorization.layers import Layer
-from dist_prune.factorization.plan import Plan
+from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.utils.tables import si, table
 
 
@@ -19,18 +19,19 @@ def plan_markdown(layers: Sequence[Layer], plan: Plan) -> str:
 
 def plan_rows(layers: Sequence[Layer], plan: Plan) -> list[list[str]]:
     """Of each site of a plan its name, shape, rank, and what it costs before → after: MACs, weights."""
-    known, rows = {layer.name: layer for layer in layers}, []
+    known, rows = {layer.site.name: layer for layer in layers}, []
     for choice in plan.choices:
         layer = known.get(choice.site)
         if layer is None:
             rows.append([choice.site, "", "dense", "", ""])
             continue
-        rank = "dense" if choice.rank is None else f"{choice.rank}/{layer.outputs}"
-        before, after = layer.costs(None), layer.costs(choice.rank)
+        site, is_pair = layer.site, choice.rank is not None and choice.form == "output"
+        rank = f"{choice.label}/{site.outputs}" if is_pair else choice.label
+        before, after = layer.costs(Choice(site.name, None)), layer.costs(choice)
         costs = [
             si(a) if choice.rank is None else f"{si(a)} → {si(b)}" for a, b in zip(before, after, strict=True)
         ]
-        rows.append([layer.name, layer.shape, rank, *costs])
+        rows.append([site.name, site.shape, rank, *costs])
     return rows
 
 

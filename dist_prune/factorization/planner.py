@@ -13,7 +13,8 @@ from dist_prune.config.run import Run
 from dist_prune.config.training import IterationConfig
 from dist_prune.distributed.world import World
 from dist_prune.factorization import latency
-from dist_prune.factorization.budget import budget_of, cheaper_ranks
+from dist_prune.factorization.budget import budget_of, options_of
+from dist_prune.factorization.forms import FORMS, Form
 from dist_prune.factorization.latency import LatencyTable
 from dist_prune.factorization.layers import layers_of
 from dist_prune.factorization.plan import Plan, cost, make_plan, require_reachable, undecided
@@ -27,7 +28,7 @@ from dist_prune.network.sites import Survey, View
 class Planner:
     """A rule and all it needs but the spectra; `latency` only where it is the budget, of batches of `batch`.
 
-    `repair`, for a budget, is how much later sites will repair; see `ranks.make_plan`.
+    `repair`, for a budget, is how much later sites will repair, see `plan.make_plan`; it chooses from `forms`.
     """
 
     rule: Rule
@@ -37,6 +38,19 @@ class Planner:
     batch: int
     latency: LatencyTable | None = None
     repair: float = 0.0
+    forms: tuple[Form, ...] = (FORMS["output"],)
+
+    @property
+    def projected_forms(self) -> frozenset[str]:
+        """The forms that sites may come to have, as far as is known before there are spectra."""
+        if self.rule.needs_spectra:
+            return frozenset(form.name for form in self.forms)
+        return frozenset(choice.form for choice in self.plan(None).factored.values())
+
+    @property
+    def needs_patches(self) -> bool:
+        """Whether the statistics have to tell of patches: a site may take another form than `output`."""
+        return not self.projected_forms <= {"output"}
 
     def check(self) -> None:
         """Refuse, before long work, what can be seen to be impossible without spectra.
@@ -45,13 +59,15 @@ class Planner:
             PlanError: a budget out of reach, or a file that does not fit.
         """
         if self.rule.kind == "budget":
-            require_reachable(self.rule, self.survey, self.round_to, self.side, self.latency)
+            require_reachable(self.rule, self.survey, self.round_to, self.side, self.latency, self.forms)
         elif not self.rule.needs_spectra:
             self.plan(None)
 
     def plan(self, spectra: Spectra | None) -> Plan:
         """Apply the rule; see `ranks.make_plan`."""
-        return make_plan(self.rule, self.survey, self.round_to, self.side, spectra, self.latency, self.repair)
+        return make_plan(
+            self.rule, self.survey, self.round_to, self.side, spectra, self.latency, self.repair, self.forms
+        )
 
     def foreseen(self) -> tuple[Plan, str]:
         """The plan before anything was measured, and, where the rule needs measurements, why it is incomplete."""
@@ -61,7 +77,7 @@ class Planner:
         if self.rule.of == "latency":
             note += "; what can be reached follows from times that a run measures on its device"
         elif self.rule.kind == "budget":
-            least = budget_of(self.rule, self.survey, self.round_to, self.side).least
+            least = budget_of(self.rule, self.survey, self.round_to, self.side, forms=self.forms).least
             note += f"; the least that can be reached is {least} of the dense network's {self.rule.of}"
             self.check()
         return undecided(self.survey), note
@@ -103,7 +119,8 @@ class Planner:
             f"({after.params / before.params:.3f})",
         ]
         if self.latency is not None:
-            whole, predicted = self.latency.whole, self.latency.predicted(plan.ranks)
+            chosen = {name: (choice.form, choice.ranks) for name, choice in plan.factored.items()}
+            whole, predicted = self.latency.whole, self.latency.predicted(chosen)
             lines.append(
                 f"predicted latency of a batch of {self.batch}: "
                 f"{latency.format_time(whole)} → {latency.format_time(predicted)} "
@@ -118,8 +135,9 @@ def planner(config: Run, found: Survey, world: World, latency: LatencyTable | No
     """For the run's flags."""
     compression = config.compression
     rule, side = parse_rule(compression.ranks), compression.basis.side
+    forms = tuple(FORMS[name] for name in compression.allowed_forms)
     round_to = compression.round_to or usual_step(rule, world.device)
-    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency, config.repair)
+    return Planner(rule, found, round_to, side, config.images.eval_batch_size, latency, config.repair, forms)
 
 
 def usual_step(rule: Rule, device: torch.device) -> int:
@@ -148,6 +166,6 @@ def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, im
     plain = planner(config, found, world)
     if plain.rule.of != "latency":
         return plain
-    ranks = {site: cheaper_ranks(View(site, plain.side), plain.round_to) for site in found.sites}
+    options = {site: options_of(View(site, plain.side), plain.round_to, plain.forms) for site in found.sites}
     images = image.expand(plain.batch, *image.shape[1:]).contiguous()
-    return planner(config, found, world, world.from_first(lambda: latency.measure(dense, ranks, images)))
+    return planner(config, found, world, world.from_first(lambda: latency.measure(dense, options, images)))

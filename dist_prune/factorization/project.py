@@ -1,20 +1,20 @@
-"""From a basis to layers: `k×k conv to r channels → 1×1 conv back`, and a network rebuilt from a plan."""
+"""From directions to layers: each site in the form that the plan gives it, and a network rebuilt from a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.factorization.bases import Basis
+from dist_prune.factorization.forms import FORMS, Form, Ranks, composed, kernels, set_weight
+from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.plan import Plan
-from dist_prune.network.memory_format import place_like
 from dist_prune.network.replacing import with_replaced
-from dist_prune.network.sites import Factored, Site, bias_of, describe, factored_like, weight_of
+from dist_prune.network.sites import Factored, Site, bias_of, describe, weight_of
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,86 @@ def project_input(weight: Tensor, bias: Tensor, basis: Basis, rank: int) -> Fact
 
 def factor(module: nn.Module, site: Site, factors: Factors) -> Factored:
     """The pair of layers that computes `factors`, balanced, with the geometry of `module`."""
-    pair, factors = factored_like(module, site, factors.rank), balanced(factors)
-    with torch.no_grad():
-        for layer, matrix in ((pair.reduce, factors.inner), (pair.expand, factors.outer)):
-            assert isinstance(layer.weight, Tensor)
-            layer.weight.copy_(matrix.reshape(layer.weight.shape))
-        assert isinstance(pair.expand.bias, Tensor)
-        pair.expand.bias.copy_(factors.bias.flatten())
+    FORMS["output"].require(site, (factors.rank,))
+    pair, factors = FORMS["output"].build(module, (factors.rank,)), balanced(factors)
+    set_weight(pair.reduce, factors.inner)
+    set_weight(pair.expand, factors.outer)
+    _set_bias(pair, factors.bias)
     return pair
 
 
+def chain(module: nn.Module, form: Form, layers: Sequence[Tensor], bias: Tensor) -> Factored:
+    """The layers of any form, balanced, with the geometry of `module`.
+
+    Args:
+        module: the dense layer.
+        form: of the chain.
+        layers: kernels, first to last, (g, outputs, inputs, kh or 1, kw or 1).
+        bias: (g, C).
+    """
+    ranks = tuple(kernel.shape[0] * kernel.shape[1] for kernel in layers[:-1])
+    made = form.build(module, ranks)
+    for name, kernel in zip(form.layers, balanced_kernels(layers), strict=True):
+        set_weight(made.get_submodule(name), kernel)
+    _set_bias(made, bias)
+    return made
+
+
+def _set_bias(made: Factored, bias: Tensor) -> None:
+    with torch.no_grad():
+        made.expand.get_parameter("bias").copy_(bias.flatten())
+
+
 def project(
-    model: nn.Module, sites: Iterable[Site], bases: Mapping[str, Basis], plan: Plan, side: str = "output"
+    model: nn.Module,
+    sites: Iterable[Site],
+    bases: Mapping[str, Basis],
+    plan: Plan,
+    side: str = "output",
+    nested: Mapping[str, Mapping[str, Nested]] | None = None,
 ) -> nn.Module:
-    """A copy of the network with every planned site projected on its basis. The network itself is untouched."""
+    """A copy of the network with every planned site in its form. The network itself is untouched.
+
+    Args:
+        model: the network.
+        sites: to look at.
+        bases: of the sites, for the form `output` and the outer half of `tucker`.
+        plan: forms and ranks.
+        side: of the bases.
+        nested: of the sites, by form, for the other forms.
+    """
     factors_of = project_output if side == "output" else project_input
     replacements = []
     for site in sites:
-        if site.name in plan.ranks:
-            module = model.get_submodule(site.name)
-            weight, bias = weight_of(module, site).double(), bias_of(module, site).double()
-            factors = factors_of(weight, bias, bases[site.name], plan.ranks[site.name])
-            replacements.append((site.name, factor(module, site, factors)))
+        if (choice := plan.factored.get(site.name)) is None:
+            continue
+        module, basis, form = model.get_submodule(site.name), bases[site.name], FORMS[choice.form]
+        form.require(site, choice.ranks)
+        weight, bias = weight_of(module, site).double(), bias_of(module, site).double()
+        if form.name == "output":
+            layers = factor(module, site, factors_of(weight, bias, basis, choice.ranks[0]))
+        else:
+            layers = _projected(module, site, form, choice.ranks, basis, (nested or {})[site.name])
+        replacements.append((site.name, layers))
     return with_replaced(model, replacements)
+
+
+def _projected(
+    module: nn.Module, site: Site, form: Form, ranks: Ranks, basis: Basis, nested: Mapping[str, Nested]
+) -> Factored:
+    """One site; the bias makes up for what is lost of the mean output."""
+    own = nested["input" if form.name == "tucker" else form.name]
+    first, second = own.kept(ranks[0])
+    layers = [first, second]
+    if form.name == "tucker":
+        encode, decode = basis.kept(ranks[1])
+        layers = [first, torch.einsum("gso,gorhw->gsrhw", encode, second), decode[..., None, None]]
+    kernel = layers[0]
+    for layer in layers[1:]:
+        kernel = composed(layer, kernel)
+    weight, bias = weight_of(module, site).double(), bias_of(module, site).double()
+    lost = weight - kernel.flatten(2)
+    return chain(module, form, layers, bias + (lost @ own.mean[..., None])[..., 0])
 
 
 def balanced(factors: Factors) -> Factors:
@@ -96,64 +153,57 @@ def balanced(factors: Factors) -> Factors:
     return Factors(outer, inner, factors.bias)
 
 
+def balanced_kernels(layers: Sequence[Tensor]) -> list[Tensor]:
+    """Kernels of a chain that compute the same, each two in a row split by the singular values of their product.
+
+    Args:
+        layers: (g, outputs, inputs, kh or 1, kw or 1), first to last.
+    """
+    found = list(layers)
+    for place in range(len(found) - 1):
+        inner, outer = found[place], found[place + 1].transpose(1, 2)  # the channels in between are axis 1 of both
+        rows = outer.flatten(2).mT  # g, C·kh·kw, r
+        factors = balanced(Factors(rows, inner.flatten(2), rows.new_empty(0)))
+        found[place] = factors.inner.reshape(inner.shape)
+        found[place + 1] = factors.outer.mT.reshape(outer.shape).transpose(1, 2)
+    if len(found) > 2:  # the second split has moved scale between its two
+        norms = torch.stack([layer.flatten(1).norm(dim=1) for layer in found])
+        mean = norms.clamp(min=1e-300).log().mean(0).exp()
+        alike = (norms > 0).all(0)
+        scales = torch.where(alike, mean / norms.clamp(min=1e-300), 1)
+        found = [layer * scale[:, None, None, None, None] for layer, scale in zip(found, scales, strict=True)]
+    return found
+
+
 def balance(model: nn.Module) -> None:
-    """Balance every factored pair, in place: the pair computes what it did."""
-    for pair in model.modules():
-        if isinstance(pair, Factored):
-            groups = getattr(pair.reduce, "groups", 1)
-            inner, outer = (_grouped(layer, groups) for layer in (pair.reduce, pair.expand))
-            factors = balanced(Factors(outer, inner, inner.new_empty(0)))
-            _set(pair.reduce, factors.inner)
-            _set(pair.expand, factors.outer)
-
-
-def _grouped(layer: nn.Module, groups: int) -> Tensor:
-    """The layer's weight as (g, outputs/g, inputs), float64."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
-
-
-def _set(layer: nn.Module, matrix: Tensor) -> None:
-    assert isinstance(layer.weight, Tensor)
-    with torch.no_grad():
-        layer.weight.copy_(matrix.reshape(layer.weight.shape))
+    """Balance every factored site, in place: it computes what it did."""
+    for made in model.modules():
+        if isinstance(made, Factored):
+            layers = [made.get_submodule(name) for name in FORMS[made.form].layers]
+            groups = getattr(layers[0], "groups", 1)
+            for layer, kernel in zip(layers, balanced_kernels([kernels(x, groups) for x in layers]), strict=True):
+                set_weight(layer, kernel)
 
 
 def unfold(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """A copy in which the named factored pairs are one dense layer each, which computes the same: W = B·A.
+    """A copy in which the named factored sites are one dense layer each, which computes the same.
 
-    Projected again, such a layer gives a pair: the new 1×1 layers are folded into the two that there were.
+    Projected again, such a layer gives a chain: new layers are folded into those that there were.
     """
-    pairs = ((name, model.get_submodule(name)) for name in names)
-    return with_replaced(model, [(name, _product(pair)) for name, pair in pairs if isinstance(pair, Factored)])
-
-
-def _product(pair: Factored) -> nn.Module:
-    """`reduce` with the outputs, and the bias, of `expand`."""
-    reduce, expand = pair.reduce, pair.expand
-    groups = getattr(reduce, "groups", 1)
-    weight = _grouped(expand, groups) @ _grouped(reduce, groups)
-    outputs = weight.shape[0] * weight.shape[1]
-    if isinstance(reduce, nn.Linear):
-        layer: nn.Module = nn.Linear(reduce.in_features, outputs)
-    else:
-        assert isinstance(reduce, nn.Conv2d)
-        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        geometry: dict[str, Any] = {name: getattr(reduce, name) for name in names}
-        layer = nn.Conv2d(reduce.in_channels, outputs, **geometry)
-    place_like(layer, reduce)
-    _set(layer, weight)
-    assert isinstance(expand.bias, Tensor)
-    with torch.no_grad():
-        layer.get_parameter("bias").copy_(expand.bias)
-    return layer
+    chains = ((name, model.get_submodule(name)) for name in names)
+    folds = [(name, FORMS[made.form].fold(made)) for name, made in chains if isinstance(made, Factored)]
+    return with_replaced(model, folds)
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of the network in the plan's shape, its factored layers yet without values."""
+    """A copy of the network in the plan's shape, its factored layers yet without values.
+
+    Raises:
+        SiteError: a form or ranks that a layer of this network cannot have.
+    """
     replacements = []
-    for name, rank in plan.ranks.items():
-        module = model.get_submodule(name)
-        replacements.append((name, factored_like(module, describe(name, module), rank)))
+    for name, choice in plan.factored.items():
+        module, form = model.get_submodule(name), FORMS[choice.form]
+        form.require(describe(name, module), choice.ranks)
+        replacements.append((name, form.build(module, choice.ranks)))
     return with_replaced(model, replacements)

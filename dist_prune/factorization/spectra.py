@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from dist_prune.config.run import BLIND, MethodConfig
 from dist_prune.factorization.bases import Basis
 from dist_prune.factorization.knapsack import Floats
+from dist_prune.factorization.nested import Nested
+from dist_prune.network.sites import Site
 
 
 @dataclass(frozen=True)
@@ -21,21 +23,46 @@ class Spectra:
     with the Fisher metric G = E[Σ_p g gᵀ] of one image and Σ the covariance of a row, a site's error e changes
     the output by KL ≈ ½ E[Σ_p (g_pᵀe_p)²] = ½ tr(G Σ_e) = ½ Σ_{i>r} λ_i nats per image. The sum over positions
     is in G, so no number of rows enters. Otherwise it is their share of the site's sum, so that sites compare.
+
+    `values` is of the form `output`; `nested` has those of other forms, site → form → (g, q), in the same unit.
     """
 
     values: Mapping[str, Tensor]
     unit: str = "relative loss"
     halved: bool = False
+    nested: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
-    def tails(self, site: str) -> Floats:
+    def tails(self, site: str, form: str = "output") -> Floats:
         """The loss of keeping 0, 1, …, k directions of each group, (k + 1,), descending to 0.
 
         Directions predicted to do harm (negative) count as zero.
         """
-        worth = self.values[site].double().clamp(min=0).sum(0).cpu().numpy()
-        tails = np.append(np.cumsum(worth[::-1])[::-1], 0.0)
-        scale = 0.5 if self.halved else 1 / max(tails[0], np.finfo(np.float64).tiny)
-        return np.asarray(tails * scale, np.float64)
+        own = _tails(self.values[site])
+        scale = 0.5 if self.halved else 1 / max(own[0], np.finfo(np.float64).tiny)
+        return scale * (own if form == "output" else _tails(self.nested[site][form]))
+
+    def of_options(self, site: Site, options: Sequence[tuple[str, tuple[int, ...]]]) -> Floats:
+        """The loss of each option, a form with its ranks; NaN where nothing is known of a form.
+
+        With `tucker` goes what each of its two projections loses by itself, which is the most that both lose.
+        """
+        known = {"output", *self.nested.get(site.name, {})}
+        tails = {form: self.tails(site.name, form) for form in known}
+
+        def lost(form: str, rank: int) -> float:
+            curve = tails[form]
+            return float(curve[min(rank // site.groups, len(curve) - 1)])
+
+        found = []
+        for form, ranks in options:
+            parts = [("input", ranks[0]), ("output", ranks[1])] if form == "tucker" else [(form, ranks[0])]
+            found.append(sum(lost(f, r) for f, r in parts) if all(f in known for f, _ in parts) else np.nan)
+        return np.array(found, np.float64)
+
+
+def _tails(values: Tensor) -> Floats:
+    worth = values.double().clamp(min=0).sum(0).cpu().numpy()
+    return np.append(np.cumsum(worth[::-1])[::-1], 0.0)
 
 
 def unit_of(method: MethodConfig) -> str:
@@ -47,8 +74,11 @@ def unit_of(method: MethodConfig) -> str:
     return "KL" if method.loss.startswith("kl") else "½·squared change"
 
 
-def spectra_of(bases: Mapping[str, Basis], method: MethodConfig) -> Spectra | None:
+def spectra_of(
+    bases: Mapping[str, Basis], method: MethodConfig, nested: Mapping[str, Mapping[str, Nested]] | None = None
+) -> Spectra | None:
     """The spectra of solved bases, in the unit that the method gives them; None if they say nothing."""
     unit = unit_of(method)
     values = {name: basis.spectrum for name, basis in bases.items()}
-    return Spectra(values, unit, method.method == "fisher") if unit else None
+    others = {site: {form: n.spectrum for form, n in forms.items()} for site, forms in (nested or {}).items()}
+    return Spectra(values, unit, method.method == "fisher", others) if unit else None

@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
-from dist_prune.network.memory_format import place_like
 from dist_prune.network.models import looks_like_probabilities
 from dist_prune.network.trial import Trial, answer_of, stand_in, tolerance_of
 
@@ -34,18 +33,35 @@ class SiteError(ValueError):
 class Site:
     """One factorable layer.
 
-    `rows` is the number of output positions per image, summed over the calls of one forward pass.
+    Attributes:
+        name: of its module.
+        kind: `conv` or `linear`.
+        groups: independent matrices.
+        outputs: C, all groups together.
+        inputs: d, of one group: in/g·kh·kw.
+        rows: output positions per image, summed over the calls of one forward pass.
+        kernel: height and width, as `stride`.
+        stride: of the kernel.
+        bias: whether it has one.
+        maps: positions per image of the input, of the input strided by rows alone, and of it strided by columns
+            alone: what a layer works on that has one axis of the kernel, or none.
     """
 
     name: str
-    kind: str  # "conv" or "linear"
+    kind: str
     groups: int
-    outputs: int  # C, all groups together
-    inputs: int  # d, of one group: in/g·kh·kw
+    outputs: int
+    inputs: int
     rows: int
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     bias: bool = False
+    maps: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def channels(self) -> int:
+        """Input channels of one group."""
+        return self.inputs // (self.kernel[0] * self.kernel[1])
 
     @property
     def width(self) -> int:
@@ -62,18 +78,10 @@ class Site:
         """Weights of the dense layer, without bias."""
         return self.outputs * self.inputs
 
-    def factored_weights(self, rank: int) -> int:
-        """Weights of the pair `→ rank channels → C channels`, without bias."""
-        return rank * (self.inputs + self.width)
-
     @property
     def macs(self) -> int:
         """Multiply-adds of the dense layer for one image."""
         return self.rows * self.dense_weights
-
-    def factored_macs(self, rank: int) -> int:
-        """Multiply-adds of the factored pair for one image."""
-        return self.rows * self.factored_weights(rank)
 
     @property
     def shape(self) -> str:
@@ -170,7 +178,7 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
     others = {n: m for n, m in model.named_modules() if isinstance(m, UNKNOWN) and n not in modules}
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     reasons = {n: why_dense(m, owners) for n, m in modules.items()}  # before hooks of ours are there
-    calls: dict[str, list[Tensor]] = {}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with _watched(modules, calls), evaluating(model), FlopCounterMode(display=False) as counter:
         answer = answer_of(model, image)
     if answer.shape[1] < 2:
@@ -179,8 +187,8 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
             "a logit z, return two: torch.cat([torch.zeros_like(z), z], 1)"
         )
     reasons |= {n: "its forward never runs" for n, reason in reasons.items() if not reason and n not in calls}
-    found = [describe(n, modules[n], _rows(modules[n], calls[n])) for n in calls if not reasons[n]]
-    tried = Trial(model, image, answer, tolerance_of([answer, *(y for each in calls.values() for y in each)]))
+    found = [describe(n, modules[n], *_positions(modules[n], calls[n])) for n in calls if not reasons[n]]
+    tried = Trial(model, image, answer, tolerance_of([answer, *(y for each in calls.values() for _, y in each)]))
     with evaluating(model):
         reasons |= tried.altering({site.name: stand_in(modules[site.name]) for site in found})
     reasons |= {n: f"{type(m).__name__} is not factored: only Conv2d and Linear are" for n, m in others.items()}
@@ -195,13 +203,17 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
 
 
 @contextmanager
-def _watched(modules: Mapping[str, nn.Module], calls: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Note, in order of execution, what each module gives: tensors without data."""
+def _watched(modules: Mapping[str, nn.Module], calls: dict[str, list[tuple[Tensor, Tensor]]]) -> Iterator[None]:
+    """Note, in order of execution, what each module is given and gives: tensors without data."""
 
-    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _inputs, y: calls.setdefault(name, []).append(torch.empty_like(y, device="meta"))
+    def watch(name: str) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> None:
+            x = given_to(args, kwargs)
+            calls.setdefault(name, []).append((x.to("meta"), y.to("meta")))
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+        return note
+
+    hooks = [m.register_forward_hook(watch(name), with_kwargs=True) for name, m in modules.items()]
     try:
         yield
     finally:
@@ -222,22 +234,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _rows(module: nn.Module, calls: Sequence[Tensor]) -> int:
-    """Output positions of one image over all calls."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return sum(y.numel() for y in calls) // weight.shape[0]
+def _positions(module: nn.Module, calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, tuple[int, int, int]]:
+    """Of one image over all calls: `Site.rows` and `Site.maps`."""
+    rows = sum(y.numel() for _, y in calls) // module.get_parameter("weight").shape[0]
+    if not isinstance(module, nn.Conv2d):
+        return rows, (rows, rows, rows)
+    whole = sum(x.numel() for x, _ in calls) // module.in_channels
+    by_rows = sum(y.numel() // y.shape[-1] * x.shape[-1] for x, y in calls) // module.out_channels
+    by_columns = sum(y.numel() // y.shape[-2] * x.shape[-2] for x, y in calls) // module.out_channels
+    return rows, (whole, by_rows, by_columns)
 
 
-def describe(name: str, module: nn.Module, rows: int = 0) -> Site:
-    """The site that a Conv2d or Linear is; `rows` as in `Site`, where they matter."""
+def describe(name: str, module: nn.Module, rows: int = 0, maps: tuple[int, int, int] = (0, 0, 0)) -> Site:
+    """The site that a Conv2d or Linear is; `rows` and `maps` as in `Site`, where they matter."""
     if isinstance(module, nn.Conv2d):
         kernel, stride = _pair(module.kernel_size), _pair(module.stride)
         inputs = module.in_channels // module.groups * kernel[0] * kernel[1]
         bias = module.bias is not None
-        return Site(name, "conv", module.groups, module.out_channels, inputs, rows, kernel, stride, bias)
+        return Site(name, "conv", module.groups, module.out_channels, inputs, rows, kernel, stride, bias, maps)
     assert isinstance(module, nn.Linear)
-    return Site(name, "linear", 1, module.out_features, module.in_features, rows, bias=module.bias is not None)
+    has_bias = module.bias is not None
+    return Site(name, "linear", 1, module.out_features, module.in_features, rows, bias=has_bias, maps=maps)
 
 
 def weight_of(module: nn.Module, site: Site) -> Tensor:
@@ -351,46 +368,17 @@ def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Factored(nn.Sequential):
-    """A site's replacement: `reduce` to r channels with the layer's own geometry, then `expand` 1×1 to C."""
+    """A site's replacement: small layers in a chain; `form` says which, see `factorization.forms`."""
 
-    def __init__(self, reduce: nn.Module, expand: nn.Module) -> None:
+    def __init__(
+        self, reduce: nn.Module, expand: nn.Module, core: nn.Module | None = None, form: str = "output"
+    ) -> None:
         super().__init__()
+        self.form = form
         self.reduce = reduce
+        if core is not None:
+            self.core = core
         self.expand = expand
-
-
-def factored_like(module: nn.Module, site: Site, rank: int) -> Factored:
-    """An uninitialised factored pair in the place of `module`, of the same device, type and layout.
-
-    Raises:
-        SiteError: a rank that the site does not allow or not a multiple of the groups.
-    """
-    if not 1 <= rank <= site.max_rank or rank % site.groups:
-        groups = f" in multiples of its {site.groups} groups" if site.groups > 1 else ""
-        raise SiteError(f"{site.name}: rank {rank} is impossible; expected 1 to {site.max_rank}{groups}")
-    pair = _linear_pair(module, rank) if isinstance(module, nn.Linear) else _conv_pair(module, rank)
-    place_like(pair, module)
-    return pair
-
-
-def _linear_pair(module: nn.Linear, rank: int) -> Factored:
-    return Factored(nn.Linear(module.in_features, rank, bias=False), nn.Linear(rank, module.out_features))
-
-
-def _conv_pair(module: nn.Module, rank: int) -> Factored:
-    assert isinstance(module, nn.Conv2d)
-    reduce = nn.Conv2d(
-        module.in_channels,
-        rank,
-        _pair(module.kernel_size),
-        _pair(module.stride),
-        module.padding if isinstance(module.padding, str) else _pair(module.padding),
-        _pair(module.dilation),
-        module.groups,
-        bias=False,
-        padding_mode=module.padding_mode,
-    )
-    return Factored(reduce, nn.Conv2d(rank, module.out_channels, 1, groups=module.groups))
 
 
 def _pair(values: Iterable[int | str]) -> tuple[int, int]:

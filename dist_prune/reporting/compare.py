@@ -148,7 +148,7 @@ def costs(runs: Sequence[Record]) -> list[list[str]]:
 
 def ranks(runs: Sequence[Record]) -> list[list[str]]:
     """Sites whose ranks differ."""
-    chosen = [{c.site: "dense" if c.rank is None else str(c.rank) for c in run.plan.choices} for run in runs]
+    chosen = [{c.site: c.label for c in run.plan.choices} for run in runs]
     return _differing(chosen)
 
 

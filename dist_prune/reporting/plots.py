@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dist_prune.factorization.layers import Layer
+from dist_prune.factorization.plan import Choice
 
 
 def spectrum_figure(layer: Layer, rank: int | None) -> Figure:
@@ -19,7 +20,8 @@ def spectrum_figure(layer: Layer, rank: int | None) -> Figure:
         axes.semilogy(range(1, len(group) + 1), [max(share, 1e-12) for share in group], linewidth=1.2)
     if rank is not None:
         axes.axvline(rank / max(1, len(spectrum)), linestyle="--", color="black", linewidth=0.8)
-        axes.set_title(f"rank {rank} keeps {100 * layer.kept(rank):.2f} %")
+        kept = layer.kept(Choice(layer.site.name, rank)) or 0.0
+        axes.set_title(f"rank {rank} keeps {100 * kept:.2f} %")
     axes.set_xlabel("direction")
     axes.set_ylabel("share of the sum")
     return figure

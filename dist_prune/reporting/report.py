@@ -140,10 +140,12 @@ class Report:
         if self.curves is None:
             return
         for layer in layers:
-            rank = plan.ranks.get(layer.name)
-            self.curves.value(f"layer/{layer.name}/rank", rank or layer.outputs)
+            site, choice = layer.site, plan.factored.get(layer.site.name)
+            self.curves.value(f"layer/{site.name}/rank", site.outputs if choice is None else choice.ranks[0])
+            self.curves.text(f"layer/{site.name}/form", "dense" if choice is None else choice.label)
             if layer.spectrum is not None:
-                self.curves.figure(f"layer/{layer.name}/spectrum", partial(spectrum_figure, layer, rank))
+                rank = choice.rank if choice is not None and choice.form == "output" else None
+                self.curves.figure(f"layer/{site.name}/spectrum", partial(spectrum_figure, layer, rank))
         self.curves.text("plan", plan_markdown(layers, plan))
         self.curves.flush()
 

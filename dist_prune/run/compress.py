@@ -16,6 +16,7 @@ from dist_prune.config.training import TuningConfig
 from dist_prune.distributed.world import digest, fingerprint
 from dist_prune.factorization import layers
 from dist_prune.factorization.bases import Basis, solve
+from dist_prune.factorization.nested import Nested, nested_of
 from dist_prune.factorization.plan import Plan, cost
 from dist_prune.factorization.project import balance, project, rebuild, unfold
 from dist_prune.factorization.schedule import shrunk_sites, still_factored
@@ -58,7 +59,8 @@ def collect_statistics(job: Job) -> None:
         return
     with job.report.phase("statistics"):
         passes = passes_of(job)
-        found = statistics.collect(job.dense, sites, passes.open, job.world, method, seed, passes)
+        patches = job.planner.needs_patches
+        found = statistics.collect(job.dense, sites, passes.open, job.world, method, seed, passes, patches)
     for warning in statistics.warnings(found, sites, method, len(statistics_split(job, 0))):
         job.report.warn(warning)
     job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job)))
@@ -90,15 +92,16 @@ def plan_and_project(job: Job) -> None:
         return
     gathered = Statistics()
     if method.method not in DATA_FREE:
-        gathered = statistics.load(statistics_file(job), sites, made_of(job), job.world.device)
-    bases, spectra = directions(job, job.dense, sites, gathered)
+        patches, device = job.planner.needs_patches, job.world.device
+        gathered = statistics.load(statistics_file(job), sites, made_of(job), device, patches)
+    bases, nested, spectra = directions(job, job.dense, sites, gathered)
     job.state.target = decide(job, spectra)
     job.state.plan, *later = rounds_of(job)
     if later:
         job.report.say(f"{len(later) + 1} rounds to get there, --step {config.iteration.step}")
     keep_layers(job, bases)
     with job.report.phase("projection"):
-        job.state.network = project(job.dense, sites, bases, job.state.plan, method.side)
+        job.state.network = project(job.dense, sites, bases, job.state.plan, method.side, nested)
     if config.iteration.is_iterative:
         if config.correction.correct != "none":
             job.report.say(f"--correct {config.correction.correct} is left out: training comes in between")
@@ -119,12 +122,13 @@ def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
 
 def directions(
     job: Job, model: nn.Module, sites: Sequence[Site], gathered: Statistics
-) -> tuple[dict[str, Basis], Spectra | None]:
-    """The bases of these sites of the network, and their spectra."""
-    method = job.config.compression.basis
+) -> tuple[dict[str, Basis], dict[str, dict[str, Nested]], Spectra | None]:
+    """The bases of these sites of the network, the chains of other forms, and what all of these are worth."""
+    method, forms = job.config.compression.basis, job.planner.projected_forms
     with job.report.phase("bases"):
         bases = solve(model, sites, gathered, method, job.config.seed, job.world)
-    return bases, spectra_of(bases, method)
+        nested = nested_of(model, sites, forms, bases, gathered, method.damping, job.world)
+    return bases, nested, spectra_of(bases, method, nested)
 
 
 def decide(job: Job, spectra: Spectra | None) -> Plan:
@@ -157,8 +161,8 @@ def shrink(job: Job, number: int, plan: Plan) -> None:
     sites = shrunk_sites(plan, job.state.plan, job.survey)
     source = unfold(job.state.compressed, [site.name for site in sites])
     with job.report.phase(f"round {number}: projection"):
-        bases, _ = directions(job, source, sites, gathered_from(job, source, sites))
-        job.state.network = project(source, sites, bases, plan, job.config.compression.basis.side)
+        bases, nested, _ = directions(job, source, sites, gathered_from(job, source, sites))
+        job.state.network = project(source, sites, bases, plan, job.config.compression.basis.side, nested)
     job.state.plan = plan
     tell_plan(job, number)
 
@@ -166,7 +170,8 @@ def shrink(job: Job, number: int, plan: Plan) -> None:
 def gathered_from(job: Job, model: nn.Module, sites: Sequence[Site]) -> Statistics:
     """Statistics of a network other than the dense one; used at once, and not kept."""
     method, passes = job.config.compression.basis, passes_of(job)
-    return statistics.collect(model, sites, passes.open, job.world, method, job.config.seed, passes)
+    patches = job.planner.needs_patches
+    return statistics.collect(model, sites, passes.open, job.world, method, job.config.seed, passes, patches)
 
 
 def train_unfolded(job: Job, number: int) -> None:
@@ -181,12 +186,11 @@ def project_again(job: Job, number: int) -> None:
     """Rank all sites again under the rule, and project them."""
     sites, side = job.survey.sites, job.config.compression.basis.side
     with job.report.phase(f"alternation {number}: projection"):
-        bases, spectra = directions(
-            job, job.state.compressed, sites, gathered_from(job, job.state.compressed, sites)
-        )
+        gathered = gathered_from(job, job.state.compressed, sites)
+        bases, nested, spectra = directions(job, job.state.compressed, sites, gathered)
         wanted = job.world.from_first(lambda: job.planner.plan(spectra))
         plan = still_factored(wanted, job.state.chosen, job.survey, job.planner.round_to, side)
-        job.state.network = project(job.state.compressed, sites, bases, plan, side)
+        job.state.network = project(job.state.compressed, sites, bases, plan, side, nested)
     job.state.plan, job.state.unfolded = plan, False
     tell_plan(job, len(rounds_of(job)) + number)
     tell_round(job, len(rounds_of(job)) + number)

@@ -99,7 +99,19 @@ def collect(
     passes = passes or Passes()
     watch, bf16 = passes.watch, method.statistics_bf16
     if method.method in ONE_PASS:
-        return _in_one_pass(model, sites if patches else (), views, batches(0), world, method, seed, watch)
+        with accumulating_patches(model, sites if patches else (), world.device) as places:
+            sums: dict[str, Sums] = {f"patches/{name}": each for name, each in places.items()}
+            both, images = partial(_watched_together, watch, sums), batches(0)
+            if method.method == "fisher":  # its metric needs no mean
+                with accumulating(model, views, world.device) as accumulators, full_float32():
+                    sums |= {f"moments/{name}": each for name, each in accumulators.items()}
+                    step, objective = STEPS["fisher"], _objective(method, seed)
+                    curvature = collect_curvature(model, views, images, world, step, objective, None, both, bf16)
+                moments = sum_moments({name: each.moments() for name, each in accumulators.items()}, world)
+            else:
+                rows, curvature = (batch.images for batch in images), {}
+                moments = collect_moments(model, views, rows, world, both, bf16)
+        return Statistics(moments, curvature, sum_patches({n: p.moments() for n, p in places.items()}, world))
     moments = passes.finished() or collect_moments(
         model, views, (batch.images for batch in batches(0)), world, watch, bf16
     )
@@ -114,33 +126,6 @@ def collect(
         curvature = collect_curvature(model, views, batches(0), world, step, objective, means, watch, bf16)
         return Statistics(moments, curvature)
     return Statistics(moments)
-
-
-def _in_one_pass(
-    model: nn.Module,
-    patched: Iterable[Site],
-    views: Sequence[View],
-    batches: Iterable[Batch],
-    world: World,
-    method: MethodConfig,
-    seed: int,
-    watch: Watch,
-) -> Statistics:
-    """Moments, and with them gradients, whose metric needs no mean, and patch moments of the sites `patched`."""
-    curvature: dict[str, Tensor] = {}
-    with accumulating_patches(model, patched, world.device) as places:
-        sums: dict[str, Sums] = {f"patches/{name}": each for name, each in places.items()}
-        if method.method == "fisher":
-            with accumulating(model, views, world.device) as accumulators, full_float32():
-                sums |= {f"moments/{name}": each for name, each in accumulators.items()}
-                both, objective = partial(_watched_together, watch, sums), _objective(method, seed)
-                step, bf16 = STEPS["fisher"], method.statistics_bf16
-                curvature = collect_curvature(model, views, batches, world, step, objective, None, both, bf16)
-            moments = sum_moments({name: each.moments() for name, each in accumulators.items()}, world)
-        else:
-            images, both = (batch.images for batch in batches), partial(_watched_together, watch, sums)
-            moments = collect_moments(model, views, images, world, both, method.statistics_bf16)
-    return Statistics(moments, curvature, sum_patches({n: each.moments() for n, each in places.items()}, world))
 
 
 def _objective(method: MethodConfig, seed: int) -> Objective:

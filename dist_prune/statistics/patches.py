@@ -76,6 +76,16 @@ class PatchMoments:
         return PatchMoments(self.count, shift, total, self.among_channels + channels, self.among_places + places)
 
 
+def white(site: Site, device: torch.device) -> PatchMoments:
+    """Of patches whose inputs vary alike and independently, about zero: where nothing is known of the data."""
+    places = site.kernel[0] * site.kernel[1]
+    total = torch.zeros(site.groups, site.channels, places, dtype=torch.float64, device=device)
+    channels = torch.eye(site.channels, dtype=torch.float64, device=device).expand(site.groups, -1, -1)
+    among = torch.eye(places, dtype=torch.float64, device=device).expand(site.groups, -1, -1)
+    count = total.new_ones(())
+    return PatchMoments(count, total.sum(-1), total, places * channels, site.channels * among)
+
+
 class PatchAccumulator:
     """Adds the input of one convolution to its patch moments, batch after batch; nothing waits for the device."""
 

@@ -31,6 +31,7 @@ class SiteLoss:
     rank: int
     predicted: float | None
     measured: float
+    label: str = ""  # form and ranks
 
 
 def measure_sites(
@@ -61,7 +62,10 @@ def measure_sites(
         with replaced(dense, name, compressed.get_submodule(name)):
             measured[name] = divergence(reference, predict(dense, batches()))
     everywhere = {name: kl for part in world.gather(measured) for name, kl in part.items()}
-    return [SiteLoss(name, rank, predicted[name], everywhere[name]) for name, rank in plan.ranks.items()]
+    return [
+        SiteLoss(name, min(choice.ranks), predicted[name], everywhere[name], choice.label)
+        for name, choice in plan.factored.items()
+    ]
 
 
 @contextmanager
@@ -83,12 +87,12 @@ def divergence(reference: Predictions, found: Predictions) -> float:
 def format_summary(losses: Sequence[SiteLoss], unit: str) -> str:
     """The table, and the sums."""
     rows = [
-        [s.site, str(s.rank), "" if s.predicted is None else f"{s.predicted:.3g}", f"{s.measured:.3g}"]
+        [s.site, s.label or str(s.rank), "" if s.predicted is None else f"{s.predicted:.3g}", f"{s.measured:.3g}"]
         for s in losses
     ]
     known = [s.predicted for s in losses if s.predicted is not None]
     total = ["sum", "", f"{sum(known):.3g}" if known else "", f"{sum(s.measured for s in losses):.3g}"]
-    return table(["site alone", "rank", f"predicted {unit}".strip(), "measured KL"], [*rows, total])
+    return table(["site alone", "form", f"predicted {unit}".strip(), "measured KL"], [*rows, total])
 
 
 def save(path: Path, losses: Sequence[SiteLoss], unit: str, images: int) -> None:

@@ -229,7 +229,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no network": (changed_plan(network=None), r"plan\.json: incomplete or edited wrongly .*network"),
     "row without rank": (changed_plan(choices=[{"site": "linear"}]), "incomplete or edited wrongly .*not a plan"),
     "unknown site": (changed_plan(choices=[{"site": "conv9", "rank": 1}]), "does not fit plan.json .*conv9"),
-    "impossible rank": (changed_plan(choices=[{"site": "linear", "rank": 99}]), "linear: rank 99 is impossible"),
+    "impossible rank": (
+        changed_plan(choices=[{"site": "linear", "rank": 99}]),
+        "linear has output rank 99; expected 1 to 64",
+    ),
     "other ranks": (changed_plan(choices=[{"site": "linear", "rank": 2}]), "does not fit plan.json"),
 }
 

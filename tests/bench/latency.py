@@ -29,7 +29,8 @@ from dist_prune.config.run import MethodConfig
 from dist_prune.export.speed import Engine, Speed, TimedPass, measure_speed
 from dist_prune.factorization import latency
 from dist_prune.factorization.bases import by_weight
-from dist_prune.factorization.budget import cheaper_ranks
+from dist_prune.factorization.budget import options_of
+from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.plan import Plan, PlanError, make_plan
 from dist_prune.factorization.planner import usual_step
 from dist_prune.factorization.project import rebuild
@@ -85,9 +86,9 @@ def planned(rule: str, dense: nn.Module, images: Tensor) -> Plan:
     }
     times = None
     if parsed.of == "latency":
-        ranks = {site: cheaper_ranks(View(site), round_to) for site in found.sites}
+        options = {site: options_of(View(site), round_to, (FORMS["output"],)) for site in found.sites}
         with tempfile.TemporaryDirectory() as fresh:
-            times = latency.measure(channels_last(dense), ranks, images, Path(fresh))
+            times = latency.measure(channels_last(dense), options, images, Path(fresh))
     return make_plan(parsed, found, round_to, "output", spectra_of(bases, MethodConfig("weight-svd")), times)
 
 

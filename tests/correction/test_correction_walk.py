@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.config.run import MethodConfig
-from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, Solver, left_out
+from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, left_out
+from dist_prune.correction.solver import Solver
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve
 from dist_prune.factorization.plan import Choice, Plan

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from dist_prune.data.dataset import open_dataset
 from dist_prune.data.listing import DataError
 from dist_prune.data.mnist import has_idx, unpack
+from dist_prune.factorization.forms import FORMS
 from dist_prune.network.models import build
 from dist_prune.network.sites import survey
 from tests.commands import shared_commands
@@ -148,7 +149,7 @@ def test_the_network_is_two_convolutions_and_two_linear_layers() -> None:
         ("fc2", "linear", 10, 128),
     ]
     for site in found.sites[:3]:
-        assert site.factored_macs(RANKS[site.name]) < site.macs
+        assert FORMS["output"].macs(site, (RANKS[site.name],)) < site.macs
     image = torch.rand(2, 1, 28, 28)
     assert model(image.expand(-1, 3, -1, -1)).shape == (2, 10)
 

@@ -246,9 +246,9 @@ def by_hand(own: Own, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (values_decide, r"Own ''.*test_sourcecode\.py:\d+\): the values of a tensor decide what is computed"),
-        (images_decide, r"Own ''.*test_sourcecode\.py:\d+\): (it loops over|the number of) .*images"),
-        (by_hand, r"Own ''.*test_sourcecode\.py:\d+\): "),
+        (values_decide, r"Own ''.*test_source_code\.py:\d+\): the values of a tensor decide what is computed"),
+        (images_decide, r"Own ''.*test_source_code\.py:\d+\): (it loops over|the number of) .*images"),
+        (by_hand, r"Own ''.*test_source_code\.py:\d+\): "),
     ],
     ids=["values", "images", "no operations"],
 )

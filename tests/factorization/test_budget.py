@@ -7,6 +7,7 @@ import torchvision
 
 from dist_prune.config.flags import Rule
 from dist_prune.factorization.budget import budget_of
+from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.latency import LatencyTable, Timing
 from dist_prune.factorization.plan import Choice, Plan, PlanError, cost, make_plan, require_reachable
 from dist_prune.factorization.spectra import Spectra
@@ -17,12 +18,14 @@ SMALL = surveyed(
     site("a", 5, 9, 100), site("b", 4, 30, 9, bias=True), site("c", 6, 12, 30, groups=2), macs=700, params=30
 )
 
+OUTPUT = FORMS["output"]
+
 
 def every_plan(found: Survey, spectra: Spectra) -> list[tuple[float, Plan]]:
     """All plans that factor only where it is cheaper, and the loss of each by the definition."""
     plans = []
     allowed = [
-        [None, *(r for r in range(s.groups, s.outputs, s.groups) if s.factored_macs(r) < s.macs)]
+        [None, *(r for r in range(s.groups, s.outputs, s.groups) if OUTPUT.macs(s, (r,)) < s.macs)]
         for s in found.sites
     ]
     for ranks in itertools.product(*allowed):
@@ -59,7 +62,7 @@ def test_no_site_could_be_given_one_more_step(resnet20: Survey, of: str, round_t
         for s in resnet20.sites:
             rank = plan.ranks.get(s.name)
             if rank is not None:
-                more = rank + round_to if s.factored_macs(rank + round_to) < s.macs else None
+                more = rank + round_to if OUTPUT.macs(s, (rank + round_to,)) < s.macs else None
                 choices = [Choice(c.site, more if c.site == s.name else c.rank) for c in plan.choices]
                 after = getattr(cost(resnet20, Plan(tuple(choices))), of)
                 assert after > share * total, f"{s.name} could have had {more}"
@@ -141,9 +144,9 @@ def test_the_least_that_is_told_can_be_reached(resnet20: Survey, of: str) -> Non
 TIMES = LatencyTable(
     whole=1_000_000,
     sites={
-        "a": Timing(300_000, (1, 3), (100_000, 200_000)),
-        "b": Timing(410_000, (1, 2), (430_000, 410_000)),
-        "c": Timing(200_000, (2, 4), (90_000, 230_000)),
+        "a": {"output": Timing(300_000, ((1,), (3,)), (100_000, 200_000))},
+        "b": {"output": Timing(410_000, ((1,), (2,)), (430_000, 410_000))},
+        "c": {"output": Timing(200_000, ((2,), (4,)), (90_000, 230_000))},
     },
 )
 
@@ -156,10 +159,10 @@ def test_a_budget_of_time_spends_measured_time() -> None:
     rule = Rule("budget", 0.75, of="latency")
     plan = make_plan(rule, SMALL, 1, spectra=spectra, latency=TIMES)
     assert plan.ranks == {"a": 2, "c": 2}
-    assert TIMES.predicted(plan.ranks) == 740_000
+    assert TIMES.predicted({name: ("output", (rank,)) for name, rank in plan.ranks.items()}) == 740_000
     plan = make_plan(Rule("budget", 0.85, of="latency"), SMALL, 1, spectra=spectra, latency=TIMES)
     assert plan.ranks == {"a": 2}
-    assert TIMES.predicted(plan.ranks) == 850_000
+    assert TIMES.predicted({name: ("output", (rank,)) for name, rank in plan.ranks.items()}) == 850_000
 
 
 def test_what_is_not_faster_stays_dense_and_says_so() -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from dist_prune.config.flags import parse_forms
 from dist_prune.config.recipes import parse
 from dist_prune.distributed.world import World
 from dist_prune.factorization import latency
-from dist_prune.factorization.budget import cheaper_ranks
+from dist_prune.factorization.budget import options_of
+from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.latency import LatencyTable, Timing, candidates, input_shapes, measure, time_calls
 from dist_prune.factorization.planner import timed_planner
 from dist_prune.network.memory_format import channels_last
@@ -52,8 +54,11 @@ class Twice(nn.Module):
 IMAGES = torch.zeros(4, 3, 8, 8)
 
 
-def ranks_of(model: nn.Module) -> dict[Site, np.ndarray]:
-    return {s: cheaper_ranks(View(s), 1) for s in survey(model, IMAGES[:1]).sites}
+def ranks_of(
+    model: nn.Module, round_to: int = 1, forms: str = "output"
+) -> dict[Site, dict[str, list[np.ndarray]]]:
+    chosen = tuple(FORMS[name] for name in parse_forms(forms))
+    return {s: options_of(View(s), round_to, chosen) for s in survey(model, IMAGES[:1]).sites}
 
 
 class Clock:
@@ -105,8 +110,8 @@ def test_the_real_shapes_are_timed_dense_and_factored(clock: Clock, tmp_path: Pa
     table = measure(model, ranks_of(model), IMAGES, tmp_path)
     assert clock.timed[0] == [(4, 5)]
     assert all(shape == (4, 8, 8, 8) for shape in clock.timed[1])
-    pairs = len(candidates(cheaper_ranks(View(survey(model, IMAGES[:1]).sites[0]), 1)))
-    assert len(clock.timed[1]) == 1 + pairs == 1 + len(table.sites["0"].pairs)
+    (columns,) = next(iter(ranks_of(model).values())).values()
+    assert len(clock.timed[1]) == 1 + len(candidates(columns)) == 1 + len(table.sites["0"]["output"].chains)
 
 
 def test_the_layout_of_the_network_is_the_one_that_is_timed(clock: Clock, tmp_path: Path) -> None:
@@ -121,8 +126,8 @@ def test_the_layout_of_the_network_is_the_one_that_is_timed(clock: Clock, tmp_pa
 def test_a_site_called_twice_takes_the_sum(clock: Clock, tmp_path: Path) -> None:
     model = network()
     table = measure(model, ranks_of(model), IMAGES, tmp_path)
-    once, twice = table.sites["1"], table.sites["3.layer"]
-    assert (twice.dense, twice.pairs) == (2 * once.dense, tuple(2 * pair for pair in once.pairs))
+    once, twice = table.sites["1"]["output"], table.sites["3.layer"]["output"]
+    assert (twice.dense, twice.chains) == (2 * once.dense, tuple(2 * chain for chain in once.chains))
 
 
 def test_other_circumstances_are_measured_anew(
@@ -132,8 +137,9 @@ def test_other_circumstances_are_measured_anew(
 
     def measured_again(images: torch.Tensor = IMAGES, round_to: int = 1) -> int:
         before = len(clock.timed)
-        ranks = {s: cheaper_ranks(View(s), round_to) for s in survey(model, images[:1]).sites}
-        measure(model, ranks, images, tmp_path)
+        chosen = (FORMS["output"],)
+        options = {s: options_of(View(s), round_to, chosen) for s in survey(model, images[:1]).sites}
+        measure(model, options, images, tmp_path)
         return len(clock.timed) - before
 
     assert measured_again() == 6
@@ -154,33 +160,57 @@ def test_a_damaged_file_is_measured_anew(clock: Clock, tmp_path: Path) -> None:
     first = measure(model, ranks_of(model), IMAGES, tmp_path)
     files = sorted(tmp_path.iterdir())
     files[0].write_text("{")
-    files[1].write_text(json.dumps({"key": ["another"], "dense": 1, "ranks": [], "pairs": []}))
+    files[1].write_text(json.dumps({"key": ["another"], "dense": 1, "ranks": [], "chains": []}))
     assert measure(model, ranks_of(model), IMAGES, tmp_path) == first
     assert len(clock.timed) == 8
     assert sorted(tmp_path.iterdir()) == files
 
 
 def test_a_few_ranks_stand_for_all() -> None:
-    assert candidates(np.arange(8, 801, 8)) == (8, 120, 232, 344, 464, 576, 688, 800)
-    assert candidates(np.arange(1, 6)) == (1, 2, 3, 4, 5)
-    assert candidates(np.arange(0)) == ()
+    assert [r for (r,) in candidates([np.arange(8, 801, 8)])] == [8, 120, 232, 344, 464, 576, 688, 800]
+    assert candidates([np.arange(1, 6)]) == ((1,), (2,), (3,), (4,), (5,))
+    both = candidates([np.array([1, 1, 2, 2, 9, 9]), np.array([4, 8, 4, 8, 4, 8])])
+    assert both == ((1, 4), (1, 8), (2, 4), (2, 8), (9, 4), (9, 8))
 
 
-TABLE = LatencyTable(1000, {"a": Timing(400, (2, 4, 8), (100, 200, 300)), "b": Timing(200)})
+TABLE = LatencyTable(
+    1000,
+    {
+        "a": {
+            "output": Timing(400, ((2,), (4,), (8,)), (100, 200, 300)),
+            "tucker": Timing(800, ((2, 2), (2, 6), (4, 2), (4, 6)), (100, 300, 200, 600)),
+        },
+        "b": {"output": Timing(200)},
+    },
+)
 
 
 def test_between_measured_ranks_times_lie_on_a_line() -> None:
-    assert TABLE.pair("a", np.array([2, 3, 4, 5, 8])).tolist() == [100, 150, 200, 225, 300]
-    assert TABLE.pair("b", np.arange(0)).tolist() == []
-    assert TABLE.predicted({"a": 3}) == 1000 - 400 + 150
+    assert TABLE.option("a", "output", [np.array([2, 3, 4, 5, 8])]).tolist() == [100, 150, 200, 225, 300]
+    assert TABLE.option("b", "output", [np.arange(0)]).tolist() == []
+    assert TABLE.predicted({"a": ("output", (3,))}) == 1000 - 400 + 150
     assert TABLE.predicted({}) == 1000
+
+
+def test_forms_with_two_ranks_lie_on_a_surface_and_at_the_pace_of_their_dense_layer() -> None:
+    """The machine took twice as long when tucker was timed: 100 to 600 there are 50 to 300 here."""
+    first, second = np.array([2, 2, 3, 4, 4]), np.array([2, 4, 4, 6, 9])
+    assert TABLE.option("a", "tucker", [first, second]).tolist() == [50, 100, 150, 300, 300]
+
+
+def test_every_form_is_timed_at_every_size(clock: Clock, tmp_path: Path) -> None:
+    model = network()
+    table = measure(model, ranks_of(model, forms="all"), IMAGES, tmp_path)
+    assert set(table.sites["1"]) == {"output", "input", "vertical", "horizontal", "tucker"}
+    assert set(table.sites["6"]) == {"output"}, "a linear layer is one matrix"
+    assert table.sites["3.layer"]["tucker"].dense == 2 * table.sites["1"]["tucker"].dense
 
 
 def test_layers_that_sum_to_more_than_the_pass_are_scaled_to_it() -> None:
     table = LatencyTable(300, TABLE.sites)
     assert (table.dense("a"), table.dense("b")) == (200, 100)
-    assert table.pair("a", np.array([4])).tolist() == [100]
-    assert table.predicted({"a": 4}) == 200
+    assert table.option("a", "output", [np.array([4])]).tolist() == [100]
+    assert table.predicted({"a": ("output", (4,))}) == 200
 
 
 def test_samples_are_taken_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,10 +257,10 @@ def test_wider_pairs_take_longer_and_the_network_more_than_its_layers(tmp_path: 
     model = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3), nn.Flatten(), nn.Linear(128 * 144, 2))
     images = torch.zeros(4, 3, 16, 16)
     site = survey(model, images[:1]).sites[1]
-    table = measure(model, {site: cheaper_ranks(View(site), 8)}, images, tmp_path)
-    timing = table.sites["1"]
-    assert timing.pairs[0] < timing.pairs[-1]
-    assert timing.pairs[0] < timing.dense < table.whole
+    table = measure(model, {site: options_of(View(site), 8, (FORMS["output"],))}, images, tmp_path)
+    timing = table.sites["1"]["output"]
+    assert timing.chains[0] < timing.chains[-1]
+    assert timing.chains[0] < timing.dense < table.whole
 
 
 @pytest.mark.parametrize(
@@ -267,7 +297,7 @@ def first_rank_only(world: World, folder: str) -> tuple[LatencyTable, int]:
     cache_was, latency.cache_folder = latency.cache_folder, lambda: Path(folder)
     try:
         model = network()
-        run = parse(["digits", "--ranks", "budget:latency=0.5", "--eval-batch-size", "4"])
+        run = parse(["digits", "--ranks", "budget:latency=0.5", "--forms", "output", "--eval-batch-size", "4"])
         planner = timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1])
     finally:
         latency.time_calls, latency.cache_folder = clock_was, cache_was

@@ -75,7 +75,7 @@ def test_ranks_can_be_given_site_by_site(resnet20: Survey) -> None:
     assert rule.text == "sites:layer3.0.conv1=5,linear=10" and not rule.needs_spectra
     for text, message in (
         ("conv9=3", "conv9 is not a site here"),
-        ("conv1=17", "conv1 has rank 17; expected 1 to"),
+        ("conv1=17", "conv1 has output rank 17; expected 1 to"),
     ):
         with pytest.raises(PlanError, match=f"--ranks sites:{text}: {message}"):
             make_plan(parse_rule(f"sites:{text}"), resnet20, 1)
@@ -85,8 +85,8 @@ def test_ranks_can_be_given_site_by_site(resnet20: Survey) -> None:
     ("choices", "message"),
     [
         ([{"site": "conv9", "rank": 3}], "conv9 is not a site here; sites: conv1"),
-        ([{"site": "conv1", "rank": 17}], "conv1 has rank 17; expected 1 to 16"),
-        ([{"site": "conv1", "rank": 0}], "conv1 has rank 0; expected 1 to 16"),
+        ([{"site": "conv1", "rank": 17}], "conv1 has output rank 17; expected 1 to 16"),
+        ([{"site": "conv1", "rank": 0}], "conv1 has output rank 0; expected 1 to 16"),
         ([{"rank": 3}], "not a plan: every row needs site, rank"),
         ("{", "not JSON"),
     ],

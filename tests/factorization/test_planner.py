@@ -63,7 +63,7 @@ def test_energy_keeps_more_where_more_is_asked(bench: Bench, tmp_path: Path) -> 
 
 
 def test_a_budget_of_time_is_measured_once_and_told(bench: Bench, tmp_path: Path) -> None:
-    words = {"ranks": "budget:latency=1.0", "epochs": 0, "sites": "3,5"}
+    words = {"ranks": "budget:latency=1.0", "epochs": 0, "sites": "3,5", "forms": "output"}
     first = bench.commands.succeed(*bench.words(tmp_path / "1", **words), ranks=2)
     cache = bench.commands.home / "cache" / "latency"
     kept = {p: p.stat().st_mtime_ns for p in cache.iterdir()}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_prune.correction.reconstruct import SiteCorrection, Solver
+from dist_prune.correction.reconstruct import SiteCorrection
+from dist_prune.correction.solver import Solver
 from dist_prune.distributed.world import World
 from dist_prune.network.replay import Listing, Rerun, follow, listing
 from dist_prune.network.sites import survey

@@ -7,7 +7,6 @@ from dist_prune.network.sites import (
     SiteError,
     bias_of,
     describe,
-    factored_like,
     input_rows,
     matches,
     output_rows,
@@ -90,29 +89,6 @@ def test_a_layer_is_its_matrix_times_its_patches(kind: str) -> None:
     product = weight_of(module, site) @ patches.reshape(site.groups, site.inputs, -1)
     product = product + bias_of(module, site)[..., None]
     torch.testing.assert_close(product.reshape(site.outputs, images, positions), y)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_cost_counts_what_the_layers_hold_and_do(kind: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    module, x = layer(kind)
-    site = describe(kind, module, rows=module(x[:1]).numel() // module.weight.shape[0])
-    pair = factored_like(module, site, 2 * site.groups)
-    assert sum(p.numel() for p in pair.parameters()) == site.factored_weights(2 * site.groups) + site.outputs
-    for model, macs in ((module, site.macs), (pair, site.factored_macs(2 * site.groups))):
-        with FlopCounterMode(display=False) as counter:
-            model(x[:1])
-        assert counter.get_total_flops() == 2 * macs
-
-
-def test_impossible_ranks_are_refused_with_what_is_possible() -> None:
-    module, _ = layer("grouped")
-    site = describe("conv", module)
-    with pytest.raises(SiteError, match=r"conv: rank 56 is impossible; expected 1 to 54 in multiples of its 2"):
-        factored_like(module, site, 56)
-    with pytest.raises(SiteError, match="rank 3"):
-        factored_like(module, site, 3)
 
 
 def test_patterns_choose_by_name_and_kind() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dist_prune.config.flags import parse_rule
 from dist_prune.config.run import MethodConfig
-from dist_prune.correction.reconstruct import Correction, Pair, Solver
+from dist_prune.correction.reconstruct import Correction, Pair
+from dist_prune.correction.solver import Solver
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, solve
 from dist_prune.factorization.plan import Choice, Plan, cost, make_plan

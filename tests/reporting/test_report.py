@@ -4,6 +4,7 @@ import json
 import math
 import re
 import resource
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from torch import nn
 from dist_prune.artifacts import environment as environment_module
 from dist_prune.artifacts.environment import environment
 from dist_prune.factorization.bases import Basis
+from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.layers import layers_of
 from dist_prune.factorization.layers import load as load_layers
 from dist_prune.factorization.layers import save as save_layers
-from dist_prune.factorization.plan import Choice, Plan
+from dist_prune.factorization.plan import Choice, Plan, choose
 from dist_prune.factorization.plan_table import plan_table
 from dist_prune.network.sites import Survey, survey
 from dist_prune.reporting.plots import prediction_figure, spectrum_figure
@@ -202,7 +204,11 @@ def test_layers_on_disk_are_what_was_written(tmp_path: Path) -> None:
     found = layers_of(surveyed(), {"1": basis(2, 8)})
     save_layers(tmp_path / "layers.json", found)
     assert load_layers(tmp_path / "layers.json") == found
-    assert [layer.costs(4)[0] for layer in found] == [site.factored_macs(4) for site in surveyed().sites]
+    for layer, form in product(found, (FORMS["output"], FORMS["tucker"])):
+        ranks = (4, 4)[: len(form.full_ranks(layer.site))]
+        if not form.why_not(layer.site):
+            costs = form.macs(layer.site, ranks), form.params(layer.site, ranks)
+            assert layer.costs(choose(layer.site.name, form.name, ranks)) == costs
 
 
 def test_a_tensorboard_folder_that_cannot_be_written_is_told_once_and_the_run_goes_on(

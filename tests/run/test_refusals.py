@@ -136,7 +136,7 @@ BAD: dict[str, tuple[Case, str]] = {
     "no such rule": (with_flags(ranks="halve"), "--ranks halve: expected uniform:RATIO"),
     "rank too large": (
         with_plan('[{"site": "5", "rank": 17, "reason": ""}]'),
-        "5 has rank 17; expected 1 to 16",
+        "5 has output rank 17; expected 1 to 16",
     ),
     "plan of another network": (with_plan('[{"site": "conv7", "rank": 1}]'), "conv7 is not a site here"),
     "plan that is none": (with_plan('{"choices": [{"site": "5"}]}'), "not a plan: every row needs site, rank"),

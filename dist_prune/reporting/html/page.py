@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from dist_prune.artifacts.findings import Findings, read
 from dist_prune.artifacts.reader import accuracy_interval, paired_interval
 from dist_prune.factorization.layers import Layer
+from dist_prune.factorization.plan import Choice
 from dist_prune.reporting.html.account import account
 from dist_prune.reporting.html.charts import Plot, plot, scatter
 from dist_prune.training.evaluate import Metrics
@@ -46,18 +47,29 @@ class Row:
 
     name: str
     layer: Layer | None
-    rank: int | None
-    reason: str
+    choice: Choice
     before: tuple[int, int]
     after: tuple[int, int]
     predicted: float | None
     measured: float | None
 
     @property
+    def rank(self) -> int | None:
+        """The smallest of its ranks; None where it stays dense."""
+        return self.choice.rank
+
+    @property
+    def form(self) -> str:
+        """Form and ranks, beside the outputs where they are directions of these."""
+        if self.layer is None or self.rank is None or self.choice.form != "output":
+            return self.choice.label
+        return f"{self.rank}/{self.layer.site.outputs}"
+
+    @property
     def kept(self) -> float | None:
-        """Per cent of the spectrum."""
-        known = self.layer is not None and self.layer.spectrum is not None and self.rank is not None
-        return 100 * self.layer.kept(self.rank) if known and self.layer and self.rank else None
+        """Per cent of the outputs' spectrum."""
+        share = self.layer.kept(self.choice) if self.layer else None
+        return None if share is None else 100 * share
 
 
 def write(folder: Path, result: Mapping[str, Any] | None = None) -> list[Path]:
@@ -160,11 +172,12 @@ def scale(found: Sequence[Span]) -> tuple[float, float]:
 
 def rows_of(found: Findings) -> Iterator[Row]:
     """Every layer of the plan, with its cost where that is known."""
-    known = {layer.name: layer for layer in found.layers}
+    known = {layer.site.name: layer for layer in found.layers}
     for choice in found.plan.choices if found.plan else ():
         layer, site = known.get(choice.site), found.sites.get(choice.site, {})
-        before, after = (layer.costs(None), layer.costs(choice.rank)) if layer else ((0, 0), (0, 0))
-        yield Row(choice.site, layer, choice.rank, choice.reason, before, after, choice.loss, site.get("measured"))
+        dense = Choice(choice.site, None)
+        before, after = (layer.costs(dense), layer.costs(choice)) if layer else ((0, 0), (0, 0))
+        yield Row(choice.site, layer, choice, before, after, choice.loss, site.get("measured"))
 
 
 def spectra(rows: Sequence[Row]) -> Iterator[Plot]:
@@ -175,10 +188,10 @@ def spectra(rows: Sequence[Row]) -> Iterator[Plot]:
         groups = row.layer.spectrum
         lines = {f"group {i + 1}": list(enumerate(shares, start=1)) for i, shares in enumerate(groups[:4])}
         lines = lines if len(groups) > 1 else {"": lines["group 1"]}
-        mark = None if row.rank is None else row.rank / len(groups)
+        mark = None if row.kept is None or row.rank is None else row.rank / len(groups)
         floor = 1e-8
         lines = {name: [(x, max(y, floor)) for x, y in points] for name, points in lines.items()}
-        kept = "dense" if row.kept is None else f"rank {row.rank} keeps {row.kept:.2f} %"
+        kept = row.choice.label if row.kept is None else f"rank {row.rank} keeps {row.kept:.2f} %"
         yield plot(f"{row.name}: {kept}", lines, "direction", "share of the sum", logarithmic=True, mark=mark)
 
 
