@@ -29,7 +29,7 @@ from dist_prune.config.run import Run
 from dist_prune.data.damage import damaged, decode_fault, find_faults
 from dist_prune.data.dataset import Split
 from dist_prune.data.loader import Unsharded, evaluation_stream
-from dist_prune.data.timm_images import adapted
+from dist_prune.data.pretrained_images import adapted
 from dist_prune.distributed.launch_env import find_launch_env
 from dist_prune.distributed.world import RankError, World, joined
 from dist_prune.network import models

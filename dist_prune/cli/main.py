@@ -15,7 +15,7 @@ from dist_prune.config.help import Usage
 from dist_prune.config.recipe_files import to_toml
 from dist_prune.config.recipes import LOCAL, given, parse
 from dist_prune.config.run import Run
-from dist_prune.data.timm_images import adapted
+from dist_prune.data.pretrained_images import adapted
 from dist_prune.distributed.launch_env import find_launch_env
 from dist_prune.distributed.preemption import PREEMPTED, STUCK, NoProgressError, Preempted
 from dist_prune.distributed.world import RankError

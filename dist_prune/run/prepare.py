@@ -12,7 +12,7 @@ from dist_prune.artifacts import run_directory
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import Run
 from dist_prune.correction.correct import require_deterministic
-from dist_prune.data import timm_images
+from dist_prune.data import pretrained_images
 from dist_prune.data.damage import check_files, require_size
 from dist_prune.data.dataset import Dataset, Split, list_unlabelled, open_dataset, write_digits
 from dist_prune.data.mnist import has_idx, unpack
@@ -83,7 +83,7 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
             parts={"state": state, "report": report},
         ),
         state=state,
-        notes=tuple(filter(None, (*notes, timm_images.adopted(config)))),
+        notes=tuple(filter(None, (*notes, pretrained_images.adopted(config)))),
     )
     for stream in (validation(job), calibration(job, 0), unlabelled_stream(job)):
         assert len(stream), "streams refuse to share fewer images than ranks"
@@ -206,6 +206,6 @@ def show_plan(config: Run, world: World, report: Report) -> None:
     known = planner(config, found, world)
     plan, note = known.foreseen()
     report.say(known.format_table(plan, time_sites(dense, found.sites, probe(config, world, 4))))
-    for more in filter(None, (note, known.way(plan, config.iteration), timm_images.adopted(config))):
+    for more in filter(None, (note, known.way(plan, config.iteration), pretrained_images.adopted(config))):
         report.say(more)
     report.say(format_groups(find_groups(dense, probe(config, world, 2))))
