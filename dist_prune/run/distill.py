@@ -15,9 +15,10 @@ from dist_prune.factorization.project import balance
 from dist_prune.network.models import logits_of
 from dist_prune.network.sites import Factored, evaluating
 from dist_prune.reporting.progress import count_images
-from dist_prune.run.job import Job, limited
+from dist_prune.run.job import Job, limited, probe
 from dist_prune.run.train import Session
 from dist_prune.statistics.probes import kl
+from dist_prune.training.dry_step import reached_alone
 from dist_prune.training.trainer import Loss, Trainer
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -49,7 +50,11 @@ def train_towards(job: Job, model: nn.Module) -> None:
         split, images.image, job.world, how.batch_size, images.threads, seed + 1, images.augment
     )
     balance(model)
-    with towards(job.dense, model, settings.distill_features) as loss:
+    noise = probe(job.config, job.world, 2)
+    with (
+        towards(job.dense, model, settings.distill_features) as loss,
+        reached_alone(model, noise, how, job.world, loss),
+    ):
         trainer = Trainer(model, how, settings.distill_steps, job.world, loss)
         session = Session(job, trainer, stream)
         session.resume()

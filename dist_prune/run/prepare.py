@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
 from dist_prune.run.job import Job, calibration, probe, unlabelled_stream, validation
 from dist_prune.run.state import State
+from dist_prune.training.dry_step import format_unreached, unreached
 from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils import files
@@ -60,6 +62,7 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     ranks.check()
     if config.correction.correct != "none":
         require_deterministic(dense, probe(config, world, 2), world)
+    notes += require_trainable(config, dense, world)
     state = State(dense)
     job = Job(
         config=config,
@@ -88,6 +91,31 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     for stream in (validation(job), calibration(job, 0), unlabelled_stream(job)):
         assert len(stream), "streams refuse to share fewer images than ranks"
     return job
+
+
+def require_trainable(config: Run, dense: nn.Module, world: World) -> list[str]:
+    """Try one step of each training that this run has; what of the network it does not reach, for the log.
+
+    Raises:
+        ConfigError: the network cannot be trained so.
+    """
+    distilled = replace(config.tuning, bn="frozen", batch_size=config.distillation.distill_batch_size)
+    rounds = config.iteration.tune_epochs if config.iteration.is_iterative else 0
+    trainings = {
+        "pretrain.": (config.pretrain, config.pretrain.epochs if config.network.weights == "none" else 0),
+        "": (config.tuning, max(config.tuning.epochs, rounds)),
+        "distill-": (distilled, config.distillation.distill_steps),
+    }
+    found: dict[str, None] = {}
+    for group, (settings, much) in trainings.items():
+        if much:
+            images = 1 if settings.batch_size == 1 and settings.bn == "local" else 2
+            try:
+                names = unreached(dense, probe(config, world, images), settings)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("--", f"--{group}") if group else str(error)) from error
+            found |= dict.fromkeys(names)
+    return [format_unreached(tuple(found))]
 
 
 def identity_of(dataset: Dataset, unlabelled: Split | None, dense: nn.Module) -> dict[str, str]:

@@ -15,6 +15,7 @@ from dist_prune.factorization.project import balance
 from dist_prune.network import models, user_code
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, probe
+from dist_prune.training.dry_step import reached_alone
 from dist_prune.training.trainer import Trainer, TrainingError, distillation_loss, format_summary, steps_of
 from dist_prune.utils import files
 
@@ -30,19 +31,20 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, befo
     )
     teacher = settings.distillation if isinstance(settings, TuningConfig) else None
     loss = distillation_loss(job.dense, teacher, settings) if teacher else None
-    trainer = Trainer(model, settings, settings.epochs * steps_of(settings, len(stream)), job.world, loss)
-    job.report.say(format_summary(settings, len(stream), job.world.size, teacher))
-    session = Session(job, trainer, stream)
-    for epoch in range(session.resume(), settings.epochs):
-        for progress in trainer.epoch(session.batches(settings.epochs, epoch)):
-            step = before * trainer.steps + progress.step
-            job.report.scalars(group, step, {**asdict(progress), "step": None, "steps": None})
-        job.report.say(
-            f"   epoch {epoch + 1}/{settings.epochs}: loss {progress.loss:.4f}, "
-            f"{progress.images_per_second:.0f} images/s"
-        )
-        job.checkpoints.close(session.standing(epoch + 1, f"epoch {epoch + 1}", whole=True))
-    trainer.finish()
+    with reached_alone(model, probe(job.config, job.world, 2), settings, job.world, loss):
+        trainer = Trainer(model, settings, settings.epochs * steps_of(settings, len(stream)), job.world, loss)
+        job.report.say(format_summary(settings, len(stream), job.world.size, teacher))
+        session = Session(job, trainer, stream)
+        for epoch in range(session.resume(), settings.epochs):
+            for progress in trainer.epoch(session.batches(settings.epochs, epoch)):
+                step = before * trainer.steps + progress.step
+                job.report.scalars(group, step, {**asdict(progress), "step": None, "steps": None})
+            job.report.say(
+                f"   epoch {epoch + 1}/{settings.epochs}: loss {progress.loss:.4f}, "
+                f"{progress.images_per_second:.0f} images/s"
+            )
+            job.checkpoints.close(session.standing(epoch + 1, f"epoch {epoch + 1}", whole=True))
+        trainer.finish()
 
 
 def load_dense(job: Job) -> None:

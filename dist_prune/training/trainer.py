@@ -90,7 +90,7 @@ class Trainer:
         """
         nn.Module.train(self.replica)
         if self.settings.bn == "frozen":
-            _freeze_norms(self.replica)
+            freeze_norms(self.replica)
         window, source = _Window(self), iter(batches)
         while group := list(islice(source, self.settings.accumulate)):
             window.add(self._update(group), sum(len(batch.labels) for batch in group))
@@ -231,7 +231,7 @@ def distillation_loss(dense: nn.Module, how: Distillation, settings: TrainingCon
     return loss
 
 
-def _freeze_norms(model: nn.Module) -> None:
+def freeze_norms(model: nn.Module) -> None:
     """Batch norm keeps its running statistics; its scale and shift are trained."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
