@@ -18,6 +18,7 @@ from dist_prune.data.loader import Batch
 from dist_prune.distributed.launch_env import LaunchEnv
 from dist_prune.distributed.world import World, joined
 from dist_prune.factorization.bases import solve
+from dist_prune.factorization.losses import with_exact_losses
 from dist_prune.factorization.nested import nested_of
 from dist_prune.factorization.plan import Cost, Plan, cost
 from dist_prune.factorization.planner import timed_planner
@@ -53,8 +54,10 @@ class Compression:
     table: str
 
     def __str__(self) -> str:
-        held = f"held-out KL to the dense network: {self.kl_projected:.4g} projected, {self.kl:.4g} in the end"
-        return f"{self.table}\n{held}"
+        known = self.unit == "KL" and self.predicted is not None
+        steps = [f"{self.predicted:.4g} predicted"] if known else []
+        steps += [f"{self.kl_projected:.4g} projected", f"{self.kl:.4g} in the end"]
+        return f"{self.table}\nheld-out KL to the dense network: {', '.join(steps)}"
 
 
 def compress(
@@ -209,7 +212,19 @@ def _compress(run: Run, model: nn.Module, given: Kept, world: World) -> Compress
         warnings.warn(text, stacklevel=3)
     bases = solve(model, found.sites, sums, basis, run.seed, world)
     nested = nested_of(model, found.sites, plans.projected_forms, bases, sums, basis.damping, world)
-    plan = plans.plan(spectra_of(bases, basis, nested))
+    spectra = with_exact_losses(
+        spectra_of(bases, basis, nested),
+        model,
+        found.sites,
+        bases,
+        nested,
+        sums,
+        given.open,
+        world,
+        basis,
+        run.seed,
+    )
+    plan = plans.plan(spectra)
     network = project(model, found.sites, bases, plan, basis.side, nested).eval()
     before, after = corrected(run, model, network, everything, given, world)
     unit = unit_of(basis)

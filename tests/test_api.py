@@ -98,6 +98,7 @@ def test_figures_are_those_of_the_network_returned() -> None:
     assert found.kl == found.kl_projected == pytest.approx(expected, rel=1e-4)
     assert found.unit == "KL" and found.predicted is not None and found.predicted > 0
     assert f"{found.kl:.4g}" in str(found) and "MACs" in str(found)
+    assert f"network: {found.predicted:.4g} predicted, {found.kl:.4g} projected" in str(found)
 
 
 def test_correction_brings_it_nearer() -> None:

@@ -137,6 +137,9 @@ class MethodConfig:
     """fisher: added to the metric, as a share of its largest eigenvalue."""
     statistics_images: int = 0
     """Training images the statistics see; 0: all."""
+    loss_images: int = 512
+    """fisher: of the statistics' images, those whose exact second-order losses the ranks are chosen by; 0: the
+    metric alone, which takes errors of neighbouring positions as independent and predicts too little."""
     statistics: Path | None = None
     """Take the statistics from this file, of an earlier run's directory, instead of collecting them."""
     statistics_bf16: bool = False
@@ -146,6 +149,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         _require(self.statistics_images >= 0, f"--statistics-images {self.statistics_images}: expected ≥ 0")
+        _require(self.loss_images >= 0, f"--loss-images {self.loss_images}: expected ≥ 0")
         _require(self.draws >= 0, f"--draws {self.draws}: expected 0 or more")
         _require(self.probes > 0, f"--probes {self.probes}: expected at least 1")
         _require(self.damping > 0, f"--damping {self.damping}: expected above 0")

@@ -25,12 +25,14 @@ class Spectra:
     is in G, so no number of rows enters. Otherwise it is their share of the site's sum, so that sites compare.
 
     `values` is of the form `output`; `nested` has those of other forms, site → form → (g, q), in the same unit.
+    `exact` has losses that hold, where they were measured: site → form → (k + 1,), see `losses`.
     """
 
     values: Mapping[str, Tensor]
     unit: str = "relative loss"
     halved: bool = False
     nested: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    exact: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
 
     def tails(self, site: str, form: str = "output") -> Floats:
         """The loss of keeping 0, 1, …, k directions of each group, (k + 1,), descending to 0.
@@ -41,22 +43,36 @@ class Spectra:
         scale = 0.5 if self.halved else 1 / max(own[0], np.finfo(np.float64).tiny)
         return scale * (own if form == "output" else _tails(self.nested[site][form]))
 
+    def losses(self, site: str, form: str) -> Floats:
+        """As `tails`, exact where that was measured."""
+        exact = self.exact.get(site, {}).get(form)
+        return self.tails(site, form) if exact is None else exact
+
     def of_options(self, site: Site, options: Sequence[tuple[str, tuple[int, ...]]]) -> Floats:
         """The loss of each option, a form with its ranks; NaN where nothing is known of a form.
 
-        With `tucker` goes what each of its two projections loses by itself, which is the most that both lose.
+        With `tucker` goes what each of its two projections loses by itself, and, where it was measured, what the
+        two lose together; without, they are taken as independent.
         """
         known = {"output", *self.nested.get(site.name, {})}
-        tails = {form: self.tails(site.name, form) for form in known}
+        curves = {form: self.losses(site.name, form) for form in known}
+        cross = self.exact.get(site.name, {}).get("cross")
 
         def lost(form: str, rank: int) -> float:
-            curve = tails[form]
+            curve = curves[form]
             return float(curve[min(rank // site.groups, len(curve) - 1)])
+
+        def lost_together(first: int, second: int) -> float:
+            parts = lost("input", first), lost("output", second)
+            both = 0.0 if cross is None else float(cross[first // site.groups, second // site.groups])
+            return max(*parts, sum(parts) + both)
 
         found = []
         for form, ranks in options:
-            parts = [("input", ranks[0]), ("output", ranks[1])] if form == "tucker" else [(form, ranks[0])]
-            found.append(sum(lost(f, r) for f, r in parts) if all(f in known for f, _ in parts) else np.nan)
+            if form == "tucker":
+                found.append(lost_together(*ranks) if "input" in known else np.nan)
+            else:
+                found.append(lost(form, ranks[0]) if form in known else np.nan)
         return np.array(found, np.float64)
 
 

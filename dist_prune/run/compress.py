@@ -16,6 +16,7 @@ from dist_prune.config.training import TuningConfig
 from dist_prune.distributed.world import digest, fingerprint
 from dist_prune.factorization import layers
 from dist_prune.factorization.bases import Basis, solve
+from dist_prune.factorization.losses import with_exact_losses
 from dist_prune.factorization.nested import Nested, nested_of
 from dist_prune.factorization.plan import Plan, cost
 from dist_prune.factorization.project import balance, project, rebuild, unfold
@@ -95,6 +96,7 @@ def plan_and_project(job: Job) -> None:
         patches, device = job.planner.needs_patches, job.world.device
         gathered = statistics.load(statistics_file(job), sites, made_of(job), device, patches)
     bases, nested, spectra = directions(job, job.dense, sites, gathered)
+    spectra = losses_that_hold(job, job.dense, bases, nested, gathered, spectra)
     job.state.target = decide(job, spectra)
     job.state.plan, *later = rounds_of(job)
     if later:
@@ -129,6 +131,31 @@ def directions(
         bases = solve(model, sites, gathered, method, job.config.seed, job.world)
         nested = nested_of(model, sites, forms, bases, gathered, method.damping, job.world)
     return bases, nested, spectra_of(bases, method, nested)
+
+
+def losses_that_hold(
+    job: Job,
+    model: nn.Module,
+    bases: Mapping[str, Basis],
+    nested: Mapping[str, Mapping[str, Nested]],
+    gathered: Statistics,
+    spectra: Spectra | None,
+) -> Spectra | None:
+    """The spectra of all sites with exact losses, where the method has such."""
+    passes, method = passes_of(job), job.config.compression.basis
+    with job.report.phase("losses"):
+        return with_exact_losses(
+            spectra,
+            model,
+            job.survey.sites,
+            bases,
+            nested,
+            gathered,
+            passes.open,
+            job.world,
+            method,
+            job.config.seed,
+        )
 
 
 def decide(job: Job, spectra: Spectra | None) -> Plan:
@@ -188,6 +215,7 @@ def project_again(job: Job, number: int) -> None:
     with job.report.phase(f"alternation {number}: projection"):
         gathered = gathered_from(job, job.state.compressed, sites)
         bases, nested, spectra = directions(job, job.state.compressed, sites, gathered)
+        spectra = losses_that_hold(job, job.state.compressed, bases, nested, gathered, spectra)
         wanted = job.world.from_first(lambda: job.planner.plan(spectra))
         plan = still_factored(wanted, job.state.chosen, job.survey, job.planner.round_to, side)
         job.state.network = project(job.state.compressed, sites, bases, plan, side, nested)

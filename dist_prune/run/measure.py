@@ -58,6 +58,12 @@ def log_metrics(job: Job, stage: str, metrics: Metrics) -> None:
     job.report.scalars("top1", step, {"dense": dense, stage: metrics.top1})
     job.report.flush()
     divergence = "" if metrics.kl is None else f", KL to dense {metrics.kl:.4f}"
+    if (
+        stage == "projected"
+        and unit_of(job.config.compression.basis) == "KL"
+        and job.state.chosen.loss is not None
+    ):
+        divergence += f", predicted {job.state.chosen.loss:.4f}"
     job.report.say(
         f"   {stage}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}{divergence}"
     )

@@ -29,8 +29,10 @@ from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
 from dist_prune.network.sites import Site, output_rows, padded
 from dist_prune.statistics.curvature import differentiating
-from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, full_float32, unwatched
+from dist_prune.statistics.moments import StatisticsError, full_float32
 from dist_prune.utils import keyed_random
+
+TOGETHER = ("input", "output")  # families that one option leaves out of both: `tucker`
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,31 @@ class Family:
     name: str
 
 
+@dataclass(frozen=True)
+class Sample:
+    """All rows of a site that has few of them, float64, image after image.
+
+    `images` (n,) numbers each row's image; `rows` (n, g, c) are outputs, `gradients` (draws, n, g, c) those of l.
+    """
+
+    images: Tensor
+    rows: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """What one pass found: the curve of each family, and the samples of the sites that they were wanted of.
+
+    `crosses` has, of each site with two families that are used together, the mean product of what is left out of
+    the first and of the second, (r₁ + 1, r₂ + 1): with both left out, ½E(s₁ + s₂)² = loss₁ + loss₂ + cross.
+    """
+
+    curves: Mapping[Family, Curve]
+    samples: Mapping[str, Sample]
+    crosses: Mapping[str, Tensor]
+
+
 @dataclass
 class _Family:
     """One family's sums, and what its terms give the images of the batch at hand, (draws, images, r)."""
@@ -71,35 +98,30 @@ class _Family:
     fourths: Tensor
     given: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def add(self, totals: Tensor) -> None:
-        """The batch is complete: `totals` (draws, images) is what all terms of the site give."""
+    def add(self, totals: Tensor) -> Tensor:
+        """The batch is complete; `totals` (draws, images) are of all terms. Returns those of the last ones."""
         tails = torch.cat([totals[..., None], totals[..., None] - self.given.cumsum(-1)], -1)
         losses = tails.square().mean(0) / 2  # of each image
         self.squares += losses.sum(0)
         self.fourths += losses.square().sum(0)
+        return tails
 
 
-class _Watched:
-    """One site: its families, and the calls of the batch at hand."""
+class _Site:
+    """One site, and the calls of the batch at hand."""
 
-    def __init__(
-        self, site: Site, module: nn.Module, mean: Tensor, families: Mapping[str, Terms], draws: int
-    ) -> None:
-        self.site, self.module, self.mean, self.draws = site, module, mean, draws
-        zero = {name: mean.new_zeros(terms.offset.shape[1] + 1) for name, terms in families.items()}
-        self.families = {n: _Family(terms, zero[n].clone(), zero[n].clone()) for n, terms in families.items()}
-        self.totals = mean.new_zeros(0)
+    def __init__(self, site: Site, module: nn.Module, draws: int) -> None:
+        self.site, self.module, self.draws = site, module, draws
 
-    def begin(self, images: int) -> None:
-        """A new batch."""
-        self.totals = self.mean.new_zeros(self.draws, images)
-        for family in self.families.values():
-            family.given = self.mean.new_zeros(self.draws, images, family.terms.offset.shape[1])
+    def begin(self, indices: Tensor) -> None:
+        """A new batch of images with these indices, (images,)."""
 
     def finish(self) -> None:
         """The batch has been differentiated."""
-        for family in self.families.values():
-            family.add(self.totals)
+
+    def add(self, x: Tensor, y: Tensor, gradients: Tensor) -> None:
+        """One call's inputs, outputs, and the gradients of all draws, (draws, …) as y."""
+        raise NotImplementedError
 
     def forward(self, _module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """A call of the layer: its inputs are kept until the gradients of all draws are there."""
@@ -115,26 +137,86 @@ class _Watched:
                 )
             gradients.append(gradient)
             if len(gradients) == self.draws:
-                self._add(x, given, torch.stack(gradients))
+                self.add(x, given, torch.stack(gradients))
                 gradients.clear()
 
         y.register_hook(backward)  # type: ignore[no-untyped-call]
         return y
 
+
+class _Families(_Site):
+    """A site whose families are summed over images."""
+
+    def __init__(
+        self, site: Site, module: nn.Module, draws: int, mean: Tensor, families: Mapping[str, Terms]
+    ) -> None:
+        super().__init__(site, module, draws)
+        self.mean, self.totals = mean, mean.new_zeros(0)
+        zero = {name: mean.new_zeros(terms.offset.shape[1] + 1) for name, terms in families.items()}
+        self.families = {n: _Family(terms, zero[n].clone(), zero[n].clone()) for n, terms in families.items()}
+        both = [zero[name] for name in TOGETHER if name in families]
+        self.cross = mean.new_zeros(len(both[0]), len(both[1])) if len(both) == 2 else None
+
+    def begin(self, indices: Tensor) -> None:
+        """See `_Site`."""
+        self.totals = self.mean.new_zeros(self.draws, len(indices))
+        for family in self.families.values():
+            family.given = self.mean.new_zeros(self.draws, len(indices), family.terms.offset.shape[1])
+
+    def finish(self) -> None:
+        """See `_Site`."""
+        tails = {name: family.add(self.totals) for name, family in self.families.items()}
+        if self.cross is not None:
+            first, second = (tails[name].flatten(0, 1) for name in TOGETHER)
+            self.cross += first.mT @ second / self.draws
+
     @torch.no_grad()
-    def _add(self, x: Tensor, y: Tensor, g: Tensor) -> None:
-        """All gradients, (draws, …) as y, of one call."""
+    def add(self, x: Tensor, y: Tensor, gradients: Tensor) -> None:
+        """See `_Site`."""
         images, wide = self.totals.shape[1], torch.promote_types(y.dtype, torch.float32)
         rows = output_rows(self.site, y.to(wide)) - self.mean[:, None, None].to(wide)
-        gradients = torch.stack(
-            [output_rows(self.site, one.to(wide)) for one in g]
+        g = torch.stack(
+            [output_rows(self.site, one.to(wide)) for one in gradients]
         )  # draws, C, entries, positions
         entries = rows.shape[1] // images
-        self.totals += _by_image((gradients * rows).sum((1, 3)).double(), images)
-        sums = gradients.sum(-1).mT.double()  # draws, entries, C
+        self.totals += _by_image((g * rows).sum((1, 3)).double(), images)
+        sums = g.sum(-1).mT.double()  # draws, entries, C
         for family in self.families.values():
-            given = _given(family.terms, x.to(wide), g.to(wide)).double() - sums @ family.terms.offset
+            given = _given(family.terms, x.to(wide), gradients.to(wide)).double() - sums @ family.terms.offset
             family.given += given.reshape(self.draws, images, entries, -1).sum(2)
+
+
+class _Sampled(_Site):
+    """A site whose rows are kept."""
+
+    def __init__(self, site: Site, module: nn.Module, draws: int) -> None:
+        super().__init__(site, module, draws)
+        self.indices, self.parts = torch.zeros(0), list[Sample]()
+
+    def begin(self, indices: Tensor) -> None:
+        """See `_Site`."""
+        self.indices = indices
+
+    @torch.no_grad()
+    def add(self, x: Tensor, y: Tensor, gradients: Tensor) -> None:
+        """See `_Site`."""
+        rows, g = self._rows(y), torch.stack([self._rows(one) for one in gradients])
+        self.parts.append(Sample(self.indices.cpu().repeat_interleave(len(rows) // len(self.indices)), rows, g))
+
+    def _rows(self, y: Tensor) -> Tensor:
+        """(entries·positions, g, c), on the CPU."""
+        rows = output_rows(self.site, y).permute(1, 2, 0).double().cpu()
+        return rows.reshape(-1, self.site.groups, self.site.width)
+
+    def sample(self, world: World) -> Sample:
+        """The rows of all ranks, in the images' order."""
+        parts = [part for each in world.gather(self.parts) for part in each]
+        if not parts:
+            raise StatisticsError(f"{self.site.name}: no image reaches it; is the statistics split empty?")
+        images = torch.cat([part.images for part in parts])
+        order = images.argsort(stable=True)
+        rows, g = torch.cat([p.rows for p in parts]), torch.cat([p.gradients for p in parts], 1)
+        return Sample(images[order], rows[order], g[:, order])
 
 
 def _by_image(values: Tensor, images: int) -> Tensor:
@@ -188,8 +270,8 @@ def collect_losses(
     loss: str = "kl",
     draws: int = 2,
     seed: int = 0,
-    watch: Watch = unwatched,
-) -> dict[Family, Curve]:
+    sampled: Sequence[Site] = (),
+) -> SecondOrder:
     """The loss of every rank of every family of all sites: one forward and `draws` backward passes.
 
     Args:
@@ -201,39 +283,38 @@ def collect_losses(
         loss: `kl` or `mse`.
         draws: of random signs for each image.
         seed: of the signs, which are keyed by image.
-        watch: hands over the batches.
+        sampled: sites whose rows are wanted instead.
 
     Raises:
         StatisticsError: NaN or infinity (site named), or no images at all.
     """
-    sites = [
-        _Watched(site, model.get_submodule(site.name), means[site.name].flatten().double(), own, draws)
+    summed = [
+        _Families(site, model.get_submodule(site.name), draws, means[site.name].flatten().double(), own)
         for site, own in families.items()
     ]
+    kept = [_Sampled(site, model.get_submodule(site.name), draws) for site in sampled]
     images = torch.zeros((), dtype=torch.float64, device=world.device)
-    found = {Family(each.site.name, name): family for each in sites for name, family in each.families.items()}
-    kept: dict[str, Sums] = {
-        f"second-order/{key.site}/{key.name}": Tally({"squares": f.squares, "fourths": f.fourths})
-        for key, f in found.items()
-    }
-    kept["seen"] = Tally({"images": images})
+    found = {Family(each.site.name, name): family for each in summed for name, family in each.families.items()}
     with differentiating(model), full_float32(), ExitStack() as stack:
+        sites: list[_Site] = [*summed, *kept]
         for each in sites:
             stack.callback(each.module.register_forward_hook(each.forward).remove)
-        for batch in watch(batches, kept):
+        for batch in batches:
             if len(batch.images):
                 _differentiate(model, sites, batch, loss, draws, seed)
             images += len(batch.images)
-    world.sum_(images, *(sums for family in found.values() for sums in (family.squares, family.fourths)))
+    crosses = {each.site.name: each.cross for each in summed if each.cross is not None}
+    world.sum_(images, *crosses.values(), *(t for each in found.values() for t in (each.squares, each.fourths)))
     if not images:
         raise StatisticsError("no images for the exact losses; is the statistics split empty?")
+    samples = {each.site.name: each.sample(world) for each in kept}
     curves = {key: _curve(family, images) for key, family in found.items()}
-    for key, curve in curves.items():
-        if not torch.isfinite(curve.loss.sum()):
-            raise StatisticsError(
-                f"{key.site}: its gradients hold NaN or infinity; check the weights and the images"
-            )
-    return curves
+    sums = {key.site: curve.loss.sum() for key, curve in curves.items()}
+    sums |= {name: sample.rows.sum() + sample.gradients.sum() for name, sample in samples.items()}
+    for site, total in sums.items():
+        if not torch.isfinite(total):
+            raise StatisticsError(f"{site}: its gradients hold NaN or infinity; check the weights and the images")
+    return SecondOrder(curves, samples, {name: cross / images for name, cross in crosses.items()})
 
 
 def _curve(family: _Family, images: Tensor) -> Curve:
@@ -242,10 +323,10 @@ def _curve(family: _Family, images: Tensor) -> Curve:
 
 
 def _differentiate(
-    model: nn.Module, sites: Sequence[_Watched], batch: Batch, loss: str, draws: int, seed: int
+    model: nn.Module, sites: Sequence[_Site], batch: Batch, loss: str, draws: int, seed: int
 ) -> None:
     for each in sites:
-        each.begin(len(batch.images))
+        each.begin(batch.indices)
     logits = logits_of(model(batch.images))
     for draw in range(draws):
         scalar = signed(logits, batch.indices, loss, seed, f"signs {draw}")

@@ -6,7 +6,8 @@ DIR is a CIFAR-10 folder of JPEGs (train/ and val/), FILE a ResNet-20 state dict
 run of launch/local.py, started as a user starts it, once for each seed: the seed chooses the training images that
 statistics and correction see. `--peers` adds methods of others, at as many MACs; `--tuned` the same two epochs of
 fine-tuning of the networks of these seeds, from labels alone and with distillation from the dense network. Figures
-are of the whole validation set. What is finished in the folder `--runs` is not repeated.
+are of the whole validation set. What is finished in the folder `--runs` is not repeated; `--only` measures some
+ways and keeps the rows of the others.
 """
 
 from __future__ import annotations
@@ -111,25 +112,29 @@ def plain_way(method: str, share: float, name: str) -> Way:
     return Way((*budget, "--statistics-images", str(SEEN)), {"projected": name})
 
 
-def own_way(share: float, images: int, *more: str) -> Way:
-    """Ranks by budget from Fisher spectra, closed-form correction, perhaps label-free distillation."""
+def own_way(share: float, images: int, forms: str, *more: str) -> Way:
+    """Ranks by budget, closed-form correction, perhaps label-free distillation; `forms` as `--forms`."""
     budget = ("--sites", "*", "--method", "fisher", "--draws", "0", "--ranks", f"budget:macs={share}")
     seen = ("--statistics-images", str(SEEN), "--calibrate-images", str(images))
-    stages = {"projected": "Fisher, by budget", "corrected": "… corrected", "distilled": "… distilled"}
-    named = {stage: f"{what}, {images} images" for stage, what in stages.items()}
-    return Way((*budget, *seen, "--mirrored", "--eval-batch-size", "64", *more), named)
+    stages = {"projected": "by budget", "corrected": "corrected", "distilled": "distilled"}
+    named = {stage: f"{FORMS[forms]}, {what}, {images} images" for stage, what in stages.items()}
+    return Way((*budget, *seen, "--forms", forms, "--mirrored", "--eval-batch-size", "64", *more), named)
 
 
 DISTILLED = ("--distill-steps", "300", "--distill-images", "8192", "--pad", "0")
 RATIOS = {0.584: 0.5, 0.346: 0.28}  # share of the MACs → uniform ratio that costs as much or less
+BUDGETS = (*RATIOS, 0.2)
+FORMS = {"all": "all forms", "output": "k×k → 1×1 alone"}
 
 
 def ways(share: float, options: argparse.Namespace) -> Iterator[Way | Peer]:
     """What is compared at a share of the MACs."""
-    yield seed_way(RATIOS[share])
-    yield own_way(share, SEEN)
-    if options.distilled:
-        yield own_way(share, 4096, *DISTILLED)
+    if share in RATIOS:
+        yield seed_way(RATIOS[share])
+    for forms in FORMS:
+        yield own_way(share, SEEN, forms)
+        if options.distilled:
+            yield own_way(share, 4096, forms, *DISTILLED)
     if options.peers:
         yield plain_way("weight-svd", share, "weight SVD, by budget")
         yield plain_way("whitened-svd", share, "BALF: whitened SVD, by budget")
@@ -278,18 +283,27 @@ def main() -> None:
     found: list[Row] = []
     for budget in options.budgets:
         for way in ways(budget, options):
-            found += rows(way, options)
+            if options.only in " ".join(way.stages.values()):
+                found += rows(way, options)
             print(show(found, options), flush=True)
     given = [f"--{name}" for name in ("distilled", "peers") if getattr(options, name)]
     given += [" ".join(["--tuned", *map(str, options.tuned)])] if options.tuned else []
-    given += [] if options.budgets == list(RATIOS) else [" ".join(["--budgets", *map(str, options.budgets)])]
+    given += [] if options.budgets == list(BUDGETS) else [" ".join(["--budgets", *map(str, options.budgets)])]
+    given += [f"--only '{options.only}'"] if options.only else []
     content = heading(" ".join([COMMAND, *given])) | {
         "ranks": options.ranks,
         "seeds": list(options.seeds),
         "tuned": list(options.tuned),
-        "rows": [asdict(row) for row in found],
+        "rows": [*(others(found, options.output) if options.only else []), *map(asdict, found)],
     }
     write_json(options.output, content)
+
+
+def others(found: Sequence[Row], file: Path) -> list[dict[str, Any]]:
+    """Rows that were measured before, and not now."""
+    before = json.loads(file.read_text())["rows"] if file.is_file() else []
+    now = {(row.way, round(row.macs, 3)) for row in found}
+    return [row for row in before if (row["way"], round(row["macs"], 3)) not in now]
 
 
 def parsed() -> argparse.Namespace:
@@ -301,7 +315,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where the runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--ranks", type=int, default=2, help="processes of each run, or cells at a time")
-    parser.add_argument("--budgets", type=float, nargs="+", default=list(RATIOS), choices=list(RATIOS))
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument("--only", default="", help="only ways whose name holds this")
     parser.add_argument("--distilled", action="store_true", help="from more images, then distilled, too")
     parser.add_argument("--peers", action="store_true", help="methods of others, too")
     parser.add_argument("--tuned", type=int, nargs="*", default=[], help="seeds to fine-tune: minutes a network")

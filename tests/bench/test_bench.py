@@ -118,14 +118,16 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [row["way"].split(",")[0] for row in found] == [
         "PCA",
-        "Fisher",
-        "… corrected",
+        *2 * ["all forms"],
+        *2 * ["k×k → 1×1 alone"],
         "weight SVD",
         "BALF: whitened SVD",
         *3 * ["Torch-Pruning"],
     ]
     assert all(0 < row["macs"] <= 0.585 for row in found)
-    assert all(len(row["tuned"]) == (2 if row["way"] != "Fisher, by budget, 512 images" else 0) for row in found)
+    assert all(
+        len(row["tuned"]) == (0 if "forms, by" in row["way"] or "alone, by" in row["way"] else 2) for row in found
+    )
 
 
 def test_turns_alternate_and_the_first_call_does_not_count() -> None:
@@ -180,3 +182,23 @@ def test_the_latency_comparison_runs(tmp_path: Path) -> None:
         assert row["saving"] == pytest.approx((1 - row["time_ratio"]) / (1 - row["macs_ratio"]))
         assert row["low"] <= row["saving"] <= row["high"]
     assert found["sites"]["uniform:0.5"]
+
+
+def test_the_comparison_on_imagenet_runs_and_keeps_the_rows_of_other_networks(tmp_path: Path) -> None:
+    for part in ("calibrate", "val"):
+        for i in range(9):
+            save(tmp_path / "photos" / part / f"{i:03}-n0{i}.jpg", picture(40, 40, i))
+    output = tmp_path / "imagenet.json"
+    output.write_text(json.dumps({"rows": [{"network": "other", "way": "ours", "budget": 0.5}]}))
+    words = ["tests.bench.imagenet", "--photos", str(tmp_path / "photos"), "--arch", "resnet20", "--crop", "32"]
+    words += ["--budgets", "0.6", "--ways", "ours", "PCA, uniform", "--output", str(output), "--classes", "10"]
+    done = subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    other, *found = json.loads(output.read_text())["rows"]
+    assert other["network"] == "other"
+    assert [(row["way"], row["budget"]) for row in found] == [("dense", 1.0), ("ours", 0.6), ("PCA, uniform", 0.6)]
+    dense, ours, pca = found
+    assert dense["kl"] == 0 and dense["top5"] >= dense["top1"]
+    for row in (ours, pca):
+        assert row["macs"] <= 0.6 and row["kl"] > 0
+    assert ours["predicted"] > 0 and ours["held_out"] > 0 and pca["predicted"] is None

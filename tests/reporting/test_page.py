@@ -75,6 +75,17 @@ def test_the_page_tells_what_was_done_what_was_warned_of_and_how_to_do_it_again(
         assert phase in text
 
 
+def test_the_page_holds_the_predicted_loss_of_the_whole_against_the_measured(whole_run: Path) -> None:
+    losses = [choice["loss"] for choice in json.loads((whole_run / "plan.json").read_text())["choices"]]
+    measured = json.loads((whole_run / "result.json").read_text())["projected"]["kl"]
+    predicted = sum(loss for loss in losses if loss is not None)
+    line = f"KL to the dense network {predicted:.3g} predicted, {measured:.3g} measured"
+    for page in (words_of(whole_run / "report.html"), (whole_run / "report.md").read_text()):
+        assert line in page
+    log = (whole_run / "log.txt").read_text()
+    assert f"KL to dense {measured:.4f}, predicted {predicted:.4f}" in log
+
+
 def test_latencies_are_told_where_they_were_measured(bench: Bench, whole_run: Path, tmp_path: Path) -> None:
     folder = copied(whole_run, tmp_path / "run")
     bench.commands.succeed("speed", folder, "--batches", 2, "--engines", "eager", ranks=0, function=PROGRAM)

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, View, survey, weight_of
 from dist_prune.statistics.moments import StatisticsError, collect_moments
-from dist_prune.statistics.second_order import Curve, Family, Terms, collect_losses, offset_of, signed
+from dist_prune.statistics.second_order import Family, SecondOrder, Terms, collect_losses, offset_of, signed
+from tests.gradients import output_gradients, per_image
 from tests.ranks import run_ranks
 
 IMAGES, CLASSES, DRAWS = 11, 4, 3
@@ -95,34 +96,9 @@ def folded(site: Site, terms: Terms, rank: int) -> Tensor:
     return product.flatten(3, 4).flatten(4).flatten(0, 1)
 
 
-def per_image(model: nn.Module, site: Site, mean: Tensor, purpose: str) -> Tensor:
-    """The gradient of the signed loss by the weight, centred: Σ_p g_p(x_p − x̄)ᵀ of each image, (N, g, c, d)."""
-    name, params = f"{site.name}.weight", dict(model.named_parameters())
-    shift = torch.zeros(len(batch().images), site.outputs, dtype=torch.float64, requires_grad=True)
-
-    def loss(weight: Tensor, image: Tensor, index: Tensor) -> Tensor:
-        logits = functional_call(model, {**params, name: weight}, (image[None],))
-        return signed(logits, index[None], "kl", 7, purpose)
-
-    weights = vmap(grad(loss), (None, 0, 0))(params[name].detach(), batch().images, batch().indices)
-
-    def hook(_module: nn.Module, _inputs: object, y: Tensor) -> Tensor:
-        return y + (
-            shift[:, None]
-            if site.kind == "linear" and y.dim() == 3
-            else shift.reshape(len(y), -1, *[1] * (y.dim() - 2))
-        )
-
-    handle = model.get_submodule(site.name).register_forward_hook(hook)
-    (sums,) = torch.autograd.grad(signed(model(batch().images), batch().indices, "kl", 7, purpose), shift)
-    handle.remove()
-    weights = weights.reshape(IMAGES, site.groups, site.width, site.inputs)
-    return weights - sums.reshape(IMAGES, site.groups, site.width, 1) * mean[:, None]
-
-
 def collected(
     world: World, model: nn.Module, batches: list[Batch]
-) -> tuple[dict[Family, Curve], Mapping[Site, Mapping[str, Terms]]]:
+) -> tuple[SecondOrder, Mapping[Site, Mapping[str, Terms]]]:
     sites = survey(model, batch().images[:1]).sites
     means = means_of(model, sites, "input", world)
     torch.manual_seed(3)
@@ -133,42 +109,70 @@ def collected(
 
 def test_every_rank_of_every_form_loses_what_per_image_gradients_say(world: World) -> None:
     model = network()
-    curves, families = collected(world, model, [batch(0, 4), batch(4, 4), batch(4)])
+    found, families = collected(world, model, [batch(0, 4), batch(4, 4), batch(4)])
+    curves = found.curves
     assert {key.site for key in curves} == {"plain", "grouped", "circular", "tokens", "linear"}
     for site, own in families.items():
         mean = means_of(model, (site,), "input", world)[site.name]
-        gradients = torch.stack([per_image(model, site, mean, f"signs {d}") for d in range(DRAWS)])
+        gradients = torch.stack([per_image(model, site, batch(), mean, 7, f"signs {d}") for d in range(DRAWS)])
         weight = weight_of(model.get_submodule(site.name), site)
-        for name, terms in own.items():
-            curve = curves[Family(site.name, name)]
-            for rank in range(6):
-                change = weight - folded(site, terms, rank).reshape(weight.shape)
-                losses = (gradients * change).sum((2, 3, 4)).square().mean(0) / 2
-                torch.testing.assert_close(curve.loss[rank], losses.mean(), rtol=1e-9, atol=0)
-                error = losses.std(correction=0) / IMAGES**0.5
-                torch.testing.assert_close(curve.error[rank], error, rtol=1e-6, atol=0)
+        changes = {
+            name: [weight - folded(site, terms, r).reshape(weight.shape) for r in range(6)]
+            for name, terms in own.items()
+        }
+        lost = {
+            name: torch.stack([(gradients * c).sum((2, 3, 4)) for c in some]) for name, some in changes.items()
+        }
+        for name in own:  # lost: ranks, draws, images
+            curve, losses = curves[Family(site.name, name)], lost[name].square().mean(1) / 2
+            torch.testing.assert_close(curve.loss, losses.mean(1), rtol=1e-9, atol=0)
+            torch.testing.assert_close(curve.error, losses.std(1, correction=0) / IMAGES**0.5, rtol=1e-6, atol=0)
+        if len(own) > 1:
+            cross = torch.einsum("rdn,sdn->rs", lost["input"], lost["output"]) / (DRAWS * IMAGES)
+            torch.testing.assert_close(found.crosses[site.name], cross, rtol=1e-9, atol=1e-12)
+    assert found.crosses.keys() == {"plain", "grouped", "circular"}
 
 
-def spread(world: World) -> list[tuple[str, str, list[float], list[float]]]:
+def spread(world: World) -> tuple[list[tuple[str, str, list[float], list[float]]], list[Tensor]]:
+    """All curves, and the sample of a layer that is called for several positions of each image."""
+    model = network()
     share = (
         [batch(0, 7), batch(7)]
         if world.size == 1
         else [batch(0, 2), batch(2, 2), batch(2)][world.rank :: world.size]
     )
-    curves, _ = collected(world, network(), share)
-    return [(key.site, key.name, c.loss.tolist(), c.error.tolist()) for key, c in curves.items()]
+    found, _ = collected(world, model, share)
+    curves = [(key.site, key.name, c.loss.tolist(), c.error.tolist()) for key, c in found.curves.items()]
+    tokens = next(site for site in survey(model, batch().images[:1]).sites if site.name == "tokens")
+    sample = collect_losses(model, {}, {}, share, world, "kl", DRAWS, 7, [tokens]).samples["tokens"]
+    return curves, [sample.images, sample.rows, sample.gradients]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_losses_depend_on_no_number_of_ranks(size: int) -> None:
-    (alone,), *several = run_ranks(spread, 1), *run_ranks(spread, size)
-    for found in several:
-        for (site, name, loss, error), (site_there, name_there, loss_there, error_there) in zip(
-            alone, found, strict=True
-        ):
-            assert (site, name) == (site_there, name_there)
-            assert loss_there == pytest.approx(loss, rel=1e-9, abs=0)
-            assert error_there == pytest.approx(error, rel=1e-6, abs=0)
+    ((alone, rows),) = run_ranks(spread, 1)
+    for found, rows_there in run_ranks(spread, size):
+        for (site, name, loss, error), there in zip(alone, found, strict=True):
+            assert (site, name) == there[:2]
+            assert there[2] == pytest.approx(loss, rel=1e-9, abs=0)
+            assert there[3] == pytest.approx(error, rel=1e-6, abs=0)
+        for one, other in zip(rows, rows_there, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sample_has_all_rows_and_their_gradients(world: World) -> None:
+    model = network()
+    site = next(site for site in survey(model, batch().images[:1]).sites if site.name == "tokens")
+    sample = collect_losses(model, {}, {}, [batch(5), batch(0, 5)], world, "kl", DRAWS, 7, [site]).samples[
+        "tokens"
+    ]
+    outputs = []
+    with model.tokens.register_forward_hook(lambda _m, _i, y: outputs.append(y.detach())):
+        model(batch().images)
+    assert torch.equal(sample.images, torch.arange(IMAGES).repeat_interleave(site.rows))
+    torch.testing.assert_close(sample.rows[:, 0], outputs[0].flatten(0, 1), rtol=1e-9, atol=1e-12)
+    sums = sample.gradients[1, :, 0].reshape(IMAGES, site.rows, -1).sum(1)
+    torch.testing.assert_close(sums, output_gradients(model, site, batch(), 7, "signs 1"), rtol=1e-9, atol=1e-12)
 
 
 def test_signs_have_the_fisher_information_as_their_second_moment() -> None:
@@ -200,7 +204,7 @@ def test_a_small_change_costs_the_divergence_predicted(world: World) -> None:
         )
     measured = (before.exp() * (before - logits.log_softmax(1))).sum(1).mean()
     outputs = means_of(model, (site,), "output", world)
-    curves = collect_losses(model, {site: {"vertical": terms}}, outputs, [batch()], world, "kl", 400, 0)
+    curves = collect_losses(model, {site: {"vertical": terms}}, outputs, [batch()], world, "kl", 400, 0).curves
     assert close**2 * float(curves[Family("plain", "vertical")].loss[5]) == pytest.approx(float(measured), rel=0.1)
 
 

@@ -141,6 +141,7 @@ def context(found: Findings) -> dict[str, Any]:
         "widest": max([1, *(row.before[0] for row in rows)]),
         "spectra": list(spectra(rows)),
         "prediction": prediction(found),
+        "together": together(found),
         "curves": list(curves(found)),
         "phases": (found.result or {}).get("seconds", {}),
         "warnings": (found.result or {}).get("warnings", []),
@@ -206,6 +207,15 @@ def prediction(found: Findings) -> Plot | None:
         return None
     title = f"Each layer compressed alone: predicted {found.unit}, measured KL"
     return scatter(title, known, f"predicted {found.unit}", "measured KL, nats per image", logarithmic=True)
+
+
+def together(found: Findings) -> tuple[float, float] | None:
+    """KL of the projected network, nats per image: predicted, as the sum over its layers, and measured."""
+    projected, basis = found.stages.get("projected"), found.settings["compression"]["basis"]
+    predicts = basis["method"] == "fisher" and basis["loss"] != "mse"
+    if not predicts or projected is None or projected.kl is None or found.plan is None or found.plan.loss is None:
+        return None
+    return found.plan.loss, projected.kl
 
 
 def curves(found: Findings) -> Iterator[Plot]:

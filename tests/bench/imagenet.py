@@ -1,0 +1,208 @@
+"""ImageNet networks with real weights, compressed without labels and without training: ours against others.
+
+    uv run python -m tests.bench.imagenet --photos DIR [--arch NAME --weights WEIGHTS] [--budgets 0.8 …]
+
+DIR has two folders of JPEGs, calibrate/ and val/, whose names begin with the class's index in the usual order:
+`123-….jpg`. NAME is a network of torchvision or timm, or FILE.py:FUNCTION; the default is EfficientNet-Lite0 from
+a Python package. All ways see the photos of calibrate/ alone; figures are of those of val/. Rows are added to the
+results of other networks, which stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from dist_prune import compress
+from dist_prune.api import Compression
+from dist_prune.config.flags import Rule
+from dist_prune.config.run import ImageSpec
+from dist_prune.data.dataset import list_unlabelled
+from dist_prune.data.loader import evaluation_stream
+from dist_prune.data.timm_images import is_timms, spec_of
+from dist_prune.distributed.world import joined
+from dist_prune.factorization.plan import PlanError, cost, make_plan
+from dist_prune.network import models
+from dist_prune.network.models import logits_of
+from dist_prune.network.sites import evaluating, survey
+from dist_prune.utils.tables import table
+from tests.bench.timing import heading, write_json
+
+RESULT = Path(__file__).parent / "results" / "imagenet.json"
+COMMAND = "uv run python -m tests.bench.imagenet --photos DIR"
+LITE = f"{Path(__file__).parent / 'efficientnet_lite.py'}:lite0"
+BUDGETS = (0.8, 0.65, 0.5)
+LITE_IMAGES = ImageSpec(0, 224, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
+
+Batches = list[tuple[Tensor, Tensor]]  # images (n, 3, H, W) and their classes (n,)
+Way = Callable[[nn.Module, list[Tensor], float], Compression]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way at one budget; `macs` a share of the dense network's, `predicted` and `kl` in nats per image."""
+
+    network: str
+    way: str
+    budget: float
+    macs: float
+    top1: float
+    top5: float
+    kl: float
+    predicted: float | None = None
+    held_out: float | None = None
+
+
+def by_budget(network: nn.Module, images: list[Tensor], budget: float, **how: object) -> Compression:
+    """Ranks by budget over all layers."""
+    return compress(network, images, f"budget:macs={budget}", **how)  # type: ignore[arg-type]
+
+
+def uniform_pca(network: nn.Module, images: list[Tensor], budget: float) -> Compression:
+    """The same share of every layer's outputs, the largest that costs no more than the budget."""
+    return compress(
+        network, images, f"uniform:{uniform(network, images[0][:1], budget)}", method="pca", correct="none"
+    )
+
+
+def uniform(network: nn.Module, image: Tensor, budget: float, step: float = 0.005) -> float:
+    """That share, a multiple of `step`."""
+    found = survey(network, image)
+    for count in range(int(1 / step), 0, -1):
+        plan = make_plan(Rule("uniform", count * step), found, 1)
+        if plan.ranks and cost(found, plan).macs <= budget * found.macs:
+            return count * step
+    raise PlanError(f"no share of ranks meets a budget of {budget}")
+
+
+WAYS: dict[str, Way] = {
+    "ours": by_budget,
+    "ours, output form only": partial(by_budget, forms="output"),
+    "ours, not corrected": partial(by_budget, correct="none"),
+    "PCA, uniform": uniform_pca,
+    "weight SVD, by budget": partial(by_budget, method="weight-svd", correct="none"),
+    "BALF: whitened SVD, by budget": partial(by_budget, method="whitened-svd", correct="none"),
+}
+
+
+def read(folder: Path, spec: ImageSpec, count: int) -> Batches:
+    """The photos of a folder as the network takes them; 0: all. The class stands in the file's name."""
+    split = list_unlabelled(folder)
+    split = split.subset(count, 0) if count else split
+    with joined("cpu") as world:
+        stream = evaluation_stream(split, spec, world, 25, 2)
+        names = [Path(name).name for name in split.files]
+        classes = torch.tensor([int(name.partition("-")[0]) for name in names])
+        return [(batch.images.cpu(), classes[batch.indices.cpu()]) for batch in stream if len(batch.images)]
+
+
+@torch.no_grad()
+def answers(network: nn.Module, batches: Batches) -> Tensor:
+    """Logits of all images, float64."""
+    with evaluating(network):
+        return torch.cat([logits_of(network(images)).double() for images, _ in batches])
+
+
+def measure(logits: Tensor, dense: Tensor, classes: Tensor) -> tuple[float, float, float]:
+    """Top-1 and top-5 in per cent, and KL to the dense network."""
+    best = logits.topk(min(5, logits.shape[1])).indices == classes[:, None]
+    p, q = dense.log_softmax(1), logits.log_softmax(1)
+    kl = (p.exp() * (p - q)).sum(1).mean()
+    return 100 * float(best[:, 0].double().mean()), 100 * float(best.any(1).double().mean()), float(kl)
+
+
+def rows(name: str, network: nn.Module, options: argparse.Namespace, spec: ImageSpec) -> Iterator[Row]:
+    """The dense network, then every way at every budget."""
+    seen = [images for images, _ in read(options.photos / "calibrate", spec, options.images)]
+    val = read(options.photos / "val", spec, options.images)
+    classes, dense = torch.cat([labels for _, labels in val]), answers(network, val)
+    yield Row(name, "dense", 1.0, 1.0, *measure(dense, dense, classes))
+    for budget in options.budgets:
+        for way in options.ways:
+            try:
+                found = WAYS[way](network, seen, budget)
+            except PlanError as error:
+                print(f"{way}, {budget}: {error}", flush=True)
+                continue
+            print(found, flush=True)
+            share = found.compressed.macs / found.dense.macs
+            held = found.kl, found.predicted if found.unit == "KL" else None
+            yield Row(name, way, budget, share, *measure(answers(found.model, val), dense, classes), *held[::-1])
+
+
+def show(found: Sequence[Row]) -> str:
+    """The table."""
+    cells = [
+        [
+            r.network,
+            r.way,
+            *(f"{v:.3f}" for v in (r.budget, r.macs)),
+            f"{r.top1:.1f} / {r.top5:.1f}",
+            f"{r.kl:.3f}",
+        ]
+        for r in found
+    ]
+    return table(["network", "way", "budget", "MACs", "top-1 / top-5 %", "KL to dense"], cells)
+
+
+def images_of(options: argparse.Namespace) -> ImageSpec:
+    """What the network takes: said, timm's, the weights' or the usual."""
+    if options.arch == LITE:
+        return LITE_IMAGES
+    if is_timms(options.arch):
+        return spec_of(options.arch)
+    if options.weights.isupper() or options.weights.startswith("IMAGENET"):
+        found = torchvision.models.get_model_weights(options.arch)[options.weights].transforms()
+        kind = "bicubic" if "bicubic" in str(found.interpolation) else "bilinear"
+        return ImageSpec(found.resize_size[0], found.crop_size[0], tuple(found.mean), tuple(found.std), kind)
+    return ImageSpec(options.resize, options.crop)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parsed()
+    network = models.load(options.arch, options.classes, options.weights)
+    name = Path(options.arch).name.rpartition(":")[2]
+    found: list[Row] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for row in rows(name, network, options, images_of(options)):
+            found.append(row)
+            print(show(found), flush=True)
+    before = json.loads(options.output.read_text())["rows"] if options.output.is_file() else []
+    measured = {(row.network, row.way, row.budget) for row in found}
+    kept = [row for row in before if (row["network"], row["way"], row["budget"]) not in measured]
+    write_json(options.output, heading(COMMAND) | {"rows": [*kept, *map(asdict, found)]})
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, help="folder with calibrate/ and val/")
+    parser.add_argument("--arch", default=LITE, help="torchvision's or timm's name, or FILE.py:FUNCTION")
+    parser.add_argument(
+        "--weights", default="none", help="file, torchvision's name, or none: as the function gives it"
+    )
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument(
+        "--resize", type=int, default=0, help="shorter side, where the weights do not say; 0: as it is"
+    )
+    parser.add_argument("--crop", type=int, default=224)
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--images", type=int, default=0, help="of each folder; 0: all")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
