@@ -1,5 +1,6 @@
 """Forms: what each chain computes and costs, which sites it fits, and how plans and flags name it."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -38,6 +39,10 @@ def surveyed(layer: str) -> Site:
     return next(site for site in survey(model, torch.zeros(1, 3, 13, 17)).sites if site.name == "1")
 
 
+def in_double(layer: str) -> nn.Conv2d:
+    return copy.deepcopy(LAYERS[layer]).double()
+
+
 def images(count: int = 3) -> Tensor:
     return torch.randn(count, 6, 13, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -68,19 +73,18 @@ def whole_chain(form: Form, module: nn.Module, site: Site) -> Factored:
         second = (s[..., None] * v).reshape(groups, -1, outputs, *rest).transpose(1, 2)
         layers = [first, second]
     bias = torch.zeros(outputs * groups) if module.bias is None else module.bias.detach()
-    return chain(module.double(), form, layers, bias.double().reshape(groups, -1))
+    return chain(module, form, layers, bias.double().reshape(groups, -1))
 
 
 @BOTH
 def test_at_full_rank_a_chain_is_the_layer(layer: str, form: Form) -> None:
-    module, site, x = LAYERS[layer].double(), surveyed(layer), images()
+    module, site, x = in_double(layer), surveyed(layer), images()
     made = whole_chain(form, module, site)
     torch.testing.assert_close(made(x), module(x), rtol=1e-9, atol=1e-9)
     dense = form.fold(made)
     assert type(dense) is nn.Conv2d
     torch.testing.assert_close(dense(x), module(x), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(dense.weight, module.weight, rtol=1e-9, atol=1e-9)
-    LAYERS[layer].float()
 
 
 @BOTH
@@ -134,7 +138,7 @@ def mixed() -> nn.Module:
 
 @BOTH
 def test_balanced_layers_compute_the_same_and_are_equally_large(layer: str, form: Form) -> None:
-    module, site = LAYERS[layer], surveyed(layer)
+    module, site = in_double(layer), surveyed(layer)
     made = form.build(module, half(form, site)).double()
     before = [
         kernels(made.get_submodule(name), site.groups) * scale
@@ -149,7 +153,6 @@ def test_balanced_layers_compute_the_same_and_are_equally_large(layer: str, form
     for name, kernel in zip(form.layers, after, strict=True):
         made.get_submodule(name).weight.data.copy_(kernel.reshape(made.get_submodule(name).weight.shape))
     torch.testing.assert_close(folded(made), expected, rtol=1e-9, atol=1e-9)
-    module.float()
 
 
 # ── every rank from one decomposition ──────────────────────────────────────────────────────────────────────
@@ -172,7 +175,7 @@ def patch_moments(site: Site, module: nn.Module, x: Tensor) -> tuple[PatchMoment
 @pytest.mark.parametrize("form", FIRST_AXIS)
 def test_a_decomposition_is_exact_at_full_rank_and_its_spectrum_is_what_is_lost(form: str) -> None:
     """On independent inputs of equal variance the product of covariances is exact: so are the tails."""
-    site, module = surveyed("plain"), LAYERS["plain"].double()
+    site, module = surveyed("plain"), in_double("plain")
     weight = kernels(module, site.groups)
     identity = torch.eye(site.width, dtype=torch.float64)[None]
     metric = identity + 0.5
@@ -193,12 +196,11 @@ def test_a_decomposition_is_exact_at_full_rank_and_its_spectrum_is_what_is_lost(
         losses.append(float((metric @ lost @ covariance * lost).sum()))
     tails = [*found.spectrum[0].flip(0).cumsum(0).flip(0)[1:].tolist(), 0.0]
     assert losses == pytest.approx(tails, rel=1e-6, abs=1e-9)
-    module.float()
 
 
 def test_tails_predict_what_a_projection_loses_on_real_maps() -> None:
     """C_xx is no product here: tails stay within a factor of 1.5 of the losses themselves."""
-    site, module = surveyed("plain"), LAYERS["plain"].double()
+    site, module = surveyed("plain"), in_double("plain")
     smooth = torch.nn.functional.avg_pool2d(images(40), 3, 1, 1).relu()
     patches, covariance = patch_moments(site, module, smooth)
     weight = kernels(module, 1)
@@ -212,7 +214,6 @@ def test_tails_predict_what_a_projection_loses_on_real_maps() -> None:
             lost = flat - torch.einsum("gorhw,grihw->goihw", *parts).flatten(2)
             tail = float(found.spectrum[0, rank:].sum())
             assert 1 / 1.5 < float((lost @ covariance * lost).sum()) / tail < 1.5
-    module.float()
 
 
 # ── plans and flags ────────────────────────────────────────────────────────────────────────────────────────

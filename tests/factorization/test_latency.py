@@ -286,7 +286,7 @@ def test_a_run_in_channels_last_has_its_times_in_that_layout(
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     words = ["cifar10", "--ranks", "budget:latency=0.5", "--eval-batch-size", "2"]
     run = parse([*words, *(["--channels-last"] if last else [])])
-    model, found = load_network(run, world)
+    model, found = load_network(run, world, print)
     timed_planner(run, model, found, world, torch.randn(1, 3, 32, 32))
     assert clock.laid_out[1] == last
 
