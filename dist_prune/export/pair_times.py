@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from dist_prune.factorization.forms import FORMS, format_ranks
 from dist_prune.factorization.latency import input_shapes, sample_calls
 from dist_prune.network.sites import Factored, Site
 
 NEAR = 0.1  # a time ratio within so much of the MACs' ratio needs no reason
-DOUBTFUL = 0.3  # the pair and its two layers, timed apart, may differ by so much of the pair's time
+DOUBTFUL = 0.3  # all layers and each of them, timed apart, may differ by so much of the former
 
 
 @dataclass(frozen=True)
 class SiteSpeed:
     """One factored site alone, at its real shape: milliseconds of a batch, and why they are not as its MACs.
 
-    `reduce` and `expand` are the two layers of the pair, `pair` both in a row. `reason` is empty where time
-    follows MACs.
+    Attributes:
+        site: its name.
+        rank: the smallest of its ranks.
+        macs_ratio: factored ÷ dense.
+        dense: the dense layer.
+        pair: all layers in a row.
+        reduce: the first of them.
+        expand: the last.
+        reason: empty where time follows MACs.
+        core: the layer in the middle, where the form has one.
+        label: form and ranks.
     """
 
     site: str
@@ -34,26 +43,32 @@ class SiteSpeed:
     reduce: float
     expand: float
     reason: str
+    core: float = 0.0
+    label: str = ""
 
     @property
     def time_ratio(self) -> float:
-        """Pair ÷ dense."""
+        """Factored ÷ dense."""
         return self.pair / self.dense
 
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of one call of a site: dense, as a pair, its two layers, and moving the data of these two alone."""
+    """Seconds of a site: dense, factored, each of its layers, and moving the data of each alone."""
 
     dense: float
     pair: float
-    reduce: float
-    expand: float
-    reduce_moves: float
-    expand_moves: float
+    layers: tuple[float, ...]
+    moves: tuple[float, ...]
 
-    def __add__(self, other: _Times) -> _Times:
-        return _Times(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    @staticmethod
+    def total(calls: Sequence[_Times]) -> _Times:
+        """Of all calls of one forward pass."""
+        layers, moves = (
+            tuple(map(sum, zip(*each, strict=True)))
+            for each in ([c.layers for c in calls], [c.moves for c in calls])
+        )
+        return _Times(sum(c.dense for c in calls), sum(c.pair for c in calls), layers, moves)
 
 
 def time_pairs(
@@ -73,7 +88,7 @@ def time_pairs(
             if key not in known:
                 known[key] = _time_pair(layer, pair, images.new_empty(shape).normal_())
             times.append(known[key])
-        found.append(_site_speed(site, pair, functools.reduce(operator.add, times), call * len(times)))
+        found.append(_site_speed(site, pair, _Times.total(times), call * len(times)))
     return tuple(found)
 
 
@@ -87,12 +102,15 @@ def _seconds_of_a_call(like: Tensor) -> float:
 
 def _time_pair(dense: nn.Module, pair: Factored, x: Tensor) -> _Times:
     with torch.no_grad():
-        h = pair.reduce(x)
-        y = pair.expand(h)
-        moves = [_move(x, layer, z) for x, layer, z in ((x, pair.reduce, h), (h, pair.expand, y))]
+        maps = [x]
+        for layer in pair:
+            maps.append(layer(maps[-1]))
+        each = list(zip(maps, pair, maps[1:], strict=False))
         calls: list[Callable[[], object]] = [lambda: dense(x), lambda: pair(x)]
-        calls += [lambda: pair.reduce(x), lambda: pair.expand(h), *moves]
-        return _Times(*map(median, sample_calls(calls, x.device)))
+        calls += [partial(layer, given) for given, layer, _ in each]
+        calls += [_move(given, layer, made) for given, layer, made in each]
+        whole, both, *rest = map(median, sample_calls(calls, x.device))
+        return _Times(whole, both, tuple(rest[: len(each)]), tuple(rest[len(each) :]))
 
 
 def _move(x: Tensor, layer: nn.Module, y: Tensor) -> Callable[[], object]:
@@ -104,15 +122,25 @@ def _move(x: Tensor, layer: nn.Module, y: Tensor) -> Callable[[], object]:
 
 
 def _site_speed(site: Site, pair: Factored, times: _Times, call: float) -> SiteSpeed:
-    rank = next(pair.reduce.parameters()).shape[0]
-    share = [rank * inputs / site.dense_weights for inputs in (site.inputs, site.width)]
-    ratio = sum(share)
-    parts = [
-        _Part("reduce", times.reduce, times.reduce_moves, share[0]),
-        _Part("expand", times.expand, times.expand_moves, share[1]),
-    ]
-    dense, both, reduce, expand = (1e3 * t for t in (times.dense, times.pair, times.reduce, times.expand))
-    return SiteSpeed(site.name, rank, ratio, dense, both, reduce, expand, _reason(times, ratio, parts, call))
+    form = FORMS[pair.form]
+    ranks = tuple(layer.get_parameter("weight").shape[0] for layer in list(pair)[:-1])
+    shares = [macs / site.macs for macs in form.layer_macs(site, ranks)]
+    ratio = sum(shares)
+    parts = [_Part(*each) for each in zip(form.layers, times.layers, times.moves, shares, strict=True)]
+    dense, both, first, *core, last = (1e3 * t for t in (times.dense, times.pair, *times.layers))
+    label = format_ranks(ranks) if form.name == "output" else f"{form.name} {format_ranks(ranks)}"
+    return SiteSpeed(
+        site.name,
+        min(ranks),
+        ratio,
+        dense,
+        both,
+        first,
+        last,
+        _reason(times, ratio, parts, call),
+        sum(core),
+        label,
+    )
 
 
 def _reason(times: _Times, ratio: float, parts: Sequence[_Part], call: float) -> str:
@@ -121,14 +149,14 @@ def _reason(times: _Times, ratio: float, parts: Sequence[_Part], call: float) ->
         return ""
     if excess < 0:
         return "faster than its MACs"
-    if abs(times.reduce + times.expand - times.pair) > DOUBTFUL * times.pair:
+    if abs(sum(times.layers) - times.pair) > DOUBTFUL * times.pair:
         return "unclear: the machine is busy, or the layers gain from one another's cache"
     return max(parts, key=lambda part: part.excess(times.dense)).reason(times.dense, call)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One layer of a pair: its seconds, those of moving its data, and its share of the dense layer's MACs."""
+    """One layer of a factored site: its seconds, those of moving its data, its share of the dense MACs."""
 
     name: str
     seconds: float

@@ -133,11 +133,11 @@ def _sites(speed: Speed) -> str:
     rows = [
         [
             s.site,
-            str(s.rank),
+            s.label or str(s.rank),
             f"{s.macs_ratio:.3f}",
             f"{s.time_ratio:.3f}",
             f"{s.dense:.3g} ms",
-            f"{s.reduce:.3g} + {s.expand:.3g} ms",
+            " + ".join(f"{ms:.3g}" for ms in (s.reduce, s.core, s.expand) if ms) + " ms",
             s.reason,
         ]
         for s in speed.sites

@@ -102,13 +102,13 @@ class Form:
         return sum(self.weights(site, ranks))
 
     def macs(self, site: Site, ranks: Sequence[int | Ints]) -> Any:  # noqa: ANN401  as the ranks are
-        """Multiply-adds for one image: each layer works on the map that the strides up to it leave."""
-        done: set[str] = set()
-        total: Any = 0
-        for layer, weights in zip(self.layers, self.weights(site, ranks), strict=True):
-            done.add(layer)
-            total = total + weights * self._rows(site, done)
-        return total
+        """Multiply-adds of all layers for one image."""
+        return sum(self.layer_macs(site, ranks))
+
+    def layer_macs(self, site: Site, ranks: Sequence[int | Ints]) -> list[Any]:
+        """Multiply-adds of each layer for one image: it works on the map that the strides up to it leave."""
+        weights = self.weights(site, ranks)
+        return [n * self._rows(site, set(self.layers[: i + 1])) for i, n in enumerate(weights)]
 
     def _rows(self, site: Site, done: set[str]) -> int:
         tall, wide = self.tall in done, self.wide in done

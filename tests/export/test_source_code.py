@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_prune.export.formats import ExportError
 from dist_prune.export.source_code import write_down, write_source
-from dist_prune.factorization.plan import Choice, Plan
+from dist_prune.factorization.plan import Choice, Plan, choose
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import build
 from dist_prune.network.sites import survey
@@ -103,6 +103,17 @@ def test_blocks_are_classes_and_layers_stand_in_one_place() -> None:
 def test_networks_of_many_kinds_can_be_written_down(arch: str, side: int) -> None:
     images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     require_same(compressed(arch, side), images)
+
+
+def test_chains_of_every_form_are_written_down() -> None:
+    chosen = (("tucker", (4, 6)), ("vertical", (7,)), ("horizontal", (9,)), ("input", (5,)))
+    torch.manual_seed(0)
+    dense = build("resnet20", 7).eval()
+    spatial = [site.name for site in survey(dense, IMAGES[:1]).sites if site.kernel == (3, 3)][4:]
+    plan = Plan(tuple(choose(name, *option) for name, option in zip(spatial, chosen * 3, strict=False)))
+    text = require_same(rebuild(dense, plan).eval())
+    assert text.count("class Factored") == 2, "pairs, and chains of three layers"
+    assert "kernel_size=(3, 1)" in text or "(3, 1), stride" in text
 
 
 def test_what_is_written_runs_in_a_process_without_this_package(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dist_prune.config.run import ImageSpec
 from dist_prune.export import speed_command
 from dist_prune.export.pair_times import _site_speed, _Times, time_pairs
 from dist_prune.export.speed import ENGINES, Speed, measure_speed, timed_passes
-from dist_prune.factorization.plan import Choice, Plan
+from dist_prune.factorization.plan import Choice, Plan, choose
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import build
 from dist_prune.network.sites import evaluating, survey
@@ -110,12 +110,14 @@ def test_an_engine_that_cannot_run_them_is_noted(monkeypatch: pytest.MonkeyPatch
 LAYERS = nn.Sequential(nn.Conv2d(32, 16, 1), nn.Flatten(), nn.Linear(16, 2))
 REASONS = {
     # the two layers have 0.25 and 0.125 of the MACs: 25 and 12.5 of the dense layer's 100 s
-    "": _Times(100, 40, 26, 14, 1, 1),
-    "faster than its MACs": _Times(100, 20, 12, 8, 1, 1),
-    "expand: a call more": _Times(100, 60, 26, 34, 1, 1),
-    "expand: moves data, 75% of its time": _Times(100, 126, 26, 100, 1, 75),
-    "reduce: 25% of the dense layer's MACs a second": _Times(100, 113, 100, 13, 10, 1),
-    "unclear: the machine is busy, or the layers gain from one another's cache": _Times(100, 60, 100, 13, 1, 1),
+    "": _Times(100, 40, (26, 14), (1, 1)),
+    "faster than its MACs": _Times(100, 20, (12, 8), (1, 1)),
+    "expand: a call more": _Times(100, 60, (26, 34), (1, 1)),
+    "expand: moves data, 75% of its time": _Times(100, 126, (26, 100), (1, 75)),
+    "reduce: 25% of the dense layer's MACs a second": _Times(100, 113, (100, 13), (10, 1)),
+    "unclear: the machine is busy, or the layers gain from one another's cache": _Times(
+        100, 60, (100, 13), (1, 1)
+    ),
 }
 
 
@@ -154,6 +156,16 @@ def test_a_site_that_runs_twice_counts_twice() -> None:
     (found,) = time_pairs(network, compressed, survey(network, IMAGE).sites, IMAGE)
     assert found.expand >= 6 > found.reduce
     assert found.pair >= 6 > found.dense
+
+
+def test_every_layer_of_a_chain_is_timed() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16 * 16, 2))
+    compressed = rebuild(network, Plan((choose("0", "tucker", (2, 4)),)))
+    compressed[0].core = Busy(2, 4, 3, padding=1)
+    (found,) = time_pairs(network, compressed, survey(network, IMAGE).sites[:1], IMAGE)
+    assert (found.label, found.rank) == ("tucker 2x4", 2)
+    assert found.core >= 3 > max(found.reduce, found.expand)
+    assert found.macs_ratio == (3 * 2 + 9 * 2 * 4 + 4 * 8) / (9 * 3 * 8)
 
 
 # ── the command ────────────────────────────────────────────────────────────────────────────────────────────
