@@ -1,43 +1,62 @@
-"""Compression of a network at hand, from batches at hand: one process, no data folder, no run directory."""
+"""Compression of a network at hand, from batches at hand: no data folder, no run directory."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dist_prune.artifacts.saved_model import Description, save_new
+from dist_prune.config.arguments import (
+    arguments_named,
+    as_patterns,
+    as_rule,
+    naming_arguments,
+    require_one_of,
+)
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import CompressionConfig, CorrectionConfig, Method, MethodConfig, Run, Side
+from dist_prune.config.run import CompressionConfig, CorrectionConfig, ImageSpec, Method, MethodConfig, Run, Side
 from dist_prune.correction import correct as correction
-from dist_prune.correction.correct import Calibration, divergence, holdout_logits, require_deterministic
-from dist_prune.data.loader import Batch
-from dist_prune.distributed.launch_env import LaunchEnv
-from dist_prune.distributed.world import World, joined
-from dist_prune.factorization.bases import solve
+from dist_prune.correction.correct import (
+    FEWEST,
+    Calibration,
+    divergence,
+    holdout_logits,
+    require_deterministic,
+)
+from dist_prune.data.batches import BatchesError, Kept, keep
+from dist_prune.distributed.alone import present
+from dist_prune.distributed.world import World, fingerprint
+from dist_prune.factorization.bases import Basis, solve
 from dist_prune.factorization.losses import with_exact_losses
 from dist_prune.factorization.nested import nested_of
-from dist_prune.factorization.plan import Cost, Plan, cost
-from dist_prune.factorization.planner import timed_planner
+from dist_prune.factorization.plan import Cost, Plan
+from dist_prune.factorization.planner import Planner, timed_planner
 from dist_prune.factorization.project import project
+from dist_prune.factorization.release import release
 from dist_prune.factorization.spectra import spectra_of, unit_of
+from dist_prune.network.layers import unwrapped
+from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import Survey, evaluating, survey
 from dist_prune.statistics import collect as statistics
+from dist_prune.statistics.collect import Passes, Statistics
+from dist_prune.statistics.moments import StatisticsError, Sums
+from dist_prune.utils.caller import bar, undisturbed, warn
 
-FEWEST = 8  # images, of which one is the holdout
+T = TypeVar("T")
+Correct = Literal["none", "refit", "regression"]
 
 
-class BatchesError(ValueError):
-    """Batches that cannot be used."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compression:
     """A compressed network and what it came to; printed, a table of all layers with the totals.
 
+    `dense` and `compressed` are the networks' own multiply-adds, of one image, and parameters, as counted in them.
     `predicted` is the loss that the plan expects, in `unit`, of all sites together; None where the method does not
     predict. `kl_projected` and `kl` are KL(dense ‖ compressed) of the softmax on the images held out, every eighth
     one: nats per image, before and after correction.
@@ -52,144 +71,193 @@ class Compression:
     kl_projected: float
     kl: float
     table: str
+    _collected: Collected = field(compare=False)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         known = self.unit == "KL" and self.predicted is not None
         steps = [f"{self.predicted:.4g} predicted"] if known else []
         steps += [f"{self.kl_projected:.4g} projected", f"{self.kl:.4g} in the end"]
         return f"{self.table}\nheld-out KL to the dense network: {', '.join(steps)}"
 
+    def replan(self, ranks: Ranks) -> Compression:
+        """The same network at other ranks, from the statistics that there are; arguments and errors as `compress`.
+
+        In a process group, every rank calls this.
+        """
+        with undisturbed(self._collected.device), arguments_named():
+            return _compress(self._collected, as_rule(ranks), present(self._collected.device))
+
+    def save(self, folder: str | Path, arch: str = "") -> None:
+        """Write what `load_compressed` reads, into a folder that holds no network yet.
+
+        Args:
+            folder: made where there is none.
+            arch: how to build the dense network, as `--arch`: a torchvision or timm name, or `file.py:function`.
+                Without it, `load_compressed` must be given such a network.
+
+        Raises:
+            CheckpointError: there is a network already, or the folder cannot be written.
+        """
+        classes, spec = self._collected.everything.classes, ImageSpec(0, self._collected.image.shape[-1])
+        save_new(Path(folder), self.model, Description(arch, classes, spec, (), self.plan))
+
+
+Ranks = str | float | Mapping[str, int] | Plan | Path
+
 
 def compress(
     model: nn.Module,
     batches: Iterable[Any],
-    ranks: str = "budget:macs=0.5",
+    ranks: Ranks = "budget:macs=0.5",
     *,
     method: Method = "fisher",
     side: Side = "output",
-    sites: str = "*",
-    forms: str = "auto",
-    correct: Literal["none", "refit", "regression"] = "regression",
-    calibrate_images: int = 1024,
+    sites: str | Sequence[str] = "*",
+    forms: str | Sequence[str] = "auto",
+    correct: Correct = "regression",
+    calibrate_images: int = CorrectionConfig.calibrate_images,
     seed: int = 0,
     round_to: int = 0,
+    loss: Literal["mse", "kl", "kl-reverse"] = MethodConfig.loss,
+    draws: int = MethodConfig.draws,
+    damping: float = MethodConfig.damping,
+    probes: int = MethodConfig.probes,
+    ridge: float = CorrectionConfig.ridge,
+    metric_damping: float | Sequence[float] = CorrectionConfig.metric_damping,
+    repair: float = CorrectionConfig.repair,
+    mirrored: bool = CorrectionConfig.mirrored,
+    resolve_dense: bool = CorrectionConfig.resolve_dense,
+    progress: bool | None = None,
 ) -> Compression:
     """Replace layers of a classification network by low-rank pairs; the given network stays as it is.
 
+    In a process that is in a process group, every rank calls this with the same network and arguments and with its
+    own share of the images: statistics are summed over the ranks, and all end with the same result.
+
     Args:
-        model: returns logits (n, classes). Works where its parameters are, CPU or CUDA.
+        model: returns logits (n, classes), two classes or more. Works where its parameters are, CPU or CUDA.
+            Compiled and DDP-wrapped networks are taken out of their wrapping.
         batches: of what the network takes: tensors (n, …), or tuples or lists of such a tensor and labels (n,)
             int64. Gone through once and kept in memory, where they are.
-        ranks: as `--ranks`: `uniform:0.5`, `energy:0.95`, `budget:macs|params|latency=0.5`, `sites:NAME=RANK,…`,
-            or a plan's file.
+        ranks: a share of the multiply-adds, `0.5`; ranks by site, `{"layer1.0.conv1": 8}`; a Plan; or as
+            `--ranks`: `uniform:0.5`, `energy:0.95`, `budget:macs|params|latency=0.5`, `sites:NAME=RANK,…`, or a
+            plan's file.
         method: as `--method`: where the directions to keep come from; `gradient` needs labels.
         side: of a layer, whose directions are kept.
-        sites: as `--sites`: which layers.
+        sites: as `--sites`: which layers; names and patterns, in one text or a list.
         forms: as `--forms`: what a layer can become where ranks come from a budget.
         correct: as `--correct`: whether the layers are solved again against the given network.
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
         round_to: ranks are multiples of this; 0: as `--round-to`.
+        loss: as `--loss`, of `fisher` and `hessian-*`; so are `draws`, `damping` and `probes`.
+        draws: random gradients an image; 0: all classes, exactly.
+        damping: added to the metric of `fisher`, as a share of its largest eigenvalue.
+        probes: images that `hessian-global` tries.
+        ridge: as `--ridge`: pull to the dense weights.
+        metric_damping: as `--metric-damping`; of several, the best on the images held out is taken.
+        repair: as `--repair`: how much later layers repair of what earlier ones lose.
+        mirrored: solve from the mirror images, too.
+        resolve_dense: solve the layers that stay dense, too.
+        progress: a bar on the standard error output; None: if that is a terminal.
 
     Raises:
         BatchesError: no batches, fewer than 8 images, or not what the network takes.
-        ConfigError, PlanError, SiteError: an invalid option, or one that does not fit this network.
+        ConfigError, PlanError, SiteError: an invalid argument, or one that does not fit this network.
+        ModelError, CopyError: no logits, no layers that could be replaced, or a network that cannot be copied.
         CorrectionError: the network answers the same images differently each time.
-        StatisticsError: NaN or infinity, or labels missing.
+        StatisticsError: NaN or infinity, labels missing or too high, or gradients that do not reach a layer.
+        UnsoundError: the compressed network would not be finite.
+        RankError: another rank failed, or holds another network.
 
     Layers with fewer rows than dimensions are warned of. See launch/README.md for the methods.
     """
-    if method == "random-init":
-        raise ConfigError("method random-init keeps nothing of the network; it is for comparison, in runs")
-    run = Run(
-        compression=CompressionConfig(
-            MethodConfig(method=method, side=side), ranks, forms=forms, sites=sites, round_to=round_to
-        ),
-        correction=CorrectionConfig(correct, calibrate_images),
-        seed=seed,
-    )
-    given = list(gathered(batches))
-    device = next(model.parameters()).device
-    alone = LaunchEnv(0, 1, device.index or 0, "", "single")
-    with joined(device.type, place=alone) as world:
-        return _compress(run, model, Kept(tuple(given), device), world)
+    with arguments_named():
+        require_one_of("method", method, [name for name in get_args(Method) if name != "random-init"])
+        require_one_of("side", side, get_args(Side))
+        require_one_of("correct", correct, get_args(Correct))
+        require_one_of("loss", loss, ("mse", "kl", "kl-reverse"))
+        basis = MethodConfig(method=method, side=side, loss=loss, draws=draws, probes=probes, damping=damping)
+        dampings = tuple(metric_damping) if isinstance(metric_damping, Sequence) else (metric_damping,)
+        settings = CorrectionConfig(
+            correct,
+            calibrate_images,
+            metric_damping=dampings,
+            ridge=ridge,
+            repair=repair,
+            mirrored=mirrored,
+            resolve_dense=resolve_dense,
+        )
+        compression = CompressionConfig(
+            basis, as_rule(ranks), forms=as_patterns(forms), sites=as_patterns(sites), round_to=round_to
+        )
+        run = Run(compression=compression, correction=settings, seed=seed)
+        network = unwrapped(model)
+        device = next(network.parameters()).device
+        with undisturbed(device):
+            world = present(device)
+            collected = _collect(run, network, keep(batches, device, world, FEWEST), world, progress)
+            return _compress(collected, compression.ranks, world)
+
+
+# ── from batches to statistics, once ───────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Batches where they were given, handed out on the network's device."""
+class Collected:
+    """Everything that does not depend on the ranks: directions, and the images to correct from."""
 
-    batches: tuple[Batch, ...]
-    device: torch.device
+    run: Run
+    model: nn.Module
+    everything: Survey
+    found: Survey  # the sites that are chosen
+    sums: Statistics
+    bases: Mapping[str, Basis]
+    given: Kept
+    images: Calibration
+    image: Tensor  # (1, …), of rank 0
+    progress: bool | None
+    patches: bool = False  # whether the statistics tell of patches
 
     @property
-    def count(self) -> int:
-        """Of all images."""
-        return sum(len(b.images) for b in self.batches)
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.image.device
 
-    def open(self, images: int = 0) -> Iterator[Batch]:
-        """The first so many images; 0: all."""
-        left = images or self.count
-        for b in self.batches:
-            some, left = slice(0, left), max(0, left - len(b.images))
-            if len(b.images[some]):
-                parts = (part[some].to(self.device) for part in (b.images, b.labels, b.indices))
-                yield Batch(*parts)
-
-    def calibration(self, count: int) -> Calibration:
-        """As many images, spread evenly; they are numbered again."""
-        pixels = torch.cat([b.images for b in self.batches])
-        chosen = torch.arange(min(count, len(pixels))) * len(pixels) // min(count, len(pixels))
-        size = max(len(b.images) for b in self.batches)
-        own = pixels[chosen].to(self.device)
-        return Calibration(own, torch.arange(len(own), device=self.device), torch.clone, size, mirrored=False)
+    def planner(self, ranks: str, world: World) -> Planner:
+        """For a rule as `--ranks` has it."""
+        run = replace(self.run, compression=replace(self.run.compression, ranks=ranks))
+        return timed_planner(run, self.model, self.found, world, self.image)
 
 
-def gathered(batches: Iterable[Any]) -> Iterator[Batch]:
-    """Batches as the statistics want them: labels −1 where there are none, images numbered.
-
-    Raises:
-        BatchesError: none, too few images, not tensors, of several shapes, or some with labels and some without.
-    """
-    seen, shape, labelled = 0, None, None
-    for item in batches:
-        parts = item if isinstance(item, tuple | list) and len(item) in (1, 2) else (item,)
-        images, labels = (*parts, None)[:2]
-        if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() < 2:
-            found = (
-                f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            )
-            raise BatchesError(
-                f"a batch is {found}; expected a floating-point tensor (n, …), or it and labels (n,)"
-            )
-        shape = shape or images.shape[1:]
-        if images.shape[1:] != shape:
-            raise BatchesError(f"images of {tuple(shape)} and {tuple(images.shape[1:])}; expected one size")
-        if labelled not in (None, labels is not None):
-            raise BatchesError("some batches have labels and some have none; expected all alike")
-        labelled = labels is not None
-        if labels is None:
-            labels = torch.full((len(images),), -1)
-        if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise BatchesError(f"labels of {len(images)} images are {labels!r:.80}; expected whole numbers (n,)")
-        yield Batch(images.detach(), labels.long(), torch.arange(seen, seen + len(images)))
-        seen += len(images)
-    if not seen:
-        raise BatchesError(
-            "there are no batches: an iterator that was gone through before gives none; make a new one"
-        )
-    if seen < FEWEST:
-        raise BatchesError(
-            f"{seen} images: expected at least {FEWEST}, better hundreds, as statistics come from them"
-        )
+def _collect(run: Run, model: nn.Module, given: Kept, world: World, progress: bool | None) -> Collected:
+    basis, settings = run.compression.basis, run.correction
+    world.require_same("the networks", fingerprint(model))
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        model = with_replaced(model)  # gradients need ordinary tensors
+    pair = given.batches[0].images[:2].to(given.device)
+    everything = world.from_first(lambda: _surveyed(model, pair[:1]))
+    if everything.concern:
+        warn(naming_arguments(everything.concern))
+    images = _calibration(given, settings)
+    found = everything.select(run.compression.sites)
+    image = pair[:1].clone()
+    world.broadcast_(image)
+    collected = Collected(run, model, everything, found, Statistics(), {}, given, images, image, progress)
+    plans = collected.planner(run.compression.ranks, world)
+    plans.check()
+    world.on_all(lambda: _require_labels(given, basis, everything.classes))
+    if settings.correct != "none":
+        require_deterministic(model, pair, world)
+    passes = _Shown(len(given.batches), progress, world)
+    sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed, passes, plans.needs_patches)
+    for text in statistics.warnings(sums, found.sites, basis, given.total):
+        warn(naming_arguments(text))
+    collected = replace(collected, sums=sums, patches=plans.needs_patches)
+    return replace(collected, bases=solve(model, found.sites, sums, basis, run.seed, world))
 
 
-def surveyed(model: nn.Module, image: Tensor) -> Survey:
-    """All sites of the network.
-
-    Raises:
-        BatchesError: it does not take such images.
-    """
+def _surveyed(model: nn.Module, image: Tensor) -> Survey:
     try:
         return survey(model, image)
     except RuntimeError as error:
@@ -198,50 +266,93 @@ def surveyed(model: nn.Module, image: Tensor) -> Survey:
         ) from error
 
 
-def _compress(run: Run, model: nn.Module, given: Kept, world: World) -> Compression:
-    basis, probe = run.compression.basis, next(given.open(2)).images
-    everything = surveyed(model, probe[:1])
-    found = everything.select(run.compression.sites)
-    plans = timed_planner(run, model, found, world, probe[:1])
+def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
+    """This rank's part of the images to solve from, and to judge by; they are numbered again."""
+    pixels, places = given.evenly(settings.calibrate_images)
+    if settings.mirrored and pixels.dim() != 4:
+        raise ConfigError(f"--mirrored: images are {tuple(pixels.shape[1:])}, expected (channels, height, width)")
+    return Calibration(pixels, places, torch.clone, given.size, settings.mirrored)
+
+
+def _require_labels(given: Kept, basis: MethodConfig, classes: int) -> None:
+    """Labels that are used must be outputs of the network."""
+    highest = max(int(batch.labels.max()) for batch in given.batches)
+    if basis.method == "gradient" and highest >= classes:
+        raise StatisticsError(
+            f"labels in batches go up to {highest}, the network's {classes} outputs to {classes - 1}"
+        )
+
+
+@dataclass(frozen=True)
+class _Shown(Passes):
+    """Passes over the images with a bar."""
+
+    batches: int
+    progress: bool | None
+    world: World
+
+    def watch(self, batches: Iterable[T], _sums: Mapping[str, Sums]) -> Iterable[T]:
+        """See `Passes`."""
+        with bar(self.batches, "statistics", "batch", self.progress, self.world.is_first) as step:
+            for batch in batches:
+                yield batch
+                step()
+
+
+# ── from statistics to a network, for each budget ──────────────────────────────────────────────────────────
+
+
+def _compress(collected: Collected, ranks: str, world: World) -> Compression:
+    model, found, basis = collected.model, collected.found, collected.run.compression.basis
+    plans, unit = collected.planner(ranks, world), unit_of(basis)
     plans.check()
-    if run.correction.correct != "none":
-        require_deterministic(model, probe, world)
-    patches = plans.needs_patches
-    sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed, None, patches)
-    for text in statistics.warnings(sums, found.sites, basis, given.count):
-        warnings.warn(text, stacklevel=3)
-    bases = solve(model, found.sites, sums, basis, run.seed, world)
-    nested = nested_of(model, found.sites, plans.projected_forms, bases, sums, basis.damping, world)
+    if plans.needs_patches and not collected.patches:
+        raise ConfigError(
+            f"--ranks {ranks}: needs other forms than the statistics were collected for; begin with a budget"
+        )
+    forms, damping = plans.projected_forms, basis.damping
+    nested = nested_of(model, found.sites, forms, collected.bases, collected.sums, damping, world)
     spectra = with_exact_losses(
-        spectra_of(bases, basis, nested),
+        spectra_of(collected.bases, basis, nested),
         model,
         found.sites,
-        bases,
+        collected.bases,
         nested,
-        sums,
-        given.open,
+        collected.sums,
+        collected.given.open,
         world,
         basis,
-        run.seed,
+        collected.run.seed,
     )
-    plan = plans.plan(spectra)
-    network = project(model, found.sites, bases, plan, basis.side, nested).eval()
-    before, after = corrected(run, model, network, everything, given, world)
-    unit = unit_of(basis)
+    plan = world.from_first(lambda: plans.plan(spectra))
+    network = project(model, found.sites, collected.bases, plan, basis.side, nested).eval()
+    before, after = _corrected(collected, network, world)
+    cost = release(network, collected.image)
+    world.broadcast_(*network.state_dict().values())  # equal already, but for processors of several kinds
     dense, table = Cost(found.macs, found.params), plans.format_table(plan, {}, unit)
-    return Compression(network, plan, dense, cost(found, plan), plan.loss, unit, before, after, table)
+    return Compression(network, plan, dense, cost, plan.loss, unit, before, after, table, collected)
 
 
-def corrected(
-    run: Run, model: nn.Module, network: nn.Module, everything: Survey, given: Kept, world: World
-) -> tuple[float, float]:
+def _corrected(collected: Collected, network: nn.Module, world: World) -> tuple[float, float]:
     """Correct the compressed network in place, if that is wanted; the held-out KL before and after."""
-    images = given.calibration(run.correction.calibrate_images)
+    model, images, run = collected.model, collected.images, collected.run
     if run.correction.correct == "none":
         with evaluating(model), evaluating(network):
             before = divergence(network, holdout_logits(model, images), images.prepare, world)
         return before, before
-    result = correction.correct(model, network, everything, images, run.correction, run.seed, world)
+    sites = correction.solvable(network, collected.everything, run.correction)
+    count = len(sites) * len(run.correction.dampings)
+    with bar(count, "correction", "layer", collected.progress, world.is_first) as step:
+        result = correction.correct(
+            model,
+            network,
+            collected.everything,
+            images,
+            run.correction,
+            run.seed,
+            world,
+            after_site=lambda _: step(),
+        )
     for text in result.notes:
-        warnings.warn(text, stacklevel=4)
+        warn(naming_arguments(text))
     return result.before, result.kept.kl if result.kept else result.before

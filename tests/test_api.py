@@ -1,11 +1,10 @@
-"""`dist_prune.compress`: any network and any batches, in one process, against the pipeline and closed forms."""
+"""`dist_prune.compress`: any network and any batches, against the pipeline and closed forms."""
 
 import copy
+import importlib.metadata
 import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dist_prune
-from dist_prune import BatchesError, Compression, Plan, api, compress, load_compressed
+from dist_prune import BatchesError, Compression, Plan, compress, load_compressed
 from dist_prune.config.flags import ConfigError
 from dist_prune.correction.correct import CorrectionError
-from dist_prune.distributed.world import World
 from dist_prune.factorization.plan import PlanError
 from dist_prune.network.sites import SiteError
 from dist_prune.statistics.moments import StatisticsError
 from tests.commands import ROOT
 from tests.runs import Bench, images_of, network
-
-
-@pytest.fixture(autouse=True)
-def inside(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' process has joined a world of its own already; one alone is tested at the end."""
-
-    @contextmanager
-    def joined(device: str, **place: object) -> Iterator[World]:
-        yield world
-
-    monkeypatch.setattr(api, "joined", joined)
 
 
 def perceptron() -> nn.Module:
@@ -186,14 +173,18 @@ class Moody(nn.Module):
 @pytest.mark.parametrize(
     ("options", "kind", "answer"),
     [
-        ({"ranks": "half"}, ConfigError, "--ranks half: expected uniform:RATIO"),
+        ({"ranks": "half"}, ConfigError, "ranks half: expected uniform:RATIO"),
         ({"ranks": "budget:macs=0.001"}, PlanError, "out of reach"),
         ({"ranks": "sites:9=3"}, PlanError, "9 is not a site"),
         ({"sites": "@conv"}, SiteError, "chooses none"),
-        ({"method": "random-init", "ranks": "uniform:0.5"}, ConfigError, "random-init keeps nothing"),
-        ({"method": "fisher", "side": "input"}, ConfigError, "--method fisher is of outputs"),
+        (
+            {"method": "random-init", "ranks": "uniform:0.5"},
+            ConfigError,
+            "method is 'random-init'",
+        ),
+        ({"method": "fisher", "side": "input"}, ConfigError, "method fisher is of outputs"),
         ({"method": "gradient", "ranks": "uniform:0.5"}, StatisticsError, "needs labels"),
-        ({"calibrate_images": 4}, ConfigError, "--calibrate-images 4"),
+        ({"calibrate_images": 4}, ConfigError, "calibrate_images 4"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], kind: type[Exception], answer: str) -> None:
@@ -256,6 +247,8 @@ def test_in_a_process_of_its_own_again_and_again_and_after_an_error(bench: Bench
 
 
 def test_every_name_of_the_package_can_be_had_and_no_other() -> None:
-    assert all(getattr(dist_prune, name).__name__ == name for name in dist_prune.__all__)
+    names = [name for name in dist_prune.__all__ if name != "__version__"]
+    assert all(getattr(dist_prune, name).__name__ == name for name in names)
+    assert dist_prune.__version__ == importlib.metadata.version("dist-prune")
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         dist_prune.compres  # noqa: B018

@@ -16,12 +16,13 @@ from torch import nn
 from dist_prune.config.run import ImageSpec, NetworkConfig, to_dict
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild
+from dist_prune.factorization.release import UnsoundError, require_finite
 from dist_prune.network import user_code
 from dist_prune.network.errors import ModelError
 from dist_prune.network.models import build
 from dist_prune.network.sites import SiteError
 from dist_prune.network.weights import load_state
-from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal, write_text
+from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal, to_json, write_text
 from dist_prune.utils.text import read_text
 
 FORMAT = 1
@@ -30,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Description:
-    """All that is needed to build a compressed network again, and to preprocess its images."""
+    """All that is needed to build a compressed network again and preprocess images; an unknown `arch` is empty."""
 
     arch: str
     classes: int
@@ -44,7 +45,11 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
     """Write `plan.json` and `model.safetensors` (with its checksum); each whole or not at all.
 
     The source of an architecture given as `file.py:function`, and what it imports, is copied into the same folder.
+
+    Raises:
+        UnsoundError: NaN or infinity among the weights; nothing is written then.
     """
+    require_finite(model)
     arch = _with_sources(folder, description.arch) if user_code.is_file(description.arch) else description.arch
     network = to_dict(NetworkConfig(arch, WEIGHTS, description.classes))
     content = {
@@ -54,7 +59,7 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
         "labels": list(description.labels),
         "choices": description.plan.to_json(),
     }
-    write_text(folder / "plan.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "plan.json", to_json(content))
     path = folder / WEIGHTS
     with replacing(path) as aside:
         save_model(model, str(aside))
@@ -72,26 +77,48 @@ def _with_sources(folder: Path, arch: str) -> str:
     return f"network.py:{function}" if len(files) == 1 else f"network/{main}:{function}"
 
 
-def load_compressed(run_dir: str | Path) -> nn.Module:
+def save_new(folder: Path, model: nn.Module, description: Description) -> None:
+    """As `save_compressed`, where there is no network yet.
+
+    Raises:
+        CheckpointError: there is one, which nothing else may hold.
+        UnsoundError: see `save_compressed`.
+    """
+    found = [name for name in ("plan.json", WEIGHTS) if (folder / name).exists()]
+    if found:
+        raise CheckpointError(f"{folder} holds a network already ({', '.join(found)}): choose another folder")
+    save_compressed(folder, model, description)
+
+
+def load_compressed(run_dir: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The compressed network of a run, in evaluation mode on the CPU; needs neither data nor training code.
 
     Args:
         run_dir: a folder with `plan.json` and `model.safetensors`.
+        model: a dense network of the architecture that was compressed, where `Compression.save` was not told which
+            that is; left as it is, its weights are not used.
 
     Raises:
-        CheckpointError: files absent, damaged, or of a newer format.
+        CheckpointError: files absent, damaged, or of a newer format; no `model` where one is needed.
         ModelError: the architecture is not known here.
     """
     folder = Path(run_dir)
     found = read_description(folder)
     require_intact(folder / WEIGHTS)
-    dense = build(found.arch, found.classes, found.options)
+    if model is None and not found.arch:
+        raise CheckpointError(
+            f"{folder}: made of a network at hand; pass one of the same class: load_compressed(folder, model)"
+        )
+    dense = build(found.arch, found.classes, found.options) if model is None else model
     try:
-        model = rebuild(dense, found.plan)
-        load_state(model, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+        compressed = rebuild(dense, found.plan)
+        load_state(compressed, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+        require_finite(compressed)
+    except UnsoundError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     except (safetensors.SafetensorError, RuntimeError, AttributeError, SiteError, ModelError) as error:
         raise CheckpointError(f"{folder}: {WEIGHTS} does not fit plan.json ({error})") from error
-    return model.eval()
+    return compressed.eval()
 
 
 def read_description(folder: Path) -> Description:

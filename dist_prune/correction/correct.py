@@ -25,6 +25,7 @@ from dist_prune.statistics.probes import kl
 from dist_prune.utils.tables import table
 
 HELD = 8  # every eighth image is the holdout
+FEWEST = 8  # images, one of which is held out
 GRADIENTS = 2048  # of labels drawn for the metric, about, over all images; at most MOST_DRAWS an image
 MOST_DRAWS = 4
 
@@ -245,11 +246,11 @@ def _no_metrics(views: Sequence[View], world: World) -> dict[str, Tensor]:
 
 
 def agreed_route(dense: nn.Module, names: Sequence[str], images: Calibration, world: World) -> Route:
-    """How to walk through the network: found with rank 0's first image, the same way on all ranks."""
+    """How to walk through the network: found with rank 0's first image, twice, the same way on all ranks."""
     first = images.pixels.new_zeros(1, *images.pixels.shape[1:])
     first[: len(images.pixels)] = images.pixels[:1]  # a rank may have none
     world.broadcast_(first)
-    probe = images.prepare(first)
+    probe = images.prepare(torch.cat([first, first]))  # two: some networks call a layer for each image by itself
     route = follow(dense, names, probe)
     if world.any(isinstance(route, Listing)) and not isinstance(route, Listing):
         return listing(dense, names, probe, "torch.fx failed on another rank")
@@ -289,7 +290,7 @@ def divergence(
         sums[1] += len(pixels)
     world.sum_(sums)
     total, count = sums.tolist()
-    return float(total / max(1.0, count))
+    return max(float(total / max(1.0, count)), 0.0)  # below zero only by rounding; NaN stays
 
 
 def require_deterministic(dense: nn.Module, images: Tensor, world: World) -> None:

@@ -20,7 +20,7 @@ class LaunchEnv:
     size: int
     local_rank: int
     address: str
-    source: Literal["torchrun", "submitit", "slurm", "single"]
+    source: Literal["torchrun", "submitit", "slurm", "single", "present"]
     has_launcher: bool = False
     launcher_serves: bool = False
 

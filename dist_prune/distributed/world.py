@@ -82,6 +82,15 @@ def joined(device: str = "auto", timeout_s: float = 600, place: LaunchEnv | None
         _leave()
 
 
+def existing(device: torch.device) -> "World | None":
+    """The ranks of the process group that this process is in, if it is in one; this one computes on `device`."""
+    if not dist.is_initialized():
+        return None
+    place = LaunchEnv(dist.get_rank(), dist.get_world_size(), device.index or 0, "", "present")
+    nccl_alone = "cpu:" not in dist.get_backend_config()
+    return World(place, device, Whereabouts(), torch.device("cuda") if nccl_alone else None)
+
+
 def _open_store(place: LaunchEnv, timeout_s: float) -> Store:
     return HashStore() if place.size == 1 else _meet(place, timeout_s)
 
@@ -166,8 +175,11 @@ def _collective(method: Callable[P, T]) -> Callable[P, T]:
 class World:
     """The ranks of a run and what they do together; every rank calls the same methods in the same order."""
 
-    def __init__(self, place: LaunchEnv, device: torch.device, where: Whereabouts) -> None:
+    def __init__(
+        self, place: LaunchEnv, device: torch.device, where: Whereabouts, carrier: torch.device | None = None
+    ) -> None:
         self.rank = place.rank
+        self.carrier = carrier  # where every tensor must lie to travel: NCCL alone takes none from the CPU
         self.size = place.size
         self.local_rank = place.local_rank
         self.device = device
@@ -186,7 +198,7 @@ class World:
     def sum_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all ranks, in place. Shapes and dtypes agree between ranks."""
         for bucket in _buckets(tensors):
-            flat = _pack(bucket)
+            flat = self._aboard(_pack(bucket))
             dist.all_reduce(flat)
             _unpack(flat, bucket)
 
@@ -216,7 +228,7 @@ class World:
     def broadcast_(self, *tensors: Tensor, source: int = 0) -> None:
         """Overwrite each tensor by that of rank `source`, in place. Shapes and dtypes agree between ranks."""
         for bucket in _buckets(tensors):
-            flat = _pack(bucket)
+            flat = self._aboard(_pack(bucket))
             dist.broadcast(flat.view(torch.uint8), source)  # as bytes: not every backend knows every dtype
             _unpack(flat, bucket)
 
@@ -243,6 +255,29 @@ class World:
             raise failed or outcome[0][1]
         return cast(T, outcome[0][0])
 
+    def on_all(self, function: Callable[[], T]) -> T:
+        """Call the function on every rank; what it raises on one, no rank goes on without.
+
+        Raises:
+            RankError: it failed on another rank, which is named; where it failed, its own error is raised.
+        """
+        result: Any = None
+        failed: Exception | None = None
+        try:
+            result = function()
+        except Exception as error:
+            failed = error
+        faults = self.gather(failed and describe(failed))
+        if failed:
+            raise failed
+        for rank, fault in enumerate(faults):
+            if fault:
+                raise RankError(f"rank {rank}: {fault}")
+        return cast(T, result)
+
+    def _aboard(self, tensor: Tensor) -> Tensor:
+        return tensor if self.carrier is None else tensor.to(self.carrier)
+
     @_collective
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -252,7 +287,7 @@ class World:
 
     def highest(self, value: int) -> Callable[[], int]:
         """Begin to look for the largest value of any rank; calling the result waits for it."""
-        votes = torch.tensor([value])
+        votes = self._aboard(torch.tensor([value]))
         work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
 
         return lambda: self._outcome(work, votes)

@@ -14,7 +14,7 @@ from dist_prune.factorization.bases import Basis
 from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.plan import Choice
 from dist_prune.network.sites import Site, Survey
-from dist_prune.utils.files import CheckpointError, write_text
+from dist_prune.utils.files import CheckpointError, to_json, write_text
 from dist_prune.utils.text import read_text
 
 LAYERS = "layers.json"
@@ -64,7 +64,7 @@ def _shares(spectrum: Tensor) -> tuple[tuple[float, ...], ...]:
 
 def save(path: Path, layers: list[Layer]) -> None:
     """Write `layers.json`."""
-    write_text(path, json.dumps([asdict(layer) for layer in layers], ensure_ascii=False) + "\n")
+    write_text(path, to_json([asdict(layer) for layer in layers], indent=None))
 
 
 def load(path: Path) -> list[Layer]:

@@ -294,7 +294,8 @@ def _listed(choices: Sequence[Choice], survey: Survey, side: str, where: str, ab
     named = {choice.site: choice for choice in choices}
     for name, choice in named.items():
         if choice.rank is not None and name not in sites:
-            raise PlanError(f"{where}: {name} is not a site here; sites: {', '.join(sites)}")
+            why = next((f" ({skipped.reason})" for skipped in survey.skipped if skipped.name == name), "")
+            raise PlanError(f"{where}: {name} is not a site here{why}; sites: {', '.join(sites)}")
         if choice.rank is not None:
             _check(sites[name], choice, where)
     return _plan(survey, [named.get(name, Choice(name, None, absent)) for name in sites])

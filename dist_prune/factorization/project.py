@@ -142,8 +142,11 @@ def _projected(
 def balanced(factors: Factors) -> Factors:
     """The same product, split by its singular values: B·A = (U√S)(√S·Vᵀ).
 
-    Closed-form factors differ in scale by orders of magnitude, which no learning rate fits.
+    Closed-form factors differ in scale by orders of magnitude, which no learning rate fits. What is not finite
+    stays as it is, for who looks at the network as a whole.
     """
+    if not torch.isfinite(factors.outer.sum() + factors.inner.sum()):
+        return factors
     left, triangle = torch.linalg.qr(factors.outer)
     right, other = torch.linalg.qr(factors.inner.mT)
     u, s, v = torch.linalg.svd(triangle @ other.mT, full_matrices=False)
@@ -183,6 +186,17 @@ def balance(model: nn.Module) -> None:
             groups = getattr(layers[0], "groups", 1)
             for layer, kernel in zip(layers, balanced_kernels([kernels(x, groups) for x in layers]), strict=True):
                 set_weight(layer, kernel)
+
+
+def is_balanced(model: nn.Module, within: float = 0.01) -> bool:
+    """Whether the layers of every factored site are as large as each other, by their norms."""
+    for made in model.modules():
+        if isinstance(made, Factored):
+            layers = [made.get_submodule(name) for name in FORMS[made.form].layers]
+            norms = [float(kernels(layer, 1).norm()) for layer in layers]
+            if not max(norms) <= (1 + within) * min(norms):
+                return False
+    return True
 
 
 def unfold(model: nn.Module, names: Iterable[str]) -> nn.Module:

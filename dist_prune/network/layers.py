@@ -15,11 +15,33 @@ UNKNOWN = (_ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, of one that was compiled or made parallel.
+
+    Raises:
+        ModelError: it has no layers that could be replaced.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is {type(model).__name__}; expected the torch.nn.Module that it was made of")
+    while type(model).__name__ == "OptimizedModule" or isinstance(
+        model, nn.DataParallel | nn.parallel.DistributedDataParallel
+    ):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    require_layers(model)
+    return model
+
+
 def require_layers(model: nn.Module) -> None:
     """Refuse what has no layers to replace, and say what to give instead."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "the network is TorchScript, whose layers cannot be replaced: give the nn.Module it was made of"
+        )
+    if "eval" in vars(model):  # torch.export forbids it so
+        raise ModelError(
+            "the network is an exported program: its layers are gone; give the nn.Module it was made of"
         )
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:

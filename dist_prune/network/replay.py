@@ -66,7 +66,9 @@ def _same(first: Any, second: Any) -> bool:  # noqa: ANN401  networks return wha
     """Whether two answers of a network agree, up to rounding."""
     firsts, seconds = (tree_leaves(a) for a in (first, second))
     pairs = [(a, b) for a, b in zip(firsts, seconds, strict=False) if isinstance(a, Tensor)]
-    return bool(pairs) and all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3) for a, b in pairs)
+    return bool(pairs) and all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-3, 1e-3) for a, b in pairs
+    )
 
 
 def listing(model: nn.Module, names: Iterable[str], images: Tensor, reason: str) -> Listing:

@@ -49,8 +49,10 @@ class Trial:
             answer = answer_of(with_replaced(self.model, replacements.items(), tensors), self.image)
         except (CopyError, torch.OutOfMemoryError):
             raise
+        except AttributeError as error:
+            return f"the code around it reads its attribute {error.name!r}, which a pair does not have"
         except Exception as error:
-            return f"the code around it reads more of it than its output ({error})".replace("\n", " ")
+            return f"the code around it fails with another module there ({error})".replace("\n", " ")
         off = (answer - self.expected).double().norm() if answer.shape == self.expected.shape else torch.inf
         if off <= self.tolerance * self.expected.double().norm():
             return ""

@@ -65,6 +65,7 @@ def train_towards(job: Job, model: nn.Module) -> None:
         batches = islice(watched, settings.distill_steps - trainer.step)
         for progress in trainer.epoch(batches):
             job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
+    balance(model)
     job.report.say(f"   {settings.distill_steps} steps on {len(split)} images: loss {progress.loss:.4f}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from dist_prune.artifacts.answers import ANSWERS, Answers
 from dist_prune.artifacts.answers import save as save_answers
 from dist_prune.artifacts.saved_model import Description, save_compressed
 from dist_prune.distributed.world import digest
-from dist_prune.factorization.plan import cost
+from dist_prune.factorization.plan import Cost
+from dist_prune.factorization.release import release
 from dist_prune.network.published import options_of
 from dist_prune.reporting.html import page
-from dist_prune.run.job import STAGES, Job
+from dist_prune.run.job import STAGES, Job, probe
 from dist_prune.utils import files
 from dist_prune.utils.tables import table
 
@@ -25,7 +25,8 @@ def finished(folder: Path) -> bool:
 
 
 def finish(job: Job) -> None:
-    """Save the model, print the results, and write result.json last."""
+    """Prove the network sound and measure it, save it, print the results, and write result.json last."""
+    after = release(job.state.compressed, probe(job.config, job.world, 1))
     description = Description(
         job.config.network.arch,
         job.config.network.classes,
@@ -37,9 +38,9 @@ def finish(job: Job) -> None:
     job.world.from_first(lambda: save_compressed(job.folder, job.state.compressed, description))
     answers = Answers(job.dataset.val.digest(), job.state.right)
     job.world.from_first(lambda: save_answers(job.folder / ANSWERS, answers))
-    result = outcome(job)
+    result = outcome(job, after)
     job.world.from_first(lambda: draw(job, result))
-    job.world.from_first(lambda: files.write_text(job.folder / "result.json", json.dumps(result, indent=1) + "\n"))
+    job.world.from_first(lambda: files.write_text(job.folder / "result.json", files.to_json(result)))
     job.report.say(told_outcome(job, result))
     if job.report.curves is not None:
         job.report.curves.settings(*to_compare(job, result))
@@ -53,9 +54,8 @@ def draw(job: Job, result: dict[str, Any]) -> None:
         job.report.warn(f"{page.HTML} could not be drawn ({error!r}); try dist-prune report {job.folder}")
 
 
-def outcome(job: Job) -> dict[str, Any]:
-    """What result.json holds."""
-    after = cost(job.survey, job.state.chosen)
+def outcome(job: Job, after: Cost) -> dict[str, Any]:
+    """What result.json holds; `after` is the compressed network's cost, as measured."""
     return {
         **{stage: asdict(job.state.metrics[stage]) if stage in job.state.metrics else None for stage in STAGES},
         "macs": {"dense": job.survey.macs, "compressed": after.macs},

@@ -12,7 +12,7 @@ from torch import nn
 from dist_prune.artifacts import run_directory
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import Run
-from dist_prune.correction.correct import require_deterministic
+from dist_prune.correction.correct import FEWEST, require_deterministic
 from dist_prune.data import pretrained_images
 from dist_prune.data.damage import check_files, require_size
 from dist_prune.data.dataset import Dataset, Split, list_unlabelled, open_dataset, write_digits
@@ -24,6 +24,7 @@ from dist_prune.network import models
 from dist_prune.network.errors import ModelError
 from dist_prune.network.memory_format import lay_out
 from dist_prune.network.published import options_of
+from dist_prune.network.replacing import CopyError
 from dist_prune.network.sites import SiteError, Survey, survey
 from dist_prune.network.user_code import split, told
 from dist_prune.reporting.report import Report
@@ -60,6 +61,9 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     found = everything.select(config.compression.sites)
     ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
     ranks.check()
+    if everything.concern:
+        report.warn(everything.concern)
+    require_calibration(config, unlabelled or dataset.train)
     if config.correction.correct != "none":
         require_deterministic(dense, probe(config, world, 2), world)
     notes += require_trainable(config, dense, world)
@@ -185,6 +189,21 @@ def require_classes(config: Run, dataset: Dataset) -> None:
         )
 
 
+def require_calibration(config: Run, split: Split) -> None:
+    """Some of the images to correct from judge, the others are solved from: there must be both.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    used = config.keeps_to_dense and (config.correction.correct != "none" or config.correction.reestimate_bn)
+    if used and len(split) < FEWEST:
+        where = "--calibrate-data" if config.correction.calibrate_data else "--data"
+        raise ConfigError(
+            f"{where}: {len(split)} images in {split.root} to correct from, expected at least {FEWEST}, better "
+            f"hundreds: every eighth judges; or use --correct none"
+        )
+
+
 def load_network(
     config: Run, world: World, say: Callable[[str], None], read: bool = True
 ) -> tuple[nn.Module, Survey]:
@@ -214,14 +233,15 @@ def load_network(
         lay_out(dense, torch.channels_last)
     image = probe(config, world, 1)
     try:
-        found = survey(dense, image)
-    except (ModelError, SiteError):
+        own = survey(dense, image)
+    except (ModelError, SiteError, CopyError):
         raise
     except Exception as error:  # whatever the network's own code raises
         size = " × ".join(map(str, image.shape[1:]))
         see = "--crop and --channels-last" if config.channels_last else "--crop"
         reason = error if isinstance(error, RuntimeError) else told(error, Path(split(network.arch)[0]))
         raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
+    found = world.from_first(lambda: own)
     if found.classes != network.classes:
         raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
     return dense, found

@@ -81,6 +81,7 @@ def tune(job: Job) -> None:
     balance(job.state.compressed)
     with job.report.phase("finetune"):
         train(job, job.state.compressed, last_tuning(job.config), "train")
+    balance(job.state.compressed)
 
 
 def last_tuning(config: Run) -> TuningConfig:

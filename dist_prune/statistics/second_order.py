@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch.nn.grad import conv2d_input
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
-from dist_prune.network.sites import Site, output_rows, padded
+from dist_prune.network.sites import Site, given_to, output_rows, padded
 from dist_prune.statistics.curvature import differentiating
 from dist_prune.statistics.moments import StatisticsError, full_float32
 from dist_prune.utils import keyed_random
@@ -123,10 +124,10 @@ class _Site:
         """One call's inputs, outputs, and the gradients of all draws, (draws, …) as y."""
         raise NotImplementedError
 
-    def forward(self, _module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         """A call of the layer: its inputs are kept until the gradients of all draws are there."""
         y = y if y.requires_grad else y.requires_grad_() + 0  # the graph begins at the first site
-        x, given, gradients = inputs[0].detach(), y.detach(), list[Tensor]()
+        x, given, gradients = given_to(args, kwargs).detach(), y.detach(), list[Tensor]()
         version = x._version
 
         def backward(gradient: Tensor) -> None:
@@ -298,7 +299,7 @@ def collect_losses(
     with differentiating(model), full_float32(), ExitStack() as stack:
         sites: list[_Site] = [*summed, *kept]
         for each in sites:
-            stack.callback(each.module.register_forward_hook(each.forward).remove)
+            stack.callback(each.module.register_forward_hook(each.forward, with_kwargs=True).remove)
         for batch in batches:
             if len(batch.images):
                 _differentiate(model, sites, batch, loss, draws, seed)

@@ -16,7 +16,7 @@ from dist_prune.distributed.world import World
 from dist_prune.factorization.plan import Plan
 from dist_prune.statistics.probes import kl
 from dist_prune.training.evaluate import Predictions, predict
-from dist_prune.utils.files import CheckpointError, write_text
+from dist_prune.utils.files import CheckpointError, to_json, write_text
 from dist_prune.utils.tables import table
 from dist_prune.utils.text import read_text
 
@@ -98,7 +98,7 @@ def format_summary(losses: Sequence[SiteLoss], unit: str) -> str:
 def save(path: Path, losses: Sequence[SiteLoss], unit: str, images: int) -> None:
     """Write `sites.json`."""
     content = {"images": images, "predicted": unit, "measured": "KL", "sites": [asdict(s) for s in losses]}
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, to_json(content))
 
 
 def load(path: Path) -> dict[str, Any]:

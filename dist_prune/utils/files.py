@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,6 +64,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically, as UTF-8."""
     with replacing(path) as aside:
         text_files.write_text(aside, text)
+
+
+def to_json(content: Any, indent: int | None = 1) -> str:  # noqa: ANN401  plain types
+    """JSON that every reader takes: what is no finite number becomes null, which the standard has instead."""
+    return json.dumps(_standard(content), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _standard(content: Any) -> Any:  # noqa: ANN401  plain types
+    if isinstance(content, dict):
+        return {name: _standard(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_standard(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def checksum(path: Path) -> str:
