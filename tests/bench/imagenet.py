@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from dist_prune.data.timm_images import is_timms, spec_of
 from torch import Tensor, nn
 
 from dist_prune import compress
@@ -28,7 +29,6 @@ from dist_prune.config.flags import Rule
 from dist_prune.config.run import ImageSpec
 from dist_prune.data.dataset import list_unlabelled
 from dist_prune.data.loader import evaluation_stream
-from dist_prune.data.timm_images import is_timms, spec_of
 from dist_prune.distributed.world import joined
 from dist_prune.factorization.plan import PlanError, cost, make_plan
 from dist_prune.network import models
