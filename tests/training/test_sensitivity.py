@@ -109,13 +109,13 @@ def test_only_the_one_site_is_compressed(world: World) -> None:
 def test_table_and_file(tmp_path: Path) -> None:
     losses = [SiteLoss("conv1", 6, 0.25, 0.5), SiteLoss("conv2", 3, None, 0.125)]
     lines = format_summary(losses, "KL").splitlines()
-    assert lines[0].split() == ["site", "alone", "rank", "predicted", "KL", "measured", "KL"]
+    assert lines[0].split() == ["site", "alone", "form", "predicted", "KL", "measured", "KL"]
     assert lines[2].split() == ["conv1", "6", "0.25", "0.5"]
     assert lines[4].split() == ["sum", "0.25", "0.625"]
     save(tmp_path / "sites.json", losses, "KL", 512)
     content = json.loads((tmp_path / "sites.json").read_text())
     assert content["images"] == 512
-    assert content["sites"][0] == {"site": "conv1", "rank": 6, "predicted": 0.25, "measured": 0.5}
+    assert content["sites"][0] == {"site": "conv1", "rank": 6, "predicted": 0.25, "measured": 0.5, "label": ""}
 
 
 def seen(world: World, folder: str) -> list[int]:
