@@ -28,7 +28,7 @@ from torch.nn.grad import conv2d_input
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
-from dist_prune.network.sites import Site, given_to, output_rows, padded
+from dist_prune.network.sites import Site, call_of, output_rows, padded
 from dist_prune.statistics.curvature import differentiating
 from dist_prune.statistics.moments import StatisticsError, full_float32
 from dist_prune.utils import keyed_random
@@ -113,22 +113,37 @@ class _Site:
 
     def __init__(self, site: Site, module: nn.Module, draws: int) -> None:
         self.site, self.module, self.draws = site, module, draws
+        self.images = self.calls = 0
+        self.alone: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # calls of single images, by number
 
     def begin(self, indices: Tensor) -> None:
         """A new batch of images with these indices, (images,)."""
+        self.images, self.calls, self.alone = len(indices), 0, {}
 
     def finish(self) -> None:
         """The batch has been differentiated."""
+        if self.alone:
+            parts = zip(*(self.alone[number] for number in sorted(self.alone)), strict=True)
+            x, y, gradients = (torch.cat(part, axis) for part, axis in zip(parts, (0, 0, 1), strict=True))
+            if len(y) % self.images:
+                raise StatisticsError(
+                    f"{self.site.name}: its calls are not of whole batches, {len(y)} entries for {self.images} "
+                    f"images; leave the layer out with --sites"
+                )
+            self.add(x, y, gradients)
 
     def add(self, x: Tensor, y: Tensor, gradients: Tensor) -> None:
         """One call's inputs, outputs, and the gradients of all draws, (draws, …) as y."""
         raise NotImplementedError
 
-    def forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+    def forward(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
         """A call of the layer: its inputs are kept until the gradients of all draws are there."""
-        y = y if y.requires_grad else y.requires_grad_() + 0  # the graph begins at the first site
-        x, given, gradients = given_to(args, kwargs).detach(), y.detach(), list[Tensor]()
-        version = x._version
+        output = output if output.requires_grad else output.requires_grad_() + 0  # the graph begins here
+        x, y = (tensor.detach() for tensor in call_of(self.site, args, kwargs, output))
+        number, version, gradients = self.calls, x._version, list[Tensor]()
+        self.calls += 1
 
         def backward(gradient: Tensor) -> None:
             if x._version != version:
@@ -136,13 +151,16 @@ class _Site:
                     f"{self.site.name}: its input is changed in place before the backward pass; "
                     f"write the network's in-place operation out of place, or leave the layer out with --sites"
                 )
-            gradients.append(gradient)
+            gradients.append(gradient.view(y.shape))
             if len(gradients) == self.draws:
-                self.add(x, given, torch.stack(gradients))
+                if len(y) % self.images:
+                    self.alone[number] = x, y, torch.stack(gradients)
+                else:
+                    self.add(x, y, torch.stack(gradients))
                 gradients.clear()
 
-        y.register_hook(backward)  # type: ignore[no-untyped-call]
-        return y
+        output.register_hook(backward)  # type: ignore[no-untyped-call]
+        return output
 
 
 class _Families(_Site):
@@ -160,12 +178,14 @@ class _Families(_Site):
 
     def begin(self, indices: Tensor) -> None:
         """See `_Site`."""
+        super().begin(indices)
         self.totals = self.mean.new_zeros(self.draws, len(indices))
         for family in self.families.values():
             family.given = self.mean.new_zeros(self.draws, len(indices), family.terms.offset.shape[1])
 
     def finish(self) -> None:
         """See `_Site`."""
+        super().finish()
         tails = {name: family.add(self.totals) for name, family in self.families.items()}
         if self.cross is not None:
             first, second = (tails[name].flatten(0, 1) for name in TOGETHER)
@@ -196,6 +216,7 @@ class _Sampled(_Site):
 
     def begin(self, indices: Tensor) -> None:
         """See `_Site`."""
+        super().begin(indices)
         self.indices = indices
 
     @torch.no_grad()
