@@ -22,6 +22,7 @@ from dist_prune.run.measure import evaluate, evaluate_dense, measure_sites
 from dist_prune.run.prepare import prepare, show_plan
 from dist_prune.run.resume import opened
 from dist_prune.run.train import last_tuning, load_dense, tune
+from dist_prune.utils.files import require_writable
 
 
 class WorkError(RuntimeError):
@@ -93,8 +94,8 @@ def settle(config: Run) -> tuple[Run, Path]:
     folder = run_directory.run_directory(config, launch)
     config = run_directory.taken_up(config, folder, launch, restarts(os.environ))
     require_complete(config)
+    require_writable(folder, "name a place that can with --run-dir")
     run_directory.require_free(folder, config)
-    run_directory.require_writable(folder)
     return config, folder
 
 

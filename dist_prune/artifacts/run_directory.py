@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -88,22 +87,6 @@ def require_free(folder: Path, config: Run) -> None:
         hint = "; --reshard allows this" if all(name.rpartition(".")[2] in PER_RANK for name in changed) else ""
         text = "; ".join(changed.values())
         raise CheckpointError(f"--resume: {folder} was started with other settings: {text}{hint}")
-
-
-def require_writable(folder: Path) -> None:
-    """Refuse a place that cannot be written, before work; leaves nothing there.
-
-    Raises:
-        CheckpointError: the folder, or the innermost one around it that is there, cannot be written.
-    """
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: could not be written ({error.strerror}): name a place that can with --run-dir"
-        ) from error
 
 
 def is_known(folder: Path) -> bool:

@@ -157,7 +157,7 @@ def statistics_key(run: Run) -> str:
         "of": origin(method, "", "", to_dict(run.images.image), run.seed),
         "network": to_dict(network),
         "trained": to_dict(run.pretrain) if trained else None,
-        "data": [run.images.data, str(run.images.class_list)],
+        "data": [*map(str, (run.images.data, run.images.class_list, run.unlabelled_statistics))],
         "images": method.statistics_images,
         "sites": run.compression.sites,
         "seed": run.seed if seeded else None,

@@ -136,7 +136,7 @@ class MethodConfig:
     damping: float = 0.01
     """fisher: added to the metric, as a share of its largest eigenvalue."""
     statistics_images: int = 0
-    """Training images the statistics see; 0: all."""
+    """Training images (or of --calibrate-data) the statistics see; 0: all."""
     loss_images: int = 512
     """fisher: of the statistics' images, those whose exact second-order losses the ranks are chosen by; 0: the
     metric alone, which takes errors of neighbouring positions as independent and predicts too little."""
@@ -232,7 +232,8 @@ class CorrectionConfig:
     calibrate_images: int = 1024
     """Images to solve from, labels unused; every eighth is the holdout."""
     calibrate_data: Path | None = None
-    """A folder of unlabelled images, at any depth, to use instead of training images; for --distill-steps, too."""
+    """A folder of unlabelled images, at any depth, to use instead of training images wherever labels are not: for
+    statistics (all methods but gradient), correction and --distill-steps. Then train/ may be absent."""
     reestimate_bn: bool = False
     """Then re-estimate batch norm's statistics from these images; kept where the holdout KL goes down."""
     metric_damping: tuple[float, ...] = (0.1,)
@@ -345,6 +346,11 @@ class Run:
         return trained or self.compression.basis.method == "gradient"
 
     @property
+    def unlabelled_statistics(self) -> Path | None:
+        """The folder whose images the statistics see instead of training images, if there is one."""
+        return None if self.compression.basis.method == "gradient" else self.correction.calibrate_data
+
+    @property
     def keeps_to_dense(self) -> bool:
         """Whether correction means anything: not after training in rounds, nor of untrained layers."""
         return not self.iteration.is_iterative and self.compression.basis.method != "random-init"
@@ -375,8 +381,10 @@ def require_complete(run: Run) -> None:
         return
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder per class")
     correction, steps = run.correction, run.distillation.distill_steps
-    used = correction.correct != "none" or correction.reestimate_bn or steps
-    _require(bool(used) or correction.calibrate_data is None, "--calibrate-data: --correct none leaves it unused")
+    sees = collects and run.unlabelled_statistics is not None
+    used = sees or correction.correct != "none" or correction.reestimate_bn or steps
+    unused = f"--calibrate-data: --correct none and --method {run.compression.basis.method} leave it unused"
+    _require(bool(used) or correction.calibrate_data is None, unused)
     known = run.network.weights != "none" or run.pretrain.epochs
     _require(bool(known), "--weights none leaves nothing to compress: give weights, or --pretrain.epochs N")
 

@@ -15,7 +15,7 @@ from dist_prune.data.dataset import Split, list_unlabelled, write_digits
 from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Unsharded, evaluation_stream
 from dist_prune.data.mnist import has_idx, unpack
-from dist_prune.utils.files import CheckpointError, cache_folder
+from dist_prune.utils.files import CheckpointError, caching
 from dist_prune.utils.text import read_text
 
 BATCH, THREADS = 64, 2
@@ -82,9 +82,13 @@ def _validation(source: str) -> Path:
     if not source:
         raise DataError("the run's data is not known")
     if source == "digits":
-        return write_digits(cache_folder() / "digits") / "val"
+        with caching() as cache:
+            return write_digits(cache / "digits") / "val"
     folder = Path(source)
-    return (unpack(folder, cache_folder()) if has_idx(folder) else folder) / "val"
+    if has_idx(folder):
+        with caching() as cache:
+            folder = unpack(folder, cache)
+    return folder / "val"
 
 
 def _read(split: Split, spec: ImageSpec, count: int, origin: str) -> Samples:

@@ -24,7 +24,7 @@ from dist_prune.factorization.forms import FORMS, Ranks
 from dist_prune.factorization.knapsack import Floats, Ints
 from dist_prune.network.memory_format import layout_of
 from dist_prune.network.sites import Site, evaluating, given_to
-from dist_prune.utils.files import cache_folder, name_of, write_text
+from dist_prune.utils.files import cache_folder, name_of, require_writable, write_text
 from dist_prune.utils.text import read_text
 
 Calls = Sequence[Callable[[], object]]
@@ -268,6 +268,7 @@ def _kept(folder: Path, key: list[str], measured: Callable[[], Timing]) -> Timin
     path = folder / f"{name_of(key)}.json"
     known = _read(path, key)
     if known is None:
+        require_writable(folder, "name another place with DIST_PRUNE_CACHE")
         known = measured()
         content = {"key": key, "dense": known.dense, "ranks": known.ranks, "chains": known.chains}
         write_text(path, json.dumps(content, indent=1) + "\n")

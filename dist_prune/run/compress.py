@@ -59,6 +59,8 @@ def collect_statistics(job: Job) -> None:
     if method.method in DATA_FREE or method.statistics is not None:
         return
     with job.report.phase("statistics"):
+        if folder := job.config.unlabelled_statistics:
+            job.report.say(f"   {len(statistics_split(job, 0)):,} images of {folder}, without labels")
         passes = passes_of(job)
         patches = job.planner.needs_patches
         found = statistics.collect(job.dense, sites, passes.open, job.world, method, seed, passes, patches)
@@ -75,9 +77,10 @@ def statistics_file(job: Job) -> Path:
 def made_of(job: Job) -> dict[str, Any]:
     """What the statistics are of."""
     image, images = to_dict(job.config.images.image), statistics_split(job, 0)
-    return statistics.origin(
+    origin = statistics.origin(
         job.config.compression.basis, digest(job.dense), images.digest(), image, job.config.seed
     )
+    return origin | {statistics.IMAGE_COUNT: len(images)}
 
 
 def plan_and_project(job: Job) -> None:

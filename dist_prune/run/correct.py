@@ -37,6 +37,7 @@ def correct(job: Job) -> None:
         )
         shown.close()
     job.report.say(correction.format_summary(result))
+    job.report.say(held_out(job))
     for concern in correction.concerns(result):
         job.report.warn(concern)
 
@@ -48,6 +49,19 @@ def reestimate_batch_norm(job: Job) -> None:
         memory = job.config.correction.calibration_bytes
         result = batchnorm.reestimate(job.dense, job.state.compressed, images, memory, job.world)
     job.report.say(batchnorm.format_summary(result))
+    job.report.say(held_out(job))
+
+
+def held_out(job: Job) -> str:
+    """What the held-out KL was measured on, and what to expect of it."""
+    split = unlabelled_stream(job).split
+    count = len(range(0, len(split), correction.HELD))
+    if job.unlabelled is not None:
+        return f"held out: {count:,} images of {split.root}, not used to solve from"
+    return (
+        f"held out: {count:,} training images, not used to solve from; a network that has learnt them is surer of "
+        f"them, and KL on other images is usually higher"
+    )
 
 
 def solved(state: correction.CorrectionState) -> int:

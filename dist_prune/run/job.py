@@ -95,8 +95,9 @@ def unlabelled_stream(job: Job) -> Stream:
 
 
 def statistics_split(job: Job, count: int) -> Split:
-    """A seeded subset of the training images, never of the validation images."""
-    split = limited(job.dataset.train, job.config.compression.basis.statistics_images, job.config.seed)
+    """A seeded subset of `--calibrate-data` where no labels are used, else of the training images."""
+    source = job.unlabelled if job.config.unlabelled_statistics else None
+    split = limited(source or job.dataset.train, job.config.compression.basis.statistics_images, job.config.seed)
     return limited(split, count, job.config.seed)
 
 

@@ -29,8 +29,11 @@ from dist_prune.network.sites import SiteError, Survey, survey
 from dist_prune.network.user_code import split, told
 from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
+from dist_prune.run.compress import made_of
 from dist_prune.run.job import Job, calibration, probe, unlabelled_stream, validation
 from dist_prune.run.state import State
+from dist_prune.run.train import cached_weights
+from dist_prune.statistics import collect as statistics
 from dist_prune.training.dry_step import format_unreached, unreached
 from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
@@ -94,6 +97,7 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     )
     for stream in (validation(job), calibration(job, 0), unlabelled_stream(job)):
         assert len(stream), "streams refuse to share fewer images than ranks"
+    world.from_first(lambda: check_files_of(job))
     return job
 
 
@@ -122,6 +126,20 @@ def require_trainable(config: Run, dense: nn.Module, world: World) -> list[str]:
     return [format_unreached(tuple(found))]
 
 
+def check_files_of(job: Job) -> None:
+    """Files that the work will read or write later.
+
+    Raises:
+        CheckpointError: statistics that are absent; a cache that cannot be written, by its variable.
+        StatisticsError: statistics of another network or other images.
+    """
+    given, weights = job.config.compression.basis.statistics, cached_weights(job)
+    if given is not None:
+        statistics.require_fitting(given, job.survey.sites, made_of(job))
+    if weights is not None and not weights.is_file():
+        files.require_writable(weights.parent, "name another place with DIST_PRUNE_CACHE")
+
+
 def identity_of(dataset: Dataset, unlabelled: Split | None, dense: nn.Module) -> dict[str, str]:
     """What a run is about: another one cannot resume from its checkpoints."""
     return {
@@ -145,10 +163,12 @@ def shares_of(config: Run, world: World) -> dict[str, int]:
 def open_images(config: Run) -> Dataset:
     """The data set that `--data` names."""
     if config.images.data == "digits":
-        return open_dataset(write_digits(files.cache_folder() / "digits"))
+        with files.caching() as cache:
+            return open_dataset(write_digits(cache / "digits"))
     folder = Path(config.images.data)
     if has_idx(folder):
-        folder = unpack(folder, files.cache_folder())
+        with files.caching() as cache:
+            folder = unpack(folder, cache)
     needs_train = config.needs_labels or config.correction.calibrate_data is None
     return open_dataset(folder, config.images.class_list, config.network.classes, config.needs_labels, needs_train)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -47,11 +48,11 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, befo
         trainer.finish()
 
 
-def load_dense(job: Job) -> None:
-    """Without given weights, train the dense network, or take the one an earlier run trained the same way."""
+def cached_weights(job: Job) -> Path | None:
+    """Where weights that this run trains first are kept for other runs; None if they are given."""
     config = job.config
     if config.network.weights != "none":
-        return
+        return None
     settings = [
         config.network,
         config.images,
@@ -64,14 +65,21 @@ def load_dense(job: Job) -> None:
     arch = config.network.arch
     code = list(map(files.checksum, user_code.sources(arch).values())) if user_code.is_file(arch) else []
     key = [*map(str, map(to_dict, settings)), job.dataset.train.digest(), *code]
-    cached = files.cache_folder() / f"{config.network.arch.replace('/', '_')}-{files.name_of(key)}.pt"
+    return files.cache_folder() / f"{arch.replace('/', '_')}-{files.name_of(key)}.pt"
+
+
+def load_dense(job: Job) -> None:
+    """Without given weights, train the dense network, or take the one an earlier run trained the same way."""
+    network, cached = job.config.network, cached_weights(job)
+    if cached is None:
+        return
     if job.world.from_first(lambda: files.is_intact(cached)):
         job.report.say(f"dense weights from {cached}")
-        models.fill(job.dense, config.network.arch, config.network.classes, str(cached))
+        models.fill(job.dense, network.arch, network.classes, str(cached))
         return
     job.checkpoints.stage = "pretrain"
     with job.report.phase("pretrain"):
-        train(job, job.dense, config.pretrain, "pretrain")
+        train(job, job.dense, job.config.pretrain, "pretrain")
     job.world.from_first(lambda: files.save_weights(cached, job.dense))
     job.report.say(f"dense weights kept in {cached}")
 

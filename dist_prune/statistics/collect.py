@@ -32,9 +32,11 @@ from dist_prune.statistics.moments import (
 )
 from dist_prune.statistics.patches import PatchMoments, accumulating_patches, sum_patches
 from dist_prune.statistics.probes import LOSSES, Probing, collect_global, collect_sampled
-from dist_prune.utils.files import replacing, require_intact, seal
+from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal
 
 T = TypeVar("T")
+
+IMAGE_COUNT = "image_count"  # of what statistics were made of, for people
 
 ONE_PASS = ("pca", "whitened-svd", "fisher")
 
@@ -177,6 +179,46 @@ def save(path: Path, statistics: Statistics, made_of: Mapping[str, Any]) -> None
     seal(path)
 
 
+def require_fitting(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any]) -> None:
+    """Compare what statistics were made of with what a run needs, by the head of the file alone.
+
+    Raises:
+        CheckpointError: there is no such file.
+        StatisticsError: made of something else (what differs is said), or a site is not in it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"--statistics {path}: there is no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            before, names = json.loads(file.metadata()["made_of"]), set(file.keys())
+    except Exception as error:
+        raise StatisticsError(f"--statistics {path}: not a statistics file ({error})") from error
+    differing = [key for key in made_of if key != IMAGE_COUNT and before.get(key) != made_of[key]]
+    if differing:
+        text = "; ".join(_difference(key, before, made_of) for key in differing)
+        raise StatisticsError(f"--statistics {path} does not fit this run: {text}; leave the flag out")
+    for site in sites:
+        if f"moments/count/{site.name}" not in names:
+            raise StatisticsError(
+                f"--statistics {path} has no {site.name}; collect again, or choose fewer --sites"
+            )
+
+
+def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, where digests would say nothing."""
+    there, here = before.get(key), now[key]
+    if key == "images":
+        counts = [found.get(IMAGE_COUNT) for found in (before, now)]
+        known = None not in counts and counts[0] != counts[1]
+        return f"{counts[0]:,} images there, {counts[1]:,} here" if known else "other images there than here"
+    if key == "model":
+        return "another network there, or other weights"
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        parts = sorted(part for part in {*there, *here} if there.get(part) != here.get(part))
+        return ", ".join(f"{part} {there.get(part)} there, {here.get(part)} here" for part in parts)
+    return f"{key} {there} there, {here} here"
+
+
 def load(
     path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: torch.device, patches: bool = False
 ) -> Statistics:
@@ -187,23 +229,12 @@ def load(
         StatisticsError: made of something else (what differs is text), or a site is not in it.
     """
     require_intact(path)
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            before = json.loads(file.metadata()["made_of"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except Exception as error:
-        raise StatisticsError(f"--statistics {path}: not a statistics file ({error})") from error
-    differing = [key for key in made_of if before.get(key) != made_of[key]]
-    if differing:
-        text = "; ".join(f"{key}: {before.get(key)} there, {made_of[key]} here" for key in differing)
-        raise StatisticsError(f"--statistics {path} does not fit this run: {text}; leave the flag out")
+    require_fitting(path, sites, made_of)
+    with safe_open(path, "pt", device=str(device)) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     moments = {}
     for site in sites:
         parts = [f"moments/{part}/{site.name}" for part in ("count", "shift", "total", "outer")]
-        if parts[0] not in tensors:
-            raise StatisticsError(
-                f"--statistics {path} has no {site.name}; collect again, or choose fewer --sites"
-            )
         moments[site.name] = Moments(*(tensors[part] for part in parts))
     found = {site.name: tensors.get(f"curvature/{site.name}") for site in sites}
     curvature = {name: matrix for name, matrix in found.items() if matrix is not None}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from dist_prune.utils import text as text_files
+
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 
 
 class CheckpointError(RuntimeError):
@@ -119,7 +122,43 @@ def require_intact(path: Path) -> None:
 def cache_folder() -> Path:
     """Where things that can be computed again are kept: $DIST_PRUNE_CACHE, else ~/.cache/dist_prune."""
     given = os.environ.get("DIST_PRUNE_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "dist_prune"
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "dist_prune"
+    except RuntimeError as error:  # a user without a home
+        raise CheckpointError(f"no place to keep files in ({error}): name one with DIST_PRUNE_CACHE") from error
+
+
+@contextmanager
+def caching() -> Iterator[Path]:
+    """Lend the cache to what writes there.
+
+    Raises:
+        CheckpointError: it cannot be written; names its variable.
+    """
+    folder = cache_folder()
+    try:
+        yield folder
+    except OSError as error:
+        if not str(error.filename).startswith(str(folder)) and error.errno not in UNWRITABLE:
+            raise
+        raise CheckpointError(
+            f"{folder}: could not be written ({error.strerror}): name another place with DIST_PRUNE_CACHE"
+        ) from error
+
+
+def require_writable(folder: Path, advice: str) -> None:
+    """Refuse a place that cannot be written, before work; leaves nothing there.
+
+    Raises:
+        CheckpointError: the folder, or the innermost one around it that exists, cannot be written.
+    """
+    place = folder.absolute()
+    try:
+        parent = next(path for path in (place, *place.parents) if path.is_dir())
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error.strerror}): {advice}") from error
 
 
 def name_of(key: list[str]) -> str:

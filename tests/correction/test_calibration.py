@@ -75,7 +75,11 @@ UNUSABLE = {
         {},
         "1 damaged in",
     ),
-    "unused": (lambda folder: write_unlabelled(folder, 3), {"correct": "none"}, "--correct none leaves it unused"),
+    "unused": (
+        lambda folder: write_unlabelled(folder, 3),
+        {"correct": "none", "method": "gradient"},
+        "--correct none and --method gradient leave it unused",
+    ),
 }
 
 

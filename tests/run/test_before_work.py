@@ -1,0 +1,172 @@
+"""What a run needs later is looked for before its work; images without labels serve wherever labels are unused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_prune.utils import files
+from tests.pictures import save
+from tests.runs import CLASSES, VAL, Bench, result_of, tinted
+
+NOBODY = 65534
+
+
+# ── images without labels ──────────────────────────────────────────────────────────────────────────────────
+
+
+def only_val(bench: Bench, folder: Path) -> Path:
+    shutil.copytree(bench.data / "val", folder / "val")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["pca", "fisher"])
+def test_a_flat_folder_serves_statistics_and_correction_where_there_is_no_train(
+    bench: Bench, tmp_path: Path, method: str
+) -> None:
+    """The same figures as with the same images in train/, whose labels nobody looks at."""
+    data, loose = only_val(bench, tmp_path / "data"), tmp_path / "loose"
+    shutil.copytree(bench.data / "train", loose)
+    flags = {"method": method, "correct": "regression", "calibrate_images": 16, "epochs": 0}
+    bench.commands.succeed(*bench.words(tmp_path / "usual", **flags), ranks=2)
+    bench.commands.succeed(*bench.words(tmp_path / "run", data=data, calibrate_data=loose, **flags), ranks=2)
+    usual, found = result_of(tmp_path / "usual"), result_of(tmp_path / "run")
+    assert found["corrected"] == usual["corrected"] and found["parameter_hash"] == usual["parameter_hash"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"40 images of {loose}, without labels" in log
+    assert f"held out: 2 images of {loose}, not used to solve from" in log
+    assert "held out: 2 training images" in (tmp_path / "usual" / "log.txt").read_text()
+
+
+def test_a_flat_train_serves_where_no_labels_are_used(bench: Bench, tmp_path: Path) -> None:
+    data = only_val(bench, tmp_path / "data")
+    for i in range(12):
+        save(data / "train" / f"{i}.jpg", tinted(i % 4, i))
+    bench.commands.succeed(*bench.words(tmp_path / "run", data=data, epochs=0), ranks=2)
+    assert result_of(tmp_path / "run")["projected"]["images"] == VAL * len(CLASSES)
+    assert "used without labels" in result_of(tmp_path / "run")["warnings"][0]
+    done = bench.commands(*bench.words(tmp_path / "tuned", data=data, epochs=1))
+    assert done.codes == [2] and "train has images but no class folders" in done.errors[0]
+
+
+def test_classes_that_val_lacks_are_said_once(bench: Bench, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(bench.data, tmp_path / "data"))
+    shutil.rmtree(data / "val" / "b")
+    (data / "val" / "c" / "notes.txt").write_text("…")
+    done = bench.commands.succeed(*bench.words(tmp_path / "run", data=data, epochs=0), ranks=2)
+    assert result_of(tmp_path / "run")["dense"]["images"] == 3 * VAL
+    (left, lacking) = [line for line in done.out.splitlines() if line.startswith("warning: ")]
+    assert left.endswith("not of a kind that DALI decodes: 1 .txt")
+    assert lacking.endswith("has no images of 1 of 4 classes: b")
+
+
+# ── statistics of something else ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def collected(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collected") / "run"
+    bench.commands.succeed(*bench.words(folder, until="statistics"))
+    return folder / "statistics.safetensors"
+
+
+OTHERS: dict[str, tuple[dict[str, object], str]] = {
+    "fewer images": ({"statistics_images": 8}, "40 images there, 8 here"),
+    "as many others": ({"seed": 5, "statistics_images": 39}, "40 images there, 39 here"),
+    "another method": ({"method": "fisher"}, "method pca there, fisher here"),
+    "another size": ({"resize": 20}, "resize 0 there, 20 here"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_statistics_of_something_else_are_refused_before_anything_is_written(
+    bench: Bench, collected: Path, tmp_path: Path, name: str
+) -> None:
+    flags, message = OTHERS[name]
+    done = bench.commands(*bench.words(tmp_path / "run", statistics=collected, **flags), ranks=2)
+    assert done.codes == [2, 2]
+    assert len(done.errors) == 1 and message in done.errors[0], done.err
+    assert "baseline" not in done.out and not (tmp_path / "run").exists()
+
+
+def test_statistics_of_another_network_are_refused_at_once(bench: Bench, collected: Path, tmp_path: Path) -> None:
+    state = torch.load(bench.weights, weights_only=True)
+    torch.save({name: 2 * tensor for name, tensor in state.items()}, tmp_path / "other.pt")
+    done = bench.commands(*bench.words(tmp_path / "run", statistics=collected, weights=tmp_path / "other.pt"))
+    assert done.codes == [2] and "another network there, or other weights" in done.errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+# ── places that cannot be written ──────────────────────────────────────────────────────────────────────────
+
+
+def as_nobody(*words: str) -> int:
+    """The program for a user who may read everything, and write little."""
+    from dist_prune.cli.main import main
+
+    if os.geteuid() == 0:
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+    return main(list(words))
+
+
+UNTRAINED = {"weights": "none", "pretrain.epochs": 1, "epochs": 0}
+CACHED: dict[str, dict[str, object]] = {
+    "the digits": {"data": "digits", "classes": 10, "crop": 32, "weights": "none", "pretrain.epochs": 1},
+    "a network to train": UNTRAINED,
+    "latencies": {"ranks": "budget:latency=0.9"},
+}
+
+
+@pytest.fixture
+def readable(bench: Bench, tmp_path: Path) -> Callable[[], None]:
+    """Lets others read what lies in this test's and the bench's folders."""
+    for folder in (bench.data, tmp_path):
+        for path in (folder.resolve(), *folder.resolve().parents):
+            if path.stat().st_uid == os.geteuid() and len(path.parts) > 2:
+                path.chmod(path.stat().st_mode | 0o055)
+    return lambda: None
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.usefixtures("readable")
+def test_a_cache_that_cannot_be_written_is_named_by_its_variable_before_work(
+    bench: Bench, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "cache").mkdir(mode=0o555)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(0o777)
+    words = bench.words(tmp_path / "out" / "run", **CACHED[name])
+    place = {"DIST_PRUNE_CACHE": str(tmp_path / "cache" / "deep")}
+    done = bench.commands(*words, function="tests.run.test_before_work:as_nobody", ranks=2, **place)
+    assert done.codes == [1, 1], done.err
+    (line,) = done.errors
+    assert "could not be written (Permission denied)" in line and "DIST_PRUNE_CACHE" in line
+    assert not (tmp_path / "out" / "run").exists()
+
+
+@pytest.mark.usefixtures("readable")
+def test_a_run_directory_that_cannot_be_written_is_named_by_its_flag(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o555)
+    words = bench.words(tmp_path / "out" / "run")
+    done = bench.commands(*words, function="tests.run.test_before_work:as_nobody")
+    assert done.codes == [1]
+    assert "could not be written (Permission denied)" in done.errors[0] and "--run-dir" in done.errors[0]
+
+
+def test_a_user_without_a_home_is_asked_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIST_PRUNE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home")))
+    with pytest.raises(files.CheckpointError, match=r"Could not determine home.*DIST_PRUNE_CACHE"):
+        files.cache_folder()
+
+
+def test_what_the_statistics_were_made_of_is_kept_with_a_count(collected: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(collected, "pt") as file:
+        assert json.loads(file.metadata()["made_of"])["image_count"] == 40
