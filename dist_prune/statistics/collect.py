@@ -215,8 +215,8 @@ def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         return "another network there, or other weights"
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         parts = sorted(part for part in {*there, *here} if there.get(part) != here.get(part))
-        return ", ".join(f"{part} {there.get(part)} there, {here.get(part)} here" for part in parts)
-    return f"{key} {there} there, {here} here"
+        return ", ".join(f"{part}: {there.get(part)} there, {here.get(part)} here" for part in parts)
+    return f"{key}: {there} there, {here} here"
 
 
 def load(

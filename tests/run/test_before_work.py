@@ -77,8 +77,8 @@ def collected(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 OTHERS: dict[str, tuple[dict[str, object], str]] = {
     "fewer images": ({"statistics_images": 8}, "40 images there, 8 here"),
     "as many others": ({"seed": 5, "statistics_images": 39}, "40 images there, 39 here"),
-    "another method": ({"method": "fisher"}, "method pca there, fisher here"),
-    "another size": ({"resize": 20}, "resize 0 there, 20 here"),
+    "another method": ({"method": "fisher"}, "method: pca there, fisher here"),
+    "another size": ({"resize": 20}, "resize: 0 there, 20 here"),
 }
 
 

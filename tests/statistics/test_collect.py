@@ -139,9 +139,9 @@ def test_statistics_come_back_from_disk_bit_for_bit(method: MethodConfig, world:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "other"}, "model: a there, other here"),
-        ({"images": "other"}, "images: b there, other here"),
-        ({"image": {"crop": 7}}, "image: {'crop': 6} there, {'crop': 7} here"),
+        ({"model": "other"}, "run: another network there, or other weights; leave"),
+        ({"images": "other"}, "run: other images there than here; leave"),
+        ({"image": {"crop": 7}}, "run: crop: 6 there, 7 here; leave"),
         ({"side": "input"}, "side: output there, input here"),
         ({"bf16": True}, "bf16: None there, True here"),
         ({"seed": 4, "draws": 3}, "draws: 1 there, 3 here; seed: 0 there, 4 here"),
