@@ -162,7 +162,8 @@ def devices(config: Run, world: World) -> Iterator[Finding]:
     else:
         text = f"CPU, {len(os.sched_getaffinity(0))} cores for {world.size} rank(s) on {socket.gethostname()}"
         meant = config.device == "cpu"
-        advice = "no GPU is seen: ask the scheduler for one; --device cpu says that none is meant"
+        no_gpu = "no GPU is seen: ask the scheduler for one; --device cpu says that none is meant"
+        advice = world.note or no_gpu
         yield Finding("device", "ok" if meant else "warn", text, advice)
     if crowd := world.crowding():
         yield Finding("cores", "warn", *crowd.rsplit("; ", 1))

@@ -311,7 +311,7 @@ class Run:
     pretrain: TrainingConfig = field(default_factory=TrainingConfig)
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one."""
+    """auto: CUDA if every rank has a GPU of its own, else the CPU; under SLURM too few GPUs are an error."""
     channels_last: bool = False
     """Keep kernels and activations in NHWC memory format (channels_last); faster on most devices."""
     seed: int = 0

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from dist_prune.distributed.launch_env import LaunchEnv
+
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
 
 
@@ -29,7 +31,7 @@ class Board(Protocol):
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The CPU, or a GPU: the one that this rank would have if there were enough; see `require_own_gpu`.
+    """The CPU, or a GPU: the one that this rank would have if there were enough; see `own_device`.
 
     Raises:
         DeviceError: a GPU was asked for, and there is none.
@@ -53,29 +55,39 @@ def identity_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def require_own_gpu(store: Board, size: int, gpu: str, visible: int) -> None:
-    """Compare the GPUs of all ranks, before they connect: NCCL refuses two ranks on one, and in other words.
+def sharing(store: Board, size: int, gpu: str) -> str:
+    """Whether any two ranks have the same GPU, in words and the same on every rank; empty if each has its own.
+
+    Looked at before they connect: NCCL refuses such ranks in words of its own.
 
     Args:
         store: that all ranks share.
         size: how many ranks there are.
         gpu: of this rank, see `identity_of`.
-        visible: how many GPUs this rank sees.
-
-    Raises:
-        DeviceError: on every rank, the same, if any two have the same GPU.
     """
     if store.add(f"gpu/{gpu}", 1) > 1:
         store.add("gpus shared", 1)
     if store.add("gpus", 1) == size:
         store.set("gpus known", "")
     store.wait(["gpus known"])
-    if shared := store.add("gpus shared", 0):
-        found = size - shared
-        raise DeviceError(
-            f"{size} ranks on {found} GPU{'s' * (found > 1)}, and a GPU takes one: start as many ranks as GPUs "
-            f"(--nproc-per-node {visible}), or compute on the CPU (--device cpu)"
-        )
+    found = size - store.add("gpus shared", 0)
+    return f"{size} ranks on {found} GPU{'s' * (found > 1)}, and a GPU takes one" if found < size else ""
+
+
+def own_device(store: Board, place: LaunchEnv, wanted: str, device: torch.device) -> tuple[torch.device, str]:
+    """The GPU of this rank, or the CPU where "auto" finds fewer GPUs than ranks, and what to say then.
+
+    On a cluster that is an error: nobody reads the line before the hours are gone.
+
+    Raises:
+        DeviceError: on every rank, with both ways out.
+    """
+    if device.type == "cpu" or not (shared := sharing(store, place.size, identity_of(device))):
+        return device, ""
+    fewer = f"start as many ranks as GPUs (--nproc-per-node {torch.cuda.device_count()})"
+    if wanted == "cuda" or place.source in ("slurm", "submitit"):
+        raise DeviceError(f"{shared}: {fewer}, or compute on the CPU (--device cpu)")
+    return torch.device("cpu"), f"{shared}: computing on the CPU (as with --device cpu); to use GPUs, {fewer}"
 
 
 # ── the CPU ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,10 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_prune.distributed.devices import (
     choose_device,
     crowding,
-    identity_of,
     load_of_this_process,
+    own_device,
     quiet_output,
-    require_own_gpu,
 )
 from dist_prune.distributed.launch_env import LaunchEnv, find_launch_env
 from dist_prune.distributed.watchdog import Alarm, Whereabouts, describe
@@ -51,13 +50,13 @@ def joined(device: str = "auto", timeout_s: float = 600, place: LaunchEnv | None
     seconds with the same message on stderr and exit status 1. An error all ranks share is raised as it is.
 
     Args:
-        device: "auto" (a GPU for each rank; the CPU where there is none at all), "cpu" or "cuda".
+        device: "auto" (GPUs where each rank has one, else the CPU, see `own_device`), "cpu" or "cuda".
         timeout_s: seconds that ranks wait for each other, when joining and in every collective.
         place: where this process stands; found in the environment by default.
 
     Raises:
         RankError: another rank failed or died, or the ranks could not meet.
-        DeviceError: "cuda" was asked for and there is none, or two ranks would share a GPU.
+        DeviceError: "cuda" was asked for, and there are fewer GPUs than ranks.
         RuntimeError: this process has already joined.
     """
     if dist.is_initialized():
@@ -69,7 +68,9 @@ def joined(device: str = "auto", timeout_s: float = 600, place: LaunchEnv | None
     where = Whereabouts()
     with Alarm(store, store.clone(), place, where) as alarm:  # type: ignore[attr-defined]
         try:
-            world = World(place, _enter(store, place, device, timeout_s), where)
+            chosen, note = _enter(store, place, device, timeout_s)
+            world = World(place, chosen, where)
+            world.note = note
             yield world
             world.barrier()  # a rank that is done still has to hear of the others' errors
         except BaseException as error:
@@ -115,7 +116,7 @@ def _meet(place: LaunchEnv, timeout_s: float) -> Store:
     return found
 
 
-def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> torch.device:
+def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> tuple[torch.device, str]:
     device = choose_device(wanted, place.local_rank)
     agreed = store.compare_set("device", "", device.type).decode()
     if agreed != device.type:
@@ -123,8 +124,8 @@ def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> tor
             f"rank {place.rank} runs on {device.type}, another rank on {agreed}: "
             "check the GPUs of this node, or pass device 'cpu'"
         )
+    device, note = own_device(store, place, wanted, device)
     if device.type == "cuda":
-        require_own_gpu(store, place.size, identity_of(device), torch.cuda.device_count())
         torch.cuda.set_device(device)
     with quiet_output():
         dist.init_process_group(
@@ -135,7 +136,7 @@ def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> tor
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
-    return device
+    return device, note
 
 
 def _leave(broken: bool = False) -> None:
@@ -183,6 +184,7 @@ class World:
         self.size = place.size
         self.local_rank = place.local_rank
         self.device = device
+        self.note = ""  # why it is not the device that one would expect
         self.where = where  # for error messages
 
     def enter(self, phase: str) -> None:

@@ -38,7 +38,7 @@ def opened(job: Job) -> Iterator[Job]:
         job.report.say(f"run directory {job.folder}, {job.world.size} rank(s) on {job.world.device.type}")
         for note in job.notes:
             job.report.say(note)
-        for concern in [*notes_on(job.dataset, job.unlabelled), job.world.crowding()]:
+        for concern in [job.world.note, *notes_on(job.dataset, job.unlabelled), job.world.crowding()]:
             if concern:
                 job.report.warn(concern)
         if job.config.resume:

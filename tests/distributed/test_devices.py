@@ -11,42 +11,56 @@ import torch
 from torch.distributed import HashStore
 
 from dist_prune.distributed import devices
-from dist_prune.distributed.devices import DeviceError, Load, choose_device, crowding, require_own_gpu
+from dist_prune.distributed.devices import DeviceError, Load, choose_device, crowding, own_device
+from dist_prune.distributed.launch_env import LaunchEnv
 from dist_prune.distributed.world import World
 from tests.commands import PROGRAM
 from tests.ranks import run_ranks
 from tests.runs import Bench
 
 
-def verdicts(gpus: list[str]) -> list[str]:
-    """What each rank is told, all at the store at once."""
+def verdicts(
+    monkeypatch: pytest.MonkeyPatch, gpus: str, wanted: str = "auto", source: str = "torchrun"
+) -> set[str]:
+    """What each rank does and is told, all at the store at once."""
     store = HashStore()
     store.set_timeout(timedelta(seconds=20))
+    monkeypatch.setattr(devices, "identity_of", lambda device: gpus[device.index])
+    pretend(monkeypatch, len(set(gpus)))
 
-    def ask(gpu: str) -> str:
+    def ask(rank: int) -> str:
+        place = LaunchEnv(rank, len(gpus), rank, "", source)  # type: ignore[arg-type]
         try:
-            require_own_gpu(store, len(gpus), gpu, len(set(gpus)))
+            device, note = own_device(store, place, wanted, torch.device("cuda", rank))
         except DeviceError as error:
-            return str(error)
-        return ""
+            return f"error: {error}"
+        return f"{device.type}: {note}"
 
     with ThreadPoolExecutor(len(gpus)) as pool:
-        return list(pool.map(ask, gpus))
+        return set(pool.map(ask, range(len(gpus))))
 
 
 @pytest.mark.parametrize("gpus", ["a", "ab", "abcdefgh"])
-def test_ranks_with_a_gpu_each_go_on(gpus: str) -> None:
-    assert verdicts(list(gpus)) == [""] * len(gpus)
+def test_ranks_with_a_gpu_each_take_it(monkeypatch: pytest.MonkeyPatch, gpus: str) -> None:
+    assert verdicts(monkeypatch, gpus) == {"cuda: "}
 
 
 @pytest.mark.parametrize(
     ("gpus", "start"),
     [("aa", "2 ranks on 1 GPU,"), ("aba", "3 ranks on 2 GPUs,"), ("aaaa", "4 ranks on 1 GPU,")],
 )
-def test_ranks_that_share_a_gpu_are_all_told_the_same_with_both_ways_out(gpus: str, start: str) -> None:
-    (said,) = set(verdicts(list(gpus)))
-    assert said.startswith(start)
-    assert f"--nproc-per-node {len(set(gpus))}" in said and "--device cpu" in said
+def test_ranks_that_share_a_gpu_are_all_told_the_same_with_both_ways_out(
+    monkeypatch: pytest.MonkeyPatch, gpus: str, start: str
+) -> None:
+    """`auto` takes the CPU and says so; where a GPU was asked for, and in a cluster's jobs, it is an error."""
+    for wanted, source, kind in (
+        ("auto", "torchrun", "cpu: "),
+        ("cuda", "torchrun", "error: "),
+        ("auto", "slurm", "error: "),
+    ):
+        (said,) = verdicts(monkeypatch, gpus, wanted, source)
+        assert said.startswith(kind + start)
+        assert f"--nproc-per-node {len(set(gpus))}" in said and "--device cpu" in said
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -70,19 +84,26 @@ def with_one_gpu(*words: str) -> int:
 
     torch.cuda.is_available = lambda: True  # type: ignore[method-assign]
     torch.cuda.device_count = lambda: 1  # type: ignore[method-assign]
+    torch.cuda.get_device_name = lambda _=None: "the one"  # type: ignore[method-assign]
     torch.cuda.get_device_properties = lambda _: SimpleNamespace(uuid="the one")  # type: ignore[method-assign]
     return main(list(words))
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_two_ranks_on_one_gpu_end_in_one_line_before_any_work(bench: Bench, tmp_path: Path, device: str) -> None:
-    words = bench.words(tmp_path / "run", device=device)
+def test_two_ranks_on_one_gpu_end_in_one_line_before_any_work(bench: Bench, tmp_path: Path) -> None:
+    words = bench.words(tmp_path / "run", device="cuda")
     done = bench.commands(*words, ranks=2, function="tests.distributed.test_devices:with_one_gpu")
     assert done.codes == [2, 2]
     (line,) = done.err.splitlines()
     assert line.startswith("error: 2 ranks on 1 GPU, and a GPU takes one: start as many ranks as GPUs")
-    assert "(--nproc-per-node 1)" in line and "(--device cpu)" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_compute_on_the_cpu_beside_one_gpu_and_say_so(bench: Bench, tmp_path: Path) -> None:
+    words = bench.words(tmp_path / "run", epochs=0)
+    done = bench.commands.succeed(*words, ranks=2, function="tests.distributed.test_devices:with_one_gpu")
+    (line,) = [line for line in done.out.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: 2 ranks on 1 GPU, and a GPU takes one: computing on the CPU")
+    assert "2 rank(s) on cpu" in done.out
 
 
 # ── cores ──────────────────────────────────────────────────────────────────────────────────────────────────
