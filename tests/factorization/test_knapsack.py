@@ -157,6 +157,7 @@ def test_networks_of_many_wide_layers_look_at_few_states(monkeypatch: pytest.Mon
 
     def counting(front: knapsack._Front, core: knapsack._Core) -> Any:
         looked_at.append(len(front.costs) * len(core.options))
+        assert sum(looked_at) < 2_000_000, "550,000 when it was written; without bounds, a thousand times"
         return extended(front, core)
 
     monkeypatch.setattr(knapsack, "_extended", counting)
@@ -167,7 +168,7 @@ def test_networks_of_many_wide_layers_look_at_few_states(monkeypatch: pytest.Mon
             looked_at.clear()
             choice = solve(sites, int(share * dense))
             assert not may_still_step(sites, choice, int(share * dense))
-            assert 0 < sum(looked_at) < 2_000_000, "550,000 when it was written; without bounds, a thousand times"
+            assert looked_at
 
 
 def test_of_states_of_about_one_cost_the_best_is_kept() -> None:
