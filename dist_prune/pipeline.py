@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from dist_prune.artifacts import run_directory
@@ -38,8 +38,12 @@ def run(config: Run) -> Path | None:
         WorkError: the same, found in the middle of the work.
         Preempted: a signal asked to stop; `--resume` continues.
     """
-    with listening() as flag, joined(config.device, config.timeout) as world, flag.deferring():
-        report = Report(speaks=world.is_first, entering=world.enter, ranks=world.size)
+    with (
+        listening() as flag,
+        joined(config.device, config.timeout) as world,
+        flag.deferring(),
+        closing(Report(speaks=world.is_first, entering=world.enter, ranks=world.size)) as report,
+    ):
         if config.dry_run:
             require_complete(config)
             show_plan(config, world, report)

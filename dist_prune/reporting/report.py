@@ -1,8 +1,9 @@
-"""What a run says while it works: log, curves, progress, warnings, tables. Only rank 0 writes."""
+"""What a run reports while it works: log, curves, progress, warnings, tables. Only rank 0 writes."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dist_prune.artifacts.metrics import METRICS, points_of
 from dist_prune.factorization.layers import Layer
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.plan_table import plan_markdown
+from dist_prune.reporting.log import LOGGER, PROGRESS, Console, LogFile
 from dist_prune.reporting.plots import prediction_figure, spectrum_figure
 from dist_prune.reporting.progress import Meter
 from dist_prune.reporting.tensorboard import FOLDER, Curves
@@ -25,30 +27,40 @@ from dist_prune.utils.text import append_text
 
 @dataclass
 class Report:
-    """One run's voice. Without a folder (other ranks, dry runs) nothing is written to disk."""
+    """Reports of one run, to be closed. Without a folder (other ranks, dry runs) nothing is written to disk."""
 
     folder: Path | None = None
     speaks: bool = True
-    entering: Callable[[str], None] = lambda _: None  # is told the name of each phase
+    entering: Callable[[str], None] = lambda _: None  # takes the name of each phase
     ranks: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     curves: Curves | None = None
     _under_way: dict[str, float] = field(default_factory=dict)
 
+    _handlers: list[logging.Handler] = field(default_factory=list)
+
     def __post_init__(self) -> None:
-        self.meter = Meter(self.say, self.ranks, self.speaks)
-        if self.meter.terminal:  # which has a bar
-            self.meter.line = self._log
+        self.meter = Meter(PROGRESS.info, self.ranks, self.speaks)
+        if self.speaks:
+            LOGGER.setLevel(logging.INFO)
+            self._attach(Console(self.meter.aside, self.meter.terminal))
+
+    def _attach(self, handler: logging.Handler) -> None:
+        self._handlers.append(handler)
+        LOGGER.addHandler(handler)
 
     def open(self, folder: Path) -> None:
         """From now on write into `folder` as well."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._attach(LogFile(folder / "log.txt"))
         self.curves = Curves(folder / FOLDER, self.warn)
 
     def close(self) -> None:
-        """Flush what is still in memory."""
+        """Flush what is still in memory, and take the handlers off the logger."""
+        while self._handlers:
+            LOGGER.removeHandler(self._handlers.pop())
         if self.curves is not None:
             self.curves.close()
 
@@ -81,24 +93,16 @@ class Report:
             self.curves.point(point)
 
     def say(self, text: str) -> None:
-        """Lines for people: the console, and log.txt."""
-        if not self.speaks:
-            return
-        with self.meter.aside():
-            print(text, flush=True)
-        self._log(text)
-
-    def _log(self, text: str) -> None:
-        if self.folder is not None:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            lines = "".join(f"{stamp} {line}\n" for line in text.splitlines())
-            append_text(self.folder / "log.txt", lines)
+        """Log lines for people."""
+        if self.speaks:
+            LOGGER.info(text)
 
     def warn(self, text: str) -> None:
-        """Say what may have spoilt something, and keep it for the report."""
+        """Log what may have gone wrong, and keep it for the report."""
         if text not in self.warnings:
             self.warnings.append(text)
-        self.say(f"warning: {text}")
+        if self.speaks:
+            LOGGER.warning(text)
 
     def scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
         """One point on each curve `group/name`, in TensorBoard and metrics.jsonl."""

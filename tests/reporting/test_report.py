@@ -1,9 +1,11 @@
 """What a run says: tables, numbers, curves, and the silence of the other ranks."""
 
 import json
+import logging
 import math
 import re
 import resource
+from contextlib import closing, nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -255,10 +257,46 @@ def test_what_is_said_is_on_the_console_and_with_a_time_in_the_log(
     voice = Report()
     voice.say("before there is a folder")
     voice.open(tmp_path)
-    voice.say("two\nlines")
-    assert capsys.readouterr().out == "before there is a folder\ntwo\nlines\n"
+    voice.say("two\nlines of 100 %s")
+    voice.warn("few rows")
+    voice.close()
+    logging.getLogger("dist_prune").warning("nobody listens any more")
+    assert capsys.readouterr().out == "before there is a folder\ntwo\nlines of 100 %s\nwarning: few rows\n"
     logged = (tmp_path / "log.txt").read_text().splitlines()
-    assert [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)", line)[1] for line in logged] == ["two", "lines"]
+    shown = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)", line)[1] for line in logged]
+    assert shown == ["two", "lines of 100 %s", "warning: few rows"]
+
+
+def test_the_logger_dist_prune_carries_it_for_handlers_of_others(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(Report()) as voice:
+        voice.say("a line")
+        voice.warn("a concern")
+    seen = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert seen == [("dist_prune", "INFO", "a line"), ("dist_prune", "WARNING", "a concern")]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_logged_and_printed_only_where_there_is_no_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr("dist_prune.reporting.progress.is_terminal", lambda *_: terminal)
+    monkeypatch.setattr("dist_prune.reporting.progress._Bar.external_write_mode", nullcontext)
+    with closing(Report()) as voice:
+        voice.open(tmp_path)
+        voice.meter.line("   statistics: batch 3 of 5")
+        voice.say("done")
+    shown = [] if terminal else ["   statistics: batch 3 of 5"]
+    assert capsys.readouterr().out.splitlines() == [*shown, "done"]
+    assert "statistics: batch 3 of 5" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    """And is not swallowed, as the standard library's handlers do."""
+    (tmp_path / "log.txt").mkdir()
+    with closing(Report()) as voice:
+        voice.open(tmp_path)
+        with pytest.raises(IsADirectoryError):
+            voice.say("hello")
 
 
 def test_the_other_ranks_are_silent_and_write_nothing(
@@ -266,7 +304,9 @@ def test_the_other_ranks_are_silent_and_write_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     voice = Report(speaks=False)
+    assert not logging.getLogger("dist_prune").handlers
     voice.say("hello")
+    voice.warn("hello")
     voice.scalars("train", 1, {"loss": 1.0})
     voice.layers(layers_of(surveyed(), {}), Plan(()))
     voice.rewind(0)
@@ -274,19 +314,19 @@ def test_the_other_ranks_are_silent_and_write_nothing(
         pass
     voice.flush()
     voice.close()
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
     assert set(voice.seconds) == {"work"}
 
 
 def test_a_phase_that_comes_twice_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    voice = Report()
-    with voice.phase("tune"):
-        pass
-    first = voice.seconds["tune"]
-    with voice.phase("tune"):
-        pass
-    assert voice.seconds["tune"] > first >= 0
+    with closing(Report()) as voice:
+        with voice.phase("tune"):
+            pass
+        first = voice.seconds["tune"]
+        with voice.phase("tune"):
+            pass
+    assert voice.seconds["tune"] > first > 0
     assert "── tune" in capsys.readouterr().out
 
 
