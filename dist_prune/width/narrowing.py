@@ -1,0 +1,133 @@
+"""Channels taken out of a network: its layers made narrower, and their consumers solved for what is left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.network.replacing import with_replaced
+from dist_prune.width.elimination import Prediction
+from dist_prune.width.groups import Consumer, Group
+from dist_prune.width.moments import channel_weights
+
+_ENTRIES = ("weight", "bias", "running_mean", "running_var")  # of a module that has one for each channel
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The channels of a group that stay, ascending."""
+
+    group: Group
+    channels: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, for plan.json."""
+        return {**asdict(self.group), "kept": list(self.channels)}
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> Kept:
+        """What `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: something else.
+        """
+        consumers = tuple(Consumer(str(c["name"]), int(c["repeat"])) for c in row["consumers"])
+        producers, between = (tuple(map(str, row[key])) for key in ("producers", "between"))
+        return Kept(Group(int(row["width"]), producers, between, consumers), tuple(map(int, row["kept"])))
+
+
+def narrowed(
+    model: nn.Module,
+    kept: Iterable[Kept],
+    predictions: Mapping[str, Prediction] | None = None,
+    shared: bool = False,
+) -> nn.Module:
+    """A copy of the network without the other channels. Every consumer of a narrowed group has a bias.
+
+    Args:
+        model: the dense network.
+        kept: of all groups that become narrower.
+        predictions: consumer's name → how what it loses follows from what it keeps: its weights and its bias take
+            that up. Without, the values of all that is left stay as they are.
+        shared: whether layers that do not change are the dense network's own, for a network to look at only.
+    """
+    kept = tuple(kept)
+    changed: dict[str, nn.Module] = {}
+
+    def own(name: str) -> nn.Module:
+        return changed.setdefault(name, copy.deepcopy(model.get_submodule(name)))
+
+    for each in kept:
+        for consumer in each.group.consumers:
+            _give_bias(own(consumer.name))
+            if predictions is not None:
+                _take_up(own(consumer.name), consumer, each, predictions[consumer.name])
+    for each in kept:
+        index = torch.tensor(each.channels)
+        for name in each.group.producers:
+            _keep_outputs(own(name), index)
+        for name in each.group.between:
+            _keep_entries(own(name), index)
+        for consumer in each.group.consumers:
+            _keep_inputs(own(consumer.name), _inputs(index, consumer))
+    same = [*model.parameters(), *model.buffers()] if shared else []
+    return with_replaced(model, changed.items(), same)
+
+
+def _give_bias(module: nn.Module) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if module.bias is None:
+        module.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
+
+
+@torch.no_grad()
+def _take_up(module: nn.Module, consumer: Consumer, kept: Kept, found: Prediction) -> None:
+    """Weights W P in the columns of the channels kept; what is constant in the others goes to the bias."""
+    weight = channel_weights(module, consumer)
+    solved = torch.einsum("ocs,ck->oks", weight.double(), found.weights)
+    offset = torch.einsum("ocs,c->o", weight.double(), found.offset)
+    weight[:, list(kept.channels)] = solved.to(weight.dtype)
+    assert isinstance(module.bias, Tensor)
+    module.bias += offset
+
+
+def _inputs(index: Tensor, consumer: Consumer) -> Tensor:
+    """The consumer's inputs that belong to the channels."""
+    return (index[:, None] * consumer.repeat + torch.arange(consumer.repeat)).flatten()
+
+
+def _keep_outputs(module: nn.Module, index: Tensor) -> None:
+    _keep_entries(module, index, ("weight", "bias"))
+
+
+def _keep_entries(module: nn.Module, index: Tensor, names: Sequence[str] = _ENTRIES) -> None:
+    """The first dimension of all that has one, and the numbers that say how long it is."""
+    for name in names:
+        _select(module, name, 0, index)
+    for name in ("out_channels", "out_features", "num_features", "num_parameters"):
+        if hasattr(module, name):
+            setattr(module, name, len(index))
+    if isinstance(module, nn.Conv2d) and module.groups > 1:  # depthwise
+        module.in_channels = module.groups = len(index)
+
+
+def _keep_inputs(module: nn.Module, index: Tensor) -> None:
+    _select(module, "weight", 1, index)
+    for name in ("in_channels", "in_features"):
+        if hasattr(module, name):
+            setattr(module, name, len(index))
+
+
+def _select(module: nn.Module, name: str, dimension: int, index: Tensor) -> None:
+    tensor = getattr(module, name, None)
+    if isinstance(tensor, Tensor):
+        part = tensor.detach().index_select(dimension, index.to(tensor.device))
+        setattr(
+            module, name, nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+        )
