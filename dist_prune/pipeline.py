@@ -22,6 +22,7 @@ from dist_prune.run.measure import evaluate, evaluate_dense, measure_sites
 from dist_prune.run.prepare import prepare, show_plan
 from dist_prune.run.resume import opened
 from dist_prune.run.train import last_tuning, load_dense, tune
+from dist_prune.run.width import remove_channels
 from dist_prune.utils.files import require_writable
 
 
@@ -72,6 +73,8 @@ def stages(job: Job) -> Iterator[Stage]:
         yield "statistics", collect_statistics
         return
     yield "baseline", evaluate_dense
+    if config.compression.width:
+        yield "width", remove_channels
     yield "statistics", collect_statistics
     yield "projection", plan_and_project
     yield from rounds(job)

@@ -24,6 +24,7 @@ from dist_prune.network.sites import SiteError
 from dist_prune.network.weights import load_state
 from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal, to_json, write_text
 from dist_prune.utils.text import read_text
+from dist_prune.width.narrowing import KeptChannels, narrowed
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -39,6 +40,7 @@ class Description:
     labels: tuple[str, ...]
     plan: Plan
     options: Mapping[str, Any] = field(default_factory=dict)  # that torchvision built it with
+    kept: tuple[KeptChannels, ...] = ()
 
 
 def save_compressed(folder: Path, model: nn.Module, description: Description) -> None:
@@ -58,6 +60,7 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
         "image": to_dict(description.image),
         "labels": list(description.labels),
         "choices": description.plan.to_json(),
+        "widths": [each.to_json() for each in description.kept],
     }
     write_text(folder / "plan.json", to_json(content))
     path = folder / WEIGHTS
@@ -111,7 +114,7 @@ def load_compressed(run_dir: str | Path, model: nn.Module | None = None) -> nn.M
         )
     dense = build(found.arch, found.classes, found.options) if model is None else model
     try:
-        compressed = rebuild(dense, found.plan)
+        compressed = rebuild(narrowed(dense, found.kept), found.plan)
         load_state(compressed, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
         require_finite(compressed)
     except UnsoundError as error:
@@ -131,6 +134,7 @@ def read_description(folder: Path) -> Description:
     try:
         network, image = content["network"], content["image"]
         plan = Plan.from_json(content["choices"])
+        kept = tuple(map(KeptChannels.from_json, content.get("widths", ())))
         spec = ImageSpec(**image | {"mean": tuple(image["mean"]), "std": tuple(image["std"])})
         arch, classes, labels = str(network["arch"]), int(network["classes"]), tuple(content["labels"])
         options = dict(network.get("options", {}))
@@ -138,7 +142,7 @@ def read_description(folder: Path) -> Description:
         raise CheckpointError(f"{folder / 'plan.json'}: incomplete or edited wrongly ({error!r})") from error
     if arch.startswith(("network.py:", "network/")):
         arch = str(folder / arch)
-    return Description(arch, classes, spec, labels, plan, options)
+    return Description(arch, classes, spec, labels, plan, options, kept)
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

@@ -190,6 +190,9 @@ class CompressionConfig:
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
     round_to: int = 0
     """Ranks are multiples of this; 0: 8 on CUDA, on the CPU 16 where latency is the budget, else 1."""
+    width: float = 0.0
+    """With --ranks budget:macs=B: first remove hidden channels until B^W of the MACs are left, then factor layers
+    for the rest; 0: remove none, 1: remove nothing but channels."""
     measure_sites: bool = False
     """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
 
@@ -213,6 +216,12 @@ class CompressionConfig:
                 f"--forms {self.forms}: --method {method} on --side {self.basis.side} does not compare forms; use "
                 f"{' or '.join(COMPARABLE)} on --side output",
             )
+        _require(0 <= self.width <= 1, f"--width {self.width:g}: expected 0 to 1")
+        _require(
+            not self.width or (rule.kind, rule.of) == ("budget", "macs"),
+            f"--width {self.width:g} with --ranks {self.ranks}: channels are removed for a budget of MACs; use "
+            f"--ranks budget:macs=RATIO, or --width 0",
+        )
 
     @property
     def allowed_forms(self) -> tuple[str, ...]:

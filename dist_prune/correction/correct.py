@@ -23,6 +23,7 @@ from dist_prune.network.sites import Factored, Site, Survey, View, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.statistics.probes import kl
 from dist_prune.utils.tables import table
+from dist_prune.width.narrowing import KeptChannels
 
 HELD = 8  # every eighth image is the holdout
 FEWEST = 8  # images, one of which is held out
@@ -138,6 +139,8 @@ def correct(
     seed: int,
     world: World,
     state: CorrectionState | None = None,
+    source: nn.Module | None = None,
+    kept: Sequence[KeptChannels] = (),
     after_site: Callable[[CorrectionState], None] = lambda _: None,
 ) -> Result:
     """Solve all sites of the compressed network again, in place, once for each damping; keep the best if it helps.
@@ -145,12 +148,14 @@ def correct(
     Args:
         dense: the network to match.
         compressed: its compressed copy.
-        survey: of the dense network, all its sites.
+        survey: of the source, all its sites.
         images: this rank's calibration images.
         settings: how.
         seed: of drawn labels and positions.
         world: the ranks, which all end with the same network.
         state: how far it had come before.
+        source: the dense network without the channels that were removed, from which the compressed one was made.
+        kept: the channels of the groups that lost some.
         after_site: called after each site; the correction may be left there.
 
     Raises:
@@ -161,32 +166,33 @@ def correct(
     with evaluating(dense), evaluating(compressed):
         holdout = holdout_logits(dense, images)
         before = divergence(compressed, holdout, images.prepare, world)
-    views, notes = [View(site) for site in sites], list[str]()
+    views, notes, source = [View(site) for site in sites], list[str](), source or dense
+    outputs = {name: torch.tensor(each.channels) for each in kept for name in each.group.producers}
     try:
-        metrics = _metrics(dense, views, images, settings, seed, world)
+        metrics = _metrics(source, views, images, settings, seed, world)
     except NoGradientError as error:
         metrics, notes = _no_metrics(views, world), [f"corrected without a metric: {error}"]
     state = state or CorrectionState()
     for damping in settings.dampings[len(state.trials) :]:
         candidate = with_replaced(compressed)
         candidate.load_state_dict(state.candidate or compressed.state_dict())
-        with evaluating(dense), evaluating(candidate):
+        with evaluating(dense), evaluating(source), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, holdout))
             solver = Solver(settings.correct, settings.ridge, (damping,))
             limits = settings.positions, seed, settings.calibration_bytes
-            walk = Correction(route, dense, candidate, pairs, metrics, solver, world, *limits)
+            walk = Correction(route, source, candidate, pairs, metrics, solver, world, *limits, outputs=outputs)
             for outcome in walk.run(sites, [done.site for done in state.outcomes]):
                 state.outcomes.append(outcome)
                 state.candidate = candidate.state_dict()
                 after_site(state)
             reached = divergence(candidate, holdout, images.prepare, world)
             state.close(Trial(damping, reached, tuple(state.outcomes)), candidate)
-    best, kept = best_of(state.trials), improves(best_of(state.trials).kl, before)
-    if kept:
+    best, helped = best_of(state.trials), improves(best_of(state.trials).kl, before)
+    if helped:
         assert state.best is not None
         compressed.load_state_dict(state.best)
     notes += _notes(route, left_out(sites, route), sites, best, settings.ridge)
-    return Result(before, tuple(state.trials), best if kept else None, tuple(notes))
+    return Result(before, tuple(state.trials), best if helped else None, tuple(notes))
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:

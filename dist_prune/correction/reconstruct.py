@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,11 @@ def left_out(sites: Sequence[Site], route: Route, widest: int = WIDEST) -> dict[
 
 @dataclass
 class Correction:
-    """Everything the walk needs; `metrics` are the Fisher metrics of the sites' outputs, (g, c, c)."""
+    """Everything the walk needs.
+
+    `metrics` are the Fisher metrics of the sites' outputs, (g, c, c). `dense` is the network that `compressed` was
+    made from: where channels were removed before, without those, and `outputs` says which are left of a site's.
+    """
 
     program: Route
     dense: nn.Module
@@ -79,6 +83,7 @@ class Correction:
     seed: int = 0
     memory: int = 1 << 60
     widest: int = WIDEST
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, sites: Sequence[Site], solved: Collection[str] = ()) -> Iterator[SiteCorrection]:
         """Solve the sites that the program stops at, in its order, each in place; yields after each.
@@ -165,7 +170,11 @@ class Correction:
         target = pair.dense.output_of(site.name)
         repaired = target if lost is None else target + lost
         fits = repaired.shape == target.shape  # not where the addition repeats the output over positions
-        return pair.compressed.input_of(site.name), repaired if fits else target
+        wanted = repaired if fits else target
+        if site.name in self.outputs:
+            axis = 1 if site.kind == "conv" else -1
+            wanted = wanted.index_select(axis, self.outputs[site.name].to(wanted.device))
+        return pair.compressed.input_of(site.name), wanted
 
     def _lost_by_the_shortcut(self, site: Site, pair: Pair) -> Tensor:
         """(s − ŝ)/γ; nothing in channels whose slope γ is far below the others'."""

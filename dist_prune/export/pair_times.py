@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -74,19 +74,22 @@ class _Times:
 def time_pairs(
     dense: nn.Module, compressed: nn.Module, sites: Sequence[Site], images: Tensor
 ) -> tuple[SiteSpeed, ...]:
-    """Each factored site alone, at the shapes that it has for these images; equal layers are timed once."""
+    """Each factored site alone, at the shapes that it has for these images; equal layers are timed once.
+
+    A pair is given what it is given in the compressed network, whose channels may be fewer.
+    """
     factored = {site: compressed.get_submodule(site.name) for site in sites}
     pairs = {site: pair for site, pair in factored.items() if isinstance(pair, Factored)}
-    shapes = input_shapes(dense, list(pairs), images)
+    shapes, narrow = (input_shapes(network, list(pairs), images) for network in (dense, compressed))
     call = _seconds_of_a_call(images)
     known: dict[tuple[str, ...], _Times] = {}
     found = []
     for site, pair in pairs.items():
         layer, times = dense.get_submodule(site.name), []
-        for shape in shapes[site.name]:
-            key = (repr(layer), repr(pair), str(shape))
+        for both in zip(shapes[site.name], narrow[site.name], strict=True):
+            key = (repr(layer), repr(pair), str(both))
             if key not in known:
-                known[key] = _time_pair(layer, pair, images.new_empty(shape).normal_())
+                known[key] = _time_pair(layer, pair, *(images.new_empty(shape).normal_() for shape in both))
             times.append(known[key])
         found.append(_site_speed(site, pair, _Times.total(times), call * len(times)))
     return tuple(found)
@@ -100,13 +103,13 @@ def _seconds_of_a_call(like: Tensor) -> float:
         return median(sample_calls([lambda: layer(x)], like.device)[0])
 
 
-def _time_pair(dense: nn.Module, pair: Factored, x: Tensor) -> _Times:
+def _time_pair(dense: nn.Module, pair: Factored, wide: Tensor, x: Tensor) -> _Times:
     with torch.no_grad():
         maps = [x]
         for layer in pair:
             maps.append(layer(maps[-1]))
         each = list(zip(maps, pair, maps[1:], strict=False))
-        calls: list[Callable[[], object]] = [lambda: dense(x), lambda: pair(x)]
+        calls: list[Callable[[], object]] = [lambda: dense(wide), lambda: pair(x)]
         calls += [partial(layer, given) for given, layer, _ in each]
         calls += [_move(given, layer, made) for given, layer, made in each]
         whole, both, *rest = map(median, sample_calls(calls, x.device))
@@ -121,10 +124,16 @@ def _move(x: Tensor, layer: nn.Module, y: Tensor) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
+def _as_compressed(site: Site, pair: Factored) -> Site:
+    """The site as the pair has it: channels may have been removed before it was factored."""
+    first, last = (layer.get_parameter("weight").shape for layer in (pair[0], pair[-1]))
+    return replace(site, inputs=first[1] * site.kernel[0] * site.kernel[1], outputs=last[0])
+
+
 def _site_speed(site: Site, pair: Factored, times: _Times, call: float) -> SiteSpeed:
     form = FORMS[pair.form]
     ranks = tuple(layer.get_parameter("weight").shape[0] for layer in list(pair)[:-1])
-    shares = [macs / site.macs for macs in form.layer_macs(site, ranks)]
+    shares = [macs / site.macs for macs in form.layer_macs(_as_compressed(site, pair), ranks)]
     ratio = sum(shares)
     parts = [_Part(*each) for each in zip(form.layers, times.layers, times.moves, shares, strict=True)]
     dense, both, first, *core, last = (1e3 * t for t in (times.dense, times.pair, *times.layers))

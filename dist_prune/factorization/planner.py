@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from dist_prune.factorization.budget import budget_of, options_of
 from dist_prune.factorization.forms import FORMS, Form
 from dist_prune.factorization.latency import LatencyTable
 from dist_prune.factorization.layers import layers_of
-from dist_prune.factorization.plan import Plan, cost, make_plan, require_reachable, undecided
+from dist_prune.factorization.plan import Cost, Plan, cost, make_plan, require_reachable, undecided
 from dist_prune.factorization.plan_table import plan_table
 from dist_prune.factorization.schedule import rounds
 from dist_prune.factorization.spectra import Spectra
@@ -29,6 +29,7 @@ class Planner:
     """A rule and all it needs but the spectra; `latency` only where it is the budget, of batches of `batch`.
 
     `repair`, for a budget, is how much later sites will repair, see `plan.make_plan`; it chooses from `forms`.
+    `dense` is the cost of the dense network where the survey is of one from which channels were removed.
     """
 
     rule: Rule
@@ -39,6 +40,7 @@ class Planner:
     latency: LatencyTable | None = None
     repair: float = 0.0
     forms: tuple[Form, ...] = (FORMS["output"],)
+    dense: Cost | None = None
 
     @property
     def projected_forms(self) -> frozenset[str]:
@@ -51,6 +53,17 @@ class Planner:
     def needs_patches(self) -> bool:
         """Whether the statistics have to tell of patches: a site may take another form than `output`."""
         return not self.projected_forms <= {"output"}
+
+    def within(self, narrow: Survey) -> Planner:
+        """For the network without the channels that were removed, and the same budget of multiply-adds."""
+        whole = Cost(self.survey.macs, self.survey.params)
+        rule = replace(self.rule, amount=self.rule.amount * whole.macs / narrow.macs)
+        return replace(self, rule=rule, survey=narrow, dense=whole)
+
+    @property
+    def before(self) -> Cost:
+        """Of the dense network."""
+        return self.dense or Cost(self.survey.macs, self.survey.params)
 
     def check(self) -> None:
         """Refuse, before long work, what can be seen to be impossible without spectra.
@@ -101,7 +114,7 @@ class Planner:
 
     def brief(self, plan: Plan) -> str:
         """A plan in a few words."""
-        return f"{len(plan.ranks)} sites factored, MACs ×{cost(self.survey, plan).macs / self.survey.macs:.3f}"
+        return f"{len(plan.ranks)} sites factored, MACs ×{cost(self.survey, plan).macs / self.before.macs:.3f}"
 
     def format_table(self, plan: Plan, shares: Mapping[str, float], unit: str = "") -> str:
         """The plan's table with its totals.
@@ -111,9 +124,9 @@ class Planner:
             shares: of the dense forward time, per cent, by site.
             unit: of predicted losses, where the plan has them.
         """
-        before, after = self.survey, cost(self.survey, plan)
+        before, after = self.before, cost(self.survey, plan)
         lines = [
-            plan_table(layers_of(before, {}), plan, shares, unit),
+            plan_table(layers_of(self.survey, {}), plan, shares, unit),
             f"MACs {before.macs / 1e6:.1f} M → {after.macs / 1e6:.1f} M ({after.macs / before.macs:.3f}), "
             f"parameters {before.params / 1e6:.2f} M → {after.params / 1e6:.2f} M "
             f"({after.params / before.params:.3f})",

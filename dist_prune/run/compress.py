@@ -31,6 +31,7 @@ from dist_prune.run.train import train
 from dist_prune.statistics import collect as statistics
 from dist_prune.statistics.collect import Statistics
 from dist_prune.training.evaluate import predict, score, time_sites
+from dist_prune.width.narrowing import narrowed
 
 
 def rounds(job: Job) -> Iterator[Stage]:
@@ -63,7 +64,7 @@ def collect_statistics(job: Job) -> None:
             job.report.say(f"   {len(statistics_split(job, 0)):,} images of {folder}, without labels")
         passes = passes_of(job)
         patches = job.planner.needs_patches
-        found = statistics.collect(job.dense, sites, passes.open, job.world, method, seed, passes, patches)
+        found = statistics.collect(job.state.source, sites, passes.open, job.world, method, seed, passes, patches)
     for warning in statistics.warnings(found, sites, method, len(statistics_split(job, 0))):
         job.report.warn(warning)
     job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job)))
@@ -78,7 +79,7 @@ def made_of(job: Job) -> dict[str, Any]:
     """What the statistics are of."""
     image, images = to_dict(job.config.images.image), statistics_split(job, 0)
     origin = statistics.origin(
-        job.config.compression.basis, digest(job.dense), images.digest(), image, job.config.seed
+        job.config.compression.basis, digest(job.state.source), images.digest(), image, job.config.seed
     )
     return origin | {statistics.IMAGE_COUNT: len(images)}
 
@@ -91,22 +92,22 @@ def plan_and_project(job: Job) -> None:
         torch.manual_seed(config.seed)
         network = config.network
         untrained = models.build(network.arch, network.classes, options_of(network.arch, network.weights))
-        job.state.network = rebuild(untrained, job.state.plan).to(job.world.device)
+        job.state.network = rebuild(narrowed(untrained, job.state.kept), job.state.plan).to(job.world.device)
         keep_layers(job, {})
         return
     gathered = Statistics()
     if method.method not in DATA_FREE:
         patches, device = job.planner.needs_patches, job.world.device
         gathered = statistics.load(statistics_file(job), sites, made_of(job), device, patches)
-    bases, nested, spectra = directions(job, job.dense, sites, gathered)
-    spectra = losses_that_hold(job, job.dense, bases, nested, gathered, spectra)
+    bases, nested, spectra = directions(job, job.state.source, sites, gathered)
+    spectra = losses_that_hold(job, job.state.source, bases, nested, gathered, spectra)
     job.state.target = decide(job, spectra)
     job.state.plan, *later = rounds_of(job)
     if later:
         job.report.say(f"{len(later) + 1} rounds to get there, --step {config.iteration.step}")
     keep_layers(job, bases)
     with job.report.phase("projection"):
-        job.state.network = project(job.dense, sites, bases, job.state.plan, method.side, nested)
+        job.state.network = project(job.state.source, sites, bases, job.state.plan, method.side, nested)
     if config.iteration.is_iterative:
         if config.correction.correct != "none":
             job.report.say(f"--correct {config.correction.correct} is left out: training comes in between")
@@ -165,7 +166,7 @@ def decide(job: Job, spectra: Spectra | None) -> Plan:
     """The plan, made on rank 0, and printed."""
     plan = job.world.from_first(lambda: job.planner.plan(spectra))
     noise = probe(job.config, job.world, 16)
-    shares = job.world.from_first(lambda: time_sites(job.dense, job.survey.sites, noise))
+    shares = job.world.from_first(lambda: time_sites(job.state.source, job.survey.sites, noise))
     job.report.say(job.planner.format_table(plan, shares, spectra.unit if spectra else ""))
     return plan
 

@@ -33,6 +33,8 @@ def correct(job: Job) -> None:
             seed,
             job.world,
             state,
+            job.state.source,
+            job.state.kept,
             after_site=lambda state: pause_between_sites(job, state, shown),
         )
         shown.close()

@@ -83,7 +83,8 @@ def towards(dense: nn.Module, trained: nn.Module, features: float) -> Iterator[L
             with evaluating(dense):
                 target = logits_of(dense(batch.images)).float()
             divergence = kl(target, logits).mean()
-            errors = [relative_error(given[name], wanted[name]) for name in names if name in wanted]
+            alike = [n for n in names if n in wanted and given[n].shape == wanted[n].shape]
+            errors = [relative_error(given[name], wanted[name]) for name in alike]
             return divergence + features * torch.stack(errors).mean() if errors else divergence
 
         yield loss

@@ -34,6 +34,7 @@ def finish(job: Job) -> None:
         job.dataset.train.classes,
         job.state.chosen,
         options_of(job.config.network.arch, job.config.network.weights),
+        job.state.kept,
     )
     job.world.from_first(lambda: save_compressed(job.folder, job.state.compressed, description))
     answers = Answers(job.dataset.val.digest(), job.state.right)
@@ -58,8 +59,8 @@ def outcome(job: Job, after: Cost) -> dict[str, Any]:
     """What result.json holds; `after` is the compressed network's cost, as measured."""
     return {
         **{stage: asdict(job.state.metrics[stage]) if stage in job.state.metrics else None for stage in STAGES},
-        "macs": {"dense": job.survey.macs, "compressed": after.macs},
-        "params": {"dense": job.survey.params, "compressed": after.params},
+        "macs": {"dense": job.dense_survey.macs, "compressed": after.macs},
+        "params": {"dense": job.dense_survey.params, "compressed": after.params},
         "seconds": {phase: round(seconds, 3) for phase, seconds in job.report.seconds.items()},
         "world_size": job.world.size,
         "seed": job.config.seed,

@@ -15,7 +15,7 @@ from dist_prune.data.dataset import Dataset, Split
 from dist_prune.data.loader import Batch, Stream, evaluation_stream
 from dist_prune.distributed.world import World
 from dist_prune.factorization.planner import Planner
-from dist_prune.network.sites import Survey
+from dist_prune.network.sites import Survey, survey
 from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
 from dist_prune.run.state import State
@@ -36,9 +36,8 @@ class Job:
         dataset: training and validation images.
         unlabelled: of `--calibrate-data`.
         dense: the network, on this rank's device.
-        everything: all sites of the network.
-        survey: those that `--sites` chooses.
-        planner: from spectra to a plan.
+        dense_survey: all its sites.
+        dense_planner: from the spectra of those that `--sites` chooses to a plan.
         checkpoints: where it can be stopped and resumed.
         state: what its stages have found.
         notes: on weights and images, for the log.
@@ -51,9 +50,8 @@ class Job:
     dataset: Dataset
     unlabelled: Split | None
     dense: nn.Module
-    everything: Survey
-    survey: Survey
-    planner: Planner
+    dense_survey: Survey
+    dense_planner: Planner
     checkpoints: CheckpointManager
     state: State
     notes: tuple[str, ...] = ()
@@ -62,6 +60,26 @@ class Job:
     def reference(self) -> Predictions:
         """What the dense network says of the validation images; computed when first asked for."""
         return predict(self.dense, watched_validation(self))
+
+    @property
+    def everything(self) -> Survey:
+        """All sites of the network whose layers are factored."""
+        return self.dense_survey if self.state.narrow is None else self._narrow_survey
+
+    @cached_property
+    def _narrow_survey(self) -> Survey:
+        assert self.state.narrow is not None
+        return survey(self.state.narrow, probe(self.config, self.world, 1))
+
+    @property
+    def survey(self) -> Survey:
+        """Those that `--sites` chooses."""
+        return self.everything.select(self.config.compression.sites)
+
+    @property
+    def planner(self) -> Planner:
+        """From their spectra to a plan, within what channels have left of the budget."""
+        return self.dense_planner if self.state.narrow is None else self.dense_planner.within(self.survey)
 
 
 Stage = tuple[str, Callable[[Job], None]]  # a part of a run that is done once, and its name

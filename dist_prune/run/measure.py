@@ -77,7 +77,7 @@ def measure_sites(job: Job) -> None:
         stream = evaluation_stream(split, images.image, everything, images.eval_batch_size, images.threads)
         decoded = list(stream.raw())
         losses = sensitivity.measure_sites(
-            job.dense,
+            job.state.source,
             job.state.compressed,
             job.state.chosen,
             lambda: (replace(b, images=normalise(b.images, images.image)) for b in decoded),

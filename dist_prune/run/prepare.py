@@ -38,6 +38,7 @@ from dist_prune.training.dry_step import format_unreached, unreached
 from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils import files
+from dist_prune.width.choose import require_reachable_widths
 from dist_prune.width.groups import find_groups
 from dist_prune.width.listing import format_groups
 
@@ -63,7 +64,10 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
     dense, everything = load_network(config, world, notes.append)
     found = everything.select(config.compression.sites)
     ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
-    ranks.check()
+    if share := config.compression.width:  # what ranks can reach then follows from the widths
+        require_reachable_widths(dense, probe(config, world, 2), ranks.rule.amount**share, ranks.round_to)
+    else:
+        ranks.check()
     if everything.concern:
         report.warn(everything.concern)
     require_calibration(config, unlabelled or dataset.train)
@@ -79,9 +83,8 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
         dataset=dataset,
         unlabelled=unlabelled,
         dense=dense,
-        everything=everything,
-        survey=found,
-        planner=ranks,
+        dense_survey=everything,
+        dense_planner=ranks,
         checkpoints=CheckpointManager(
             world=world,
             folder=folder / "checkpoints",

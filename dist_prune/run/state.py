@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild, unfold
 from dist_prune.training.evaluate import Metrics
+from dist_prune.width.narrowing import KeptChannels, narrowed
 
 
 @dataclass
@@ -23,6 +24,8 @@ class State:
         right: by stage, which validation images the network got right.
         plan: of the compressed network.
         target: where the rounds of an iterative run end; else the plan itself.
+        kept: the channels that stay in groups from which others were removed.
+        narrow: the dense network without those, if any were removed.
         network: the compressed one, as soon as there is one.
         unfolded: whether its pairs are, for the moment, multiplied back to dense layers.
     """
@@ -33,6 +36,8 @@ class State:
     right: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
     target: Plan | None = None
+    kept: tuple[KeptChannels, ...] = ()
+    narrow: nn.Module | None = None
     network: nn.Module | None = None
     unfolded: bool = False
 
@@ -48,6 +53,11 @@ class State:
         assert self.network is not None
         return self.network
 
+    @property
+    def source(self) -> nn.Module:
+        """The network whose layers are factored: the dense one, without the channels that were removed."""
+        return self.dense if self.narrow is None else self.narrow
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""
         return {
@@ -57,6 +67,8 @@ class State:
             "plan": self.plan and self.plan.to_json(),
             "target": self.target and self.target.to_json(),
             "unfolded": self.unfolded,
+            "kept": [each.to_json() for each in self.kept],
+            "narrow": self.narrow and self.narrow.state_dict(),
             "model": self.network and self.network.state_dict(),
         }
 
@@ -64,10 +76,14 @@ class State:
         """Be what `state_dict` gave; the network is built again from the dense one and the plan."""
         self.done, self.right = state["done"], state["right"]
         self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
+        self.kept = tuple(map(KeptChannels.from_json, state.get("kept", ())))
+        if self.kept:
+            self.narrow = narrowed(self.dense, self.kept)
+            self.narrow.load_state_dict(state["narrow"])
         if state["plan"] is None:
             return
         self.plan, self.target = Plan.from_json(state["plan"]), Plan.from_json(state["target"])
-        self.network, self.unfolded = rebuild(self.dense, self.plan), state["unfolded"]
+        self.network, self.unfolded = rebuild(self.source, self.plan), state["unfolded"]
         if self.unfolded:
             self.network = unfold(self.network, self.plan.ranks)
         self.network.load_state_dict(state["model"])

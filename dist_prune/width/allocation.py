@@ -44,7 +44,8 @@ def allocate(costs: WidthCosts, losses: Sequence[Floats], budget: float, round_t
     if costs.macs(least) > limit:
         reached = math.ceil(1e4 * costs.macs(least) / costs.total) / 1e4
         raise WidthError(
-            f"{budget:g} of the multiply-adds is out of reach by width alone, the least is {reached:g}"
+            f"{budget:g} of the multiply-adds is out of reach by width alone, the least is {reached:g}; raise the "
+            "budget, or let width take less of it"
         )
     low, high = -60.0, 0.0  # the price is eᵖ
     found = least

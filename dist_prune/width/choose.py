@@ -21,11 +21,11 @@ from dist_prune.factorization.knapsack import Floats
 from dist_prune.network.sites import View, describe, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.width.allocation import allocate
-from dist_prune.width.costs import width_costs
+from dist_prune.width.costs import WidthCosts, width_costs
 from dist_prune.width.elimination import Elimination, Prediction, eliminate, predict
 from dist_prune.width.groups import Consumer, Group, find_groups
 from dist_prune.width.moments import ChannelMoments, collect_channel_moments, term_of
-from dist_prune.width.narrowing import Kept, narrowed
+from dist_prune.width.narrowing import KeptChannels, narrowed
 
 TRIED = (0.75, 0.5)  # shares of each group's channels, at which it is measured
 SMALLEST = 1e-9  # nats: a smaller loss is none
@@ -46,16 +46,16 @@ class GroupLosses:
         scaled: Floats = self.elimination.losses * self.scale
         return scaled
 
-    def kept(self, width: int) -> Kept:
+    def kept(self, width: int) -> KeptChannels:
         """The channels that stay at a width."""
-        return Kept(self.group, self.elimination.kept(width))
+        return KeptChannels(self.group, self.elimination.kept(width))
 
 
 @dataclass(frozen=True)
 class Choice:
     """The groups that become narrower, what that is predicted to lose, and the network without them."""
 
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptChannels, ...]
     loss: float
     macs: int
     network: nn.Module
@@ -87,16 +87,12 @@ def choose_widths(
         WidthError: out of reach.
         StatisticsError: NaN or infinity, or no images.
     """
-    groups = that_run(model, find_groups(model, images).groups, images)
-    costs = width_costs(model, groups, images[:1])
-    world.from_first(
-        lambda: allocate(costs, [_none(g) for g in groups], budget, round_to)
-    )  # out of reach: at once
+    groups, costs = require_reachable_widths(model, images, budget, round_to)
     consumers = [consumer for group in groups for consumer in group.consumers]
     moments = collect_channel_moments(model, consumers, (b.images for b in batches()), world)
     metrics = _metrics(model, consumers, batches, seed, world)
     found = [_eliminated(model, group, moments, metrics, world) for group in groups]
-    scaled = [_measured(model, each, moments, holdout_kl) for each in found]
+    scaled = [measured(model, each, moments, holdout_kl) for each in found]
     widths = world.from_first(lambda: allocate(costs, [each.losses for each in scaled], budget, round_to))
     kept = tuple(each.kept(w) for each, w in zip(scaled, widths, strict=True) if w < each.group.width)
     network = narrowed(model, kept, predictions(kept, moments))
@@ -105,13 +101,27 @@ def choose_widths(
     return Choice(kept, loss, costs.macs(widths), network)
 
 
+def require_reachable_widths(
+    model: nn.Module, images: Tensor, budget: float, round_to: int
+) -> tuple[list[Group], WidthCosts]:
+    """The groups that can become narrower, and what each width costs; arguments as in `choose_widths`.
+
+    Raises:
+        WidthError: not even the smallest widths meet the budget.
+    """
+    groups = that_run(model, find_groups(model, images).groups, images)
+    costs = width_costs(model, groups, images[:1])
+    allocate(costs, [_none(g) for g in groups], budget, round_to)
+    return groups, costs
+
+
 def that_run(model: nn.Module, groups: Sequence[Group], images: Tensor) -> list[Group]:
     """The groups without which the network still runs: some code has a number of channels written into it."""
     return [group for group in groups if _runs(model, group, images)]
 
 
 def _runs(model: nn.Module, group: Group, images: Tensor) -> bool:
-    half = Kept(group, tuple(range(max(1, group.width // 2))))
+    half = KeptChannels(group, tuple(range(max(1, group.width // 2))))
     try:
         with evaluating(model):
             narrowed(model, [half], shared=True)(images)
@@ -158,7 +168,7 @@ def _eliminated(
     return GroupLosses(group, world.from_first(solve))
 
 
-def _measured(
+def measured(
     model: nn.Module,
     each: GroupLosses,
     moments: Mapping[str, ChannelMoments],
@@ -175,7 +185,7 @@ def _measured(
     return replace(each, scale=math.exp(math.fsum(ratios) / len(ratios)))
 
 
-def predictions(kept: Iterable[Kept], moments: Mapping[str, ChannelMoments]) -> dict[str, Prediction]:
+def predictions(kept: Iterable[KeptChannels], moments: Mapping[str, ChannelMoments]) -> dict[str, Prediction]:
     """Of all consumers of these groups."""
     found = {}
     for each in kept:

@@ -7,6 +7,7 @@ from textwrap import indent
 
 from dist_prune.utils.tables import table
 from dist_prune.width.groups import Groups
+from dist_prune.width.narrowing import KeptChannels
 
 NAMED = 3  # members that a cell names
 
@@ -25,6 +26,15 @@ def format_groups(found: Groups) -> str:
         rows = [[_named(each.producers), each.reason] for each in found.staying]
         lines.append(indent(table(["channels made by", "stay, because"], rows), "   "))
     return "\n".join(lines)
+
+
+def format_widths(kept: Sequence[KeptChannels], macs: float, loss: float) -> str:
+    """What became narrower, the multiply-adds left as a share of the dense network's, and the loss predicted."""
+    rows = [[each.group.name, f"{len(each.channels)}/{each.group.width}"] for each in kept]
+    return (
+        f"{table(['made by', 'channels'], rows)}\n"
+        f"channels removed in {len(kept)} groups: MACs ×{macs:.3f}, predicted KL, summed over groups: {loss:.4g}"
+    )
 
 
 def _named(names: Sequence[str]) -> str:

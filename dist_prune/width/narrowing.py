@@ -19,7 +19,7 @@ _ENTRIES = ("weight", "bias", "running_mean", "running_var")  # of a module that
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptChannels:
     """The channels of a group that stay, ascending."""
 
     group: Group
@@ -30,7 +30,7 @@ class Kept:
         return {**asdict(self.group), "kept": list(self.channels)}
 
     @staticmethod
-    def from_json(row: Mapping[str, Any]) -> Kept:
+    def from_json(row: Mapping[str, Any]) -> KeptChannels:
         """What `to_json` wrote.
 
         Raises:
@@ -38,12 +38,12 @@ class Kept:
         """
         consumers = tuple(Consumer(str(c["name"]), int(c["repeat"])) for c in row["consumers"])
         producers, between = (tuple(map(str, row[key])) for key in ("producers", "between"))
-        return Kept(Group(int(row["width"]), producers, between, consumers), tuple(map(int, row["kept"])))
+        return KeptChannels(Group(int(row["width"]), producers, between, consumers), tuple(map(int, row["kept"])))
 
 
 def narrowed(
     model: nn.Module,
-    kept: Iterable[Kept],
+    kept: Iterable[KeptChannels],
     predictions: Mapping[str, Prediction] | None = None,
     shared: bool = False,
 ) -> nn.Module:
@@ -87,7 +87,7 @@ def _give_bias(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _take_up(module: nn.Module, consumer: Consumer, kept: Kept, found: Prediction) -> None:
+def _take_up(module: nn.Module, consumer: Consumer, kept: KeptChannels, found: Prediction) -> None:
     """Weights W P in the columns of the channels kept; what is constant in the others goes to the bias."""
     weight = channel_weights(module, consumer)
     solved = torch.einsum("ocs,ck->oks", weight.double(), found.weights)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_prune.width.allocation import WidthError, allocate
 from dist_prune.width.costs import WidthCosts, width_costs
 from dist_prune.width.groups import find_groups
-from dist_prune.width.narrowing import Kept, narrowed
+from dist_prune.width.narrowing import KeptChannels, narrowed
 from tests.networks import NETWORKS, seeded
 
 
@@ -29,7 +29,7 @@ def test_costs_are_those_of_the_network_that_is_built(name: str) -> None:
     costs = width_costs(model, groups, image)
     assert costs.macs(costs.full) == costs.total == macs(model, image)
     widths = [max(1, (g.width * (3 + place % 5)) // 8) for place, g in enumerate(groups)]
-    built = narrowed(model, [Kept(g, tuple(range(w))) for g, w in zip(groups, widths, strict=True)])
+    built = narrowed(model, [KeptChannels(g, tuple(range(w))) for g, w in zip(groups, widths, strict=True)])
     assert costs.macs(widths) == macs(built, image)
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_prune.network.models import logits_of
 from dist_prune.width.elimination import Prediction
 from dist_prune.width.groups import Group, find_groups
-from dist_prune.width.narrowing import Kept, narrowed
+from dist_prune.width.narrowing import KeptChannels, narrowed
 from tests.networks import NETWORKS, seeded
 
 TIMM = {
@@ -34,11 +34,11 @@ SLOW = {
 }
 
 
-def halves(groups: Sequence[Group], seed: int = 0) -> list[Kept]:
+def halves(groups: Sequence[Group], seed: int = 0) -> list[KeptChannels]:
     """Of every group a random half of the channels, two groups of them fewer."""
     generator = torch.Generator().manual_seed(seed)
     order = [torch.randperm(g.width, generator=generator)[: max(1, g.width // 2)] for g in groups]
-    return [Kept(g, tuple(sorted(index.tolist()))) for g, index in zip(groups, order, strict=True)]
+    return [KeptChannels(g, tuple(sorted(index.tolist()))) for g, index in zip(groups, order, strict=True)]
 
 
 def cost(model: nn.Module, image: Tensor) -> tuple[int, int]:
@@ -50,7 +50,7 @@ def cost(model: nn.Module, image: Tensor) -> tuple[int, int]:
 def check_full_width_and_half(model: nn.Module, images: Tensor) -> None:
     found = find_groups(model, images)
     assert found.groups, found.staying
-    everything = [Kept(g, tuple(range(g.width))) for g in found.groups]
+    everything = [KeptChannels(g, tuple(range(g.width))) for g in found.groups]
     with torch.no_grad():
         expected = logits_of(model(images))
         full = logits_of(narrowed(model, everything)(images))
@@ -130,6 +130,6 @@ def test_what_was_removed_is_predicted_from_what_is_left() -> None:
     weights[5, 1], offset[4] = 2, 0.7
     images = torch.randn(2, 3, 5, 5)
     with torch.no_grad():
-        narrow = narrowed(model, [Kept(group, (0, 1, 2, 3))], {"2": Prediction(weights, offset)})
+        narrow = narrowed(model, [KeptChannels(group, (0, 1, 2, 3))], {"2": Prediction(weights, offset)})
         torch.testing.assert_close(narrow(images), model(images))
     assert narrow[2].bias is not None and narrow[0].out_channels == narrow[2].in_channels == 4
