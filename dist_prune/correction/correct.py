@@ -166,12 +166,9 @@ def correct(
     with evaluating(dense), evaluating(compressed):
         holdout = holdout_logits(dense, images)
         before = divergence(compressed, holdout, images.prepare, world)
-    views, notes, source = [View(site) for site in sites], list[str](), source or dense
+    source = source or dense
     outputs = {name: torch.tensor(each.channels) for each in kept for name in each.group.producers}
-    try:
-        metrics = _metrics(source, views, images, settings, seed, world)
-    except NoGradientError as error:
-        metrics, notes = _no_metrics(views, world), [f"corrected without a metric: {error}"]
+    metrics, notes = _metrics(source, [View(site) for site in sites], images, settings, seed, world)
     state = state or CorrectionState()
     for damping in settings.dampings[len(state.trials) :]:
         candidate = with_replaced(compressed)
@@ -233,13 +230,16 @@ def _metrics(
     settings: CorrectionConfig,
     seed: int,
     world: World,
-) -> dict[str, Tensor]:
-    """Fisher metrics of all sites' outputs, if any damping needs them."""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Fisher metrics of all sites' outputs, if any damping needs them; why there are none."""
     if settings.correct != "regression" or all(map(math.isinf, settings.metric_damping)):
-        return _no_metrics(views, world)
+        return _no_metrics(views, world), []
     draws = max(1, min(MOST_DRAWS, GRADIENTS // settings.calibrate_images))
     objective = Objective("kl", draws, seed)
-    return collect_curvature(dense, views, images.prepared(), world, STEPS["fisher"], objective)
+    try:
+        return collect_curvature(dense, views, images.prepared(), world, STEPS["fisher"], objective), []
+    except NoGradientError as error:
+        return _no_metrics(views, world), [f"corrected without a metric: {error}"]
 
 
 def _no_metrics(views: Sequence[View], world: World) -> dict[str, Tensor]:
