@@ -19,8 +19,9 @@ from dist_prune.config.arguments import (
     naming_arguments,
     require_one_of,
 )
+from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import CompressionConfig, CorrectionConfig, ImageSpec, Method, MethodConfig, Run, Side
+from dist_prune.config.run import CompressionConfig, ImageSpec, Method, MethodConfig, Run, Side
 from dist_prune.correction import correct as correction
 from dist_prune.correction.correct import (
     FEWEST,

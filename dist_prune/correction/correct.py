@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_prune.config.run import CorrectionConfig
+from dist_prune.config.correction import CorrectionConfig
 from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, left_out
 from dist_prune.correction.solver import Solver
 from dist_prune.data.loader import Batch, Stream, normalise

@@ -111,6 +111,8 @@ def _choice(row: Mapping[str, Any]) -> Choice:
     if form == DENSE or (rank is None and not ranks):
         return Choice(str(row["site"]), None, reason, loss)
     form_of(form)
+    if rank is not None and form == "output":
+        ranks = (int(rank),)  # which is what people edit
     ranks = ranks or (int(rank),)
     return Choice(str(row["site"]), min(ranks), reason, None if loss is None else float(loss), form, ranks)
 

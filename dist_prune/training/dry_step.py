@@ -17,6 +17,7 @@ from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
+from dist_prune.network.replacing import with_replaced
 from dist_prune.training.trainer import Loss, cross_entropy, freeze_norms
 
 SHOWN = 4  # names in a message
@@ -28,7 +29,7 @@ def unreached(
     """Names of the parameters that get no gradient, though they want one.
 
     Args:
-        model: left as it was, its buffers and modes included.
+        model: left as it was, counters of its own included: a copy makes the step.
         images: (N, 3, H, W) on its device; two are enough, and one is what shows that batch norm needs two.
         settings: of the training.
         loss: what is trained for; cross-entropy if none is given.
@@ -38,17 +39,20 @@ def unreached(
     """
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     batch = Batch(images, labels, labels)
-    with _undone(model), torch.enable_grad():
-        if settings.bn == "frozen":
-            freeze_norms(model)
+    tried = with_replaced(model)
+    nn.Module.train(tried)
+    tried.zero_grad(set_to_none=True)
+    if settings.bn == "frozen":
+        freeze_norms(tried)
+    with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.enable_grad():
         try:
-            logits = logits_of(model(images)).float()
+            logits = logits_of(tried(images)).float()
             value = loss(logits, batch) if loss else cross_entropy(logits, batch, settings.label_smoothing)
             torch.autograd.backward(value)
         except Exception as error:  # of the network's own code
             raise ConfigError(_why_not(error, len(images))) from error
-        wanting = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return tuple(name for name, parameter in wanting if parameter.grad is None)
+    wanting = [(name, p) for name, p in tried.named_parameters() if p.requires_grad]
+    return tuple(name for name, parameter in wanting if parameter.grad is None)
 
 
 def _why_not(error: Exception, images: int) -> str:
@@ -56,30 +60,6 @@ def _why_not(error: Exception, images: int) -> str:
     if images == 1 and "more than 1 value per channel" in text:
         return f"batch norm cannot average over one value: give --batch-size 2 or more, or --bn frozen ({text})"
     return f"in training mode the network fails, which fine-tuning needs: {type(error).__name__}: {text}"
-
-
-@contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """While open, training mode and no gradients; both, buffers and random state are put back after."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    devices = {p.device for p in gradients if p.is_cuda}
-    for parameter in gradients:
-        parameter.grad = None
-    nn.Module.train(model)
-    try:
-        with torch.random.fork_rng(list(devices)):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

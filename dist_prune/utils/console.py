@@ -9,6 +9,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 
 import tyro
 
@@ -62,7 +63,8 @@ def adapt_output(environ: Mapping[str, str]) -> None:
     codecs.register_error(PLAIN, _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=PLAIN)
+            with suppress(OSError):  # a terminal opened for reading, too, cannot be changed: it shows what it can
+                stream.reconfigure(errors=PLAIN)
     if environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False
 

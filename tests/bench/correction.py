@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_prune.config.run import CorrectionConfig, ImageSpec
+from dist_prune.config.correction import CorrectionConfig
+from dist_prune.config.run import ImageSpec
 from dist_prune.correction.correct import Calibration, correct
 from dist_prune.data.loader import normalise
 from dist_prune.distributed.world import World, joined

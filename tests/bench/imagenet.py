@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from dist_prune.data.timm_images import is_timms, spec_of
 from torch import Tensor, nn
 
 from dist_prune import compress
@@ -29,10 +28,11 @@ from dist_prune.config.flags import Rule
 from dist_prune.config.run import ImageSpec
 from dist_prune.data.dataset import list_unlabelled
 from dist_prune.data.loader import evaluation_stream
+from dist_prune.data.pretrained_images import spec_of
 from dist_prune.distributed.world import joined
 from dist_prune.factorization.plan import PlanError, cost, make_plan
 from dist_prune.network import models
-from dist_prune.network.models import logits_of
+from dist_prune.network.models import is_timms, logits_of
 from dist_prune.network.sites import evaluating, survey
 from dist_prune.utils.tables import table
 from tests.bench.timing import heading, write_json

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_prune.config.run import CorrectionConfig, ImageSpec
+from dist_prune.config.correction import CorrectionConfig
+from dist_prune.config.run import ImageSpec
 from dist_prune.correction.correct import Calibration, concerns, correct
 from dist_prune.data.loader import normalise
 from dist_prune.distributed.world import World

@@ -93,7 +93,7 @@ def test_two_ranks_on_one_gpu_end_in_one_line_before_any_work(bench: Bench, tmp_
     words = bench.words(tmp_path / "run", device="cuda")
     done = bench.commands(*words, ranks=2, function="tests.distributed.test_devices:with_one_gpu")
     assert done.codes == [2, 2]
-    (line,) = done.err.splitlines()
+    (line,) = done.errors
     assert line.startswith("error: 2 ranks on 1 GPU, and a GPU takes one: start as many ranks as GPUs")
     assert not (tmp_path / "run").exists()
 

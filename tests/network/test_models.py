@@ -114,7 +114,7 @@ def test_enums_are_checked_before_anything_is_downloaded() -> None:
 
 def test_only_classifiers_are_accepted() -> None:
     assert logits_of((torch.zeros(2, 5), None)).shape == (2, 5)
-    with pytest.raises(ModelError, match="expected logits of shape"):
+    with pytest.raises(ModelError, match="expected logits \\(images, classes\\)"):
         logits_of(torch.zeros(2, 5, 7, 7))
     with pytest.raises(ModelError, match="returned dict"):
         logits_of({"out": torch.zeros(2, 5)})
