@@ -36,6 +36,8 @@ MODULE = '''"""{title}
 Needs torch alone. Written down from a network in evaluation mode: what it does only in training is not here.
 """
 
+from __future__ import annotations
+
 {imports}
 
 {constants}
