@@ -76,7 +76,7 @@ def test_blocks_are_classes_and_layers_stand_in_one_place() -> None:
     assert "linear=Factored(reduce=nn.Linear(64, 3, bias=False), expand=nn.Linear(3, 7))" in text
     assert "for _ in range(3)" in text, "equal blocks are written once"
     imports = [line for line in text.splitlines() if line.startswith(("import", "from"))]
-    assert all(line.split()[1].partition(".")[0] in ("torch", "pathlib") for line in imports)
+    assert all(line.split()[1].partition(".")[0] in ("__future__", "torch", "pathlib") for line in imports)
 
 
 @pytest.mark.slow
