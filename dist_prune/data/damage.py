@@ -135,4 +135,4 @@ def require_size(split: Split, smallest: int) -> None:
 def too_small(split: Split, small: list[str]) -> DataError:
     """The error of images that a crop does not fit into."""
     advice = "lower --crop, or enlarge images by --resize"
-    return DataError(f"images of {split.root} are smaller than --crop: {brief(small)}; {advice}")
+    return DataError(f"images of {split.root} are smaller than --crop: {brief(small, 3)}; {advice}")

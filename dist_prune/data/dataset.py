@@ -100,7 +100,7 @@ def open_dataset(
     """List `folder`/train and `folder`/val. Classes come from one list, and either may lack images of some.
 
     The list is `class_list`; without it train's folders, or those of both if only these are as many as the network
-    has outputs; where training images need no labels, val's folders if these are.
+    has outputs; where training images need no labels, val's folders before either, if they are as many.
 
     Args:
         folder: of the data set.
@@ -157,7 +157,8 @@ def _no_images(found: Listing) -> str:
 def _choose_classes(train: Listing, val: Listing, outputs: int, labelled: bool) -> tuple[str, ...]:
     own = tuple(train.folders) or tuple(val.folders)
     every = tuple(sorted({*map(_spelling, own), *map(_spelling, val.folders)}))
-    for names in (own, every, *([] if labelled else [tuple(val.folders)])):
+    judged = [] if labelled else [tuple(val.folders)]  # whose labels alone are used
+    for names in (*judged, own, every):
         if len(names) == outputs:
             return names
     return own
