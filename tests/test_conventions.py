@@ -131,6 +131,15 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not below, f"these, or what they import, stand in a circle: {', '.join(sorted(below))}"
 
 
+def test_no_class_name_stands_twice() -> None:
+    places: dict[str, list[str]] = {}
+    for path in CODE:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(shown(path, node))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 def touches(path: Path, *packages: str) -> list[str]:
     """Where a file imports one of the packages, reaches into one, or imports it by a string."""
 

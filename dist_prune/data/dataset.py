@@ -18,7 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dist_prune.data.listing import ENDINGS, DataError, Listing, brief, left_out_text, list_folder, read_class_list
+from dist_prune.data.listing import (
+    ENDINGS,
+    DataError,
+    FolderListing,
+    brief,
+    left_out_text,
+    list_folder,
+    read_class_list,
+)
 
 UNLABELLED = -1
 DIGITS = 1797
@@ -116,31 +124,34 @@ def open_dataset(
         if not part.is_dir():
             layout = f"{folder}/{{train,val}}/<class>/*.jpg"
             raise DataError(f"{part} is not a folder: expected {layout}, or MNIST's idx files in {folder}")
-    here = Listing(folder / "train", (), {}, {})
-    found, judged = list_folder(folder / "train") if train else here, list_folder(folder / "val")
-    for listing in (found, judged) if labelled else (judged,):
+    here = FolderListing(folder / "train", (), {}, {})
+    found, validation = list_folder(folder / "train") if train else here, list_folder(folder / "val")
+    for listing in (found, validation) if labelled else (validation,):
         _require_class_folders(listing)
     if train and not found.images:
         raise DataError(_no_images(found))
-    classes = read_class_list(class_list) if class_list else _choose_classes(found, judged, outputs, labelled)
-    strangers = {part.root.name: _strangers(part, classes) for part in (found, judged)}
+    classes = read_class_list(class_list) if class_list else _choose_classes(found, validation, outputs, labelled)
+    strangers = {part.root.name: _strangers(part, classes) for part in (found, validation)}
     if class_list:
-        for listing in (found, judged) if labelled else (judged,):
+        for listing in (found, validation) if labelled else (validation,):
             _require_listed(listing, strangers[listing.root.name], classes, class_list)
     anonymous = not labelled and (found.loose or strangers["train"])
-    splits = _unlabelled(found, classes) if anonymous else _labelled(found, classes), _labelled(judged, classes)
+    splits = (
+        _unlabelled(found, classes) if anonymous else _labelled(found, classes),
+        _labelled(validation, classes),
+    )
     if not splits[1].files:
-        raise DataError(f"{_no_images(judged)}, in a class of train/ or of --class-list")
+        raise DataError(f"{_no_images(validation)}, in a class of train/ or of --class-list")
     return Dataset(*splits, tuple(_notes(splits, strangers, bool(anonymous))))
 
 
-def _require_one_kind(found: Listing) -> None:
+def _require_one_kind(found: FolderListing) -> None:
     if found.loose and found.folders:
         first = next(iter(found.folders))
         raise DataError(f"{found.root} has images ({found.loose[0]}) and folders ({first}): keep one kind")
 
 
-def _require_class_folders(found: Listing) -> None:
+def _require_class_folders(found: FolderListing) -> None:
     _require_one_kind(found)
     if found.loose:
         raise DataError(f"{found.root} has images but no class folders: expected {found.root}/<class>/")
@@ -148,13 +159,13 @@ def _require_class_folders(found: Listing) -> None:
         raise DataError(_no_images(found))
 
 
-def _no_images(found: Listing) -> str:
+def _no_images(found: FolderListing) -> str:
     left = left_out_text(found.root, found.left_out)
     endings = brief(sorted(ENDINGS), len(ENDINGS))
     return f"no images in {found.root}: expected <class>/*, ending in {endings}{f'; {left}' * bool(left)}"
 
 
-def _choose_classes(train: Listing, val: Listing, outputs: int, labelled: bool) -> tuple[str, ...]:
+def _choose_classes(train: FolderListing, val: FolderListing, outputs: int, labelled: bool) -> tuple[str, ...]:
     own = tuple(train.folders) or tuple(val.folders)
     every = tuple(sorted({*map(_spelling, own), *map(_spelling, val.folders)}))
     judged = [] if labelled else [tuple(val.folders)]  # whose labels alone are used
@@ -169,13 +180,15 @@ def _spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _strangers(found: Listing, classes: Sequence[str]) -> list[str]:
+def _strangers(found: FolderListing, classes: Sequence[str]) -> list[str]:
     """Folders with images that are no class."""
     known = set(map(_spelling, classes))
     return [name for name, images in found.folders.items() if images and _spelling(name) not in known]
 
 
-def _require_listed(found: Listing, strangers: Sequence[str], classes: Sequence[str], class_list: Path) -> None:
+def _require_listed(
+    found: FolderListing, strangers: Sequence[str], classes: Sequence[str], class_list: Path
+) -> None:
     if strangers:
         raise DataError(
             f"{found.root} has class folders that are not in the class list: {brief(strangers)}; {class_list} "
@@ -184,7 +197,7 @@ def _require_listed(found: Listing, strangers: Sequence[str], classes: Sequence[
         )
 
 
-def _labelled(found: Listing, classes: Sequence[str]) -> Split:
+def _labelled(found: FolderListing, classes: Sequence[str]) -> Split:
     """The images of the folders that are classes, in the order of the classes."""
     order = {_spelling(name): label for label, name in enumerate(classes)}
     folders = sorted((order[_spelling(n)], images) for n, images in found.folders.items() if _spelling(n) in order)
@@ -193,7 +206,7 @@ def _labelled(found: Listing, classes: Sequence[str]) -> Split:
     return Split(found.root, tuple(classes), files, labels, left_out_text(found.root, found.left_out))
 
 
-def _unlabelled(found: Listing, classes: Sequence[str]) -> Split:
+def _unlabelled(found: FolderListing, classes: Sequence[str]) -> Split:
     labels = (UNLABELLED,) * len(found.images)
     return Split(found.root, tuple(classes), found.images, labels, left_out_text(found.root, found.left_out))
 

@@ -27,7 +27,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Listing:
+class FolderListing:
     """What a folder holds: `loose` images directly in it, `folders` and the images at any depth below each.
 
     Names of images are relative to `root`, sorted; `left_out` counts other files by their ending.
@@ -44,7 +44,7 @@ class Listing:
         return tuple(sorted([*self.loose, *(name for below in self.folders.values() for name in below)]))
 
 
-def list_folder(root: Path) -> Listing:
+def list_folder(root: Path) -> FolderListing:
     """Find all images below `root`; links to folders are followed, hidden files and folders skipped.
 
     Raises:
@@ -62,7 +62,7 @@ def list_folder(root: Path) -> Listing:
     found = {name: tuple(file for file in files if file[-1] != "/") for name, files in sorted(folders.items())}
     loose = tuple(sorted(name for name in names if "/" not in name))
     _require_openable(root, [str(root), *names])
-    return Listing(root, loose, found, dict(sorted(left_out.items())))
+    return FolderListing(root, loose, found, dict(sorted(left_out.items())))
 
 
 def _walk(path: str, prefix: str, around: tuple[str, ...], left_out: Counter[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ class DeviceError(ValueError):
     """The device asked for is not there."""
 
 
-class Board(Protocol):
+class RendezvousStore(Protocol):
     """What the ranks can write on before they are connected: torch's rendezvous store."""
 
     def add(self, key: str, amount: int, /) -> int: ...
@@ -55,7 +55,7 @@ def identity_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def sharing(store: Board, size: int, gpu: str) -> str:
+def sharing(store: RendezvousStore, size: int, gpu: str) -> str:
     """Whether any two ranks have the same GPU, in words and the same on every rank; empty if each has its own.
 
     Looked at before they connect: NCCL refuses such ranks in words of its own.
@@ -74,7 +74,9 @@ def sharing(store: Board, size: int, gpu: str) -> str:
     return f"{size} ranks on {found} GPU{'s' * (found > 1)}, and a GPU takes one" if found < size else ""
 
 
-def own_device(store: Board, place: LaunchEnv, wanted: str, device: torch.device) -> tuple[torch.device, str]:
+def own_device(
+    store: RendezvousStore, place: LaunchEnv, wanted: str, device: torch.device
+) -> tuple[torch.device, str]:
     """The GPU of this rank, or the CPU where "auto" finds fewer GPUs than ranks, and what to say then.
 
     On a cluster that is an error: nobody reads the line before the hours are gone.

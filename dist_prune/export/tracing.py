@@ -47,7 +47,7 @@ def trace(module: nn.Module, name: str, arguments: Mapping[str, Pair]) -> Forwar
         UntraceableError: values of tensors, or the number of images, decide what is computed; or the code does
             what cannot be followed.
     """
-    tracer = _Tracer(arguments)
+    tracer = _SourceTracer(arguments)
     try:
         with torch.no_grad():
             graph = tracer.trace(module)
@@ -151,7 +151,7 @@ class _Value(fx.Proxy):
         return self.tracer.length(self)  # type: ignore[attr-defined, no-any-return]
 
 
-class _Tracer(fx.Tracer):
+class _SourceTracer(fx.Tracer):
     """Traces one module; its children are calls."""
 
     proxy_buffer_attributes = True

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
 from dist_prune.network.models import looks_like_probabilities
-from dist_prune.network.trial import Trial, answer_of, stand_in, tolerance_of
+from dist_prune.network.trial import StandInTrial, answer_of, stand_in, tolerance_of
 
 
 class SiteError(ValueError):
@@ -188,7 +188,9 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
         )
     reasons |= {n: "its forward never runs" for n, reason in reasons.items() if not reason and n not in calls}
     found = [describe(n, modules[n], *_positions(modules[n], calls[n])) for n in calls if not reasons[n]]
-    tried = Trial(model, image, answer, tolerance_of([answer, *(y for each in calls.values() for _, y in each)]))
+    tried = StandInTrial(
+        model, image, answer, tolerance_of([answer, *(y for each in calls.values() for _, y in each)])
+    )
     with evaluating(model):
         reasons |= tried.altering({site.name: stand_in(modules[site.name]) for site in found})
     reasons |= {n: f"{type(m).__name__} is not factored: only Conv2d and Linear are" for n, m in others.items()}

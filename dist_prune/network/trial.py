@@ -16,7 +16,7 @@ COARSE = 0.03  # relative error that half precision, or TF32 on a GPU, may add u
 
 
 @dataclass(frozen=True)
-class Trial:
+class StandInTrial:
     """A network's answer to one image, `expected` (1, classes): stand-ins for its layers must not change it."""
 
     model: nn.Module

@@ -163,10 +163,10 @@ def _explained(arch: str, path: Path) -> Iterator[None]:
             f"`if __name__ == '__main__':`"
         ) from error
     except Exception as error:
-        raise ModelError(f"--arch {arch}: {told(error, path)}") from error
+        raise ModelError(f"--arch {arch}: {fault_of(error, path)}") from error
 
 
-def told(error: Exception, path: Path) -> str:
+def fault_of(error: Exception, path: Path) -> str:
     """An error of the user's code in one line: what it is, and where in the file's folder it was raised."""
     folder = path.resolve().parent
     own = [f for f in traceback.extract_tb(error.__traceback__) if folder in Path(f.filename).resolve().parents]

@@ -26,7 +26,7 @@ from dist_prune.network.memory_format import lay_out
 from dist_prune.network.published import options_of
 from dist_prune.network.replacing import CopyError
 from dist_prune.network.sites import SiteError, Survey, survey
-from dist_prune.network.user_code import split, told
+from dist_prune.network.user_code import fault_of, split
 from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
 from dist_prune.run.compress import made_of
@@ -262,7 +262,7 @@ def load_network(
     except Exception as error:  # whatever the network's own code raises
         size = " × ".join(map(str, image.shape[1:]))
         see = "--crop and --channels-last" if config.channels_last else "--crop"
-        reason = error if isinstance(error, RuntimeError) else told(error, Path(split(network.arch)[0]))
+        reason = error if isinstance(error, RuntimeError) else fault_of(error, Path(split(network.arch)[0]))
         raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
     found = world.from_first(lambda: own)
     if found.classes != network.classes:

@@ -52,7 +52,7 @@ class GroupLosses:
 
 
 @dataclass(frozen=True)
-class Choice:
+class WidthChoice:
     """The groups that become narrower, what that is predicted to lose, and the network without them."""
 
     kept: tuple[KeptChannels, ...]
@@ -70,7 +70,7 @@ def choose_widths(
     round_to: int,
     seed: int,
     world: World,
-) -> Choice:
+) -> WidthChoice:
     """Take channels out of the network until it fits the budget; the given network stays as it is.
 
     Args:
@@ -98,7 +98,7 @@ def choose_widths(
     network = narrowed(model, kept, predictions(kept, moments))
     world.broadcast_(*network.state_dict().values())
     loss = math.fsum(float(each.losses[w]) for each, w in zip(scaled, widths, strict=True))
-    return Choice(kept, loss, costs.macs(widths), network)
+    return WidthChoice(kept, loss, costs.macs(widths), network)
 
 
 def require_reachable_widths(

@@ -57,7 +57,7 @@ def eliminate(terms: Sequence[Term], ridge: float) -> Elimination:
         terms: of all consumers of a group.
         ridge: added to the covariance's diagonal, as a share of its mean.
     """
-    parts = [_Part(term, ridge) for term in terms]
+    parts = [_TermPart(term, ridge) for term in terms]
     left = torch.arange(len(terms[0].gram), device=terms[0].gram.device)
     order: list[int] = []
     rises: list[float] = []
@@ -83,7 +83,7 @@ class _Taken:
     rises: Tensor
 
 
-def _panel(parts: Sequence[_Part], steps: int) -> _Taken:
+def _panel(parts: Sequence[_TermPart], steps: int) -> _Taken:
     """Remove `steps` channels; whole matrices are left as they were, but for what the parts put aside."""
     gone = torch.zeros_like(parts[0].inverse_diagonal)
     places, rises = [], []
@@ -100,7 +100,7 @@ def _panel(parts: Sequence[_Part], steps: int) -> _Taken:
     return _Taken(torch.stack(places), torch.stack(rises))
 
 
-class _Part:
+class _TermPart:
     """H and M of one consumer, each a matrix less the panel's terms: H − PPᵀ and M − ABᵀ − BAᵀ, P = B√diag."""
 
     def __init__(self, term: Term, ridge: float) -> None:

@@ -17,7 +17,7 @@ class GraphError(ValueError):
     """A network that torch.fx cannot follow."""
 
 
-class _Tracer(fx.Tracer):
+class _GroupTracer(fx.Tracer):
     """Enters everything but layers; those derived from PyTorch's own are layers, too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -46,7 +46,7 @@ def traced_with_shapes(model: nn.Module, image: Tensor) -> fx.Graph:
     known = set(vars(model))
     try:
         with evaluating(model):
-            graph = _Tracer().trace(model, _defaults(model))
+            graph = _GroupTracer().trace(model, _defaults(model))
             _Shapes(fx.GraphModule(model, graph)).run(image.clone())
     except Exception as error:
         first = str(error).partition("\n")[0]

@@ -16,7 +16,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.sites import survey
 from dist_prune.statistics.probes import kl
 from dist_prune.width.allocation import WidthError
-from dist_prune.width.choose import RIDGE, SMALLEST, Choice, GroupLosses, choose_widths, measured
+from dist_prune.width.choose import RIDGE, SMALLEST, GroupLosses, WidthChoice, choose_widths, measured
 from dist_prune.width.elimination import eliminate
 from dist_prune.width.groups import find_groups
 from dist_prune.width.listing import format_widths
@@ -57,7 +57,7 @@ def divergence(dense: nn.Module, network: nn.Module, batches: list[Tensor]) -> f
         return float(torch.cat([kl(dense(x).double(), network(x).double()) for x in batches]).mean())
 
 
-def narrow(model: nn.Module, batches: list[Tensor], budget: float, world: World) -> Choice:
+def narrow(model: nn.Module, batches: list[Tensor], budget: float, world: World) -> WidthChoice:
     """Solved from all batches but the last, which is the holdout."""
     own, held = batches[:-1], batches[-1:]
 
