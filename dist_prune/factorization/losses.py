@@ -25,16 +25,15 @@ from dist_prune.factorization.forms import FORMS, Form, set_weight
 from dist_prune.factorization.knapsack import Floats
 from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.spectra import Spectra
-from dist_prune.network.sites import Site, bias_of, weight_of
+from dist_prune.network.sites import Site
 from dist_prune.statistics.collect import Batches, Statistics
 from dist_prune.statistics.second_order import (
     Curve,
     Sample,
     SecondOrder,
-    Terms,
     collect_losses,
-    offset_of,
 )
+from dist_prune.statistics.terms import ChainTerms, Directions, Terms, offset_of
 
 FOLDS = 4
 FEW = 4  # rows per dimension, below which a site has few
@@ -115,18 +114,21 @@ def terms_of(module: nn.Module, site: Site, basis: Basis, nested: Mapping[str, N
     With chains of the form `input` all terms of both it and `output` are there: `tucker` needs them.
     """
     layer = module.get_submodule(site.name)
-    weight, offset = weight_of(layer, site).double(), basis.mean - bias_of(layer, site).double()
     rank = site.width if "input" in nested else _most(FORMS["output"], site, site.width)
     encode, decode = basis.encode[:, :rank], basis.decode[..., :rank]
-    first, second = _layers(layer, FORMS["output"], encode @ weight, decode)
-    given = decode * (encode @ offset[..., None]).mT
-    found = {"output": Terms(first, second, given.flatten(0, 1))}
+    offset = decode * (encode @ basis.mean[..., None]).mT
+    found: dict[str, Terms] = {"output": Directions("output", encode, decode, offset.flatten(0, 1))}
     for name, chains in nested.items():
         full = chains.first.shape[1]
         rank = full if name == "input" else _most(FORMS[name], site, full)
         first, second = _layers(layer, FORMS[name], chains.first[:, :rank], chains.second[:, :, :rank])
         assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
-        found[name] = Terms(first, second, offset_of(first, second, chains.mean))
+        offset = offset_of(first, second, chains.mean)
+        if name == "input" and full == site.channels:  # then the decoder follows from the encoder
+            encode = chains.first.flatten(2)
+            found[name] = Directions("input", encode, torch.linalg.inv(encode), offset)
+        else:
+            found[name] = ChainTerms(first, second, offset)
     return found
 
 

@@ -9,9 +9,9 @@ As l we take Σ_y ε_y √p_y log p_y with random signs ε and p = softmax(z): i
 A label drawn from p has the same second moment, but of a confident network nearly all of it comes from labels that
 are hardly ever drawn; with signs every image counts in every draw. (For `mse`, ½‖z′ − z‖², l = Σ_y ε_y z_y.)
 
-A replacement of rank r is the sum of the first r of a family of terms, W = Σᵢ Wᵢ. With t the channels between its
-two layers, term i gives image n  s_{n,i} = Σ_p g_pᵀWᵢ(x_p − x̄) = ⟨∂⟨g, second(t)⟩/∂tᵢ, tᵢ⟩ − (Σ_p g_p)ᵀWᵢx̄, and
-all together Σ_p g_pᵀ(y_p − ȳ). So loss(r) = ½ mean_n E (Σ_{i>r} s_{n,i})² costs the products of two layers.
+A replacement of rank r is the sum of the first r of a family of terms, W = Σᵢ Wᵢ. Term i gives image n
+s_{n,i} = Σ_p g_pᵀWᵢ(x_p − x̄), see `terms`, and all together Σ_p g_pᵀ(y_p − ȳ). So one pass has, for every r,
+loss(r) = ½ mean_n E (Σ_{i>r} s_{n,i})².
 """
 
 from __future__ import annotations
@@ -23,30 +23,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.models import logits_of
-from dist_prune.network.sites import Site, call_of, output_rows, padded
+from dist_prune.network.sites import Site, call_of, given_to, output_rows
 from dist_prune.statistics.curvature import differentiating
 from dist_prune.statistics.moments import StatisticsError, full_float32
+from dist_prune.statistics.terms import Call, Terms
 from dist_prune.utils import keyed_random
 
 TOGETHER = ("input", "output")  # families that one option leaves out of both: `tucker`
-
-
-@dataclass(frozen=True)
-class Terms:
-    """A family of nested replacements of one site: its weight as a sum of terms, best first.
-
-    `first` gives one channel per term and group, `second` turns them into the site's outputs; both are Conv2d or
-    Linear, their biases are ignored. `offset` (C, r), groups joined, is what each term gives for the mean row.
-    """
-
-    first: nn.Module
-    second: nn.Module
-    offset: Tensor
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,8 @@ class _Site:
     def __init__(self, site: Site, module: nn.Module, draws: int) -> None:
         self.site, self.module, self.draws = site, module, draws
         self.images = self.calls = 0
-        self.alone: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # calls of single images, by number
+        self.alone: dict[int, Call] = {}  # calls of single images, by number
+        self.needs_back = False  # gradients of the inputs, too
 
     def begin(self, indices: Tensor) -> None:
         """A new batch of images with these indices, (images,)."""
@@ -123,43 +111,63 @@ class _Site:
     def finish(self) -> None:
         """The batch has been differentiated."""
         if self.alone:
-            parts = zip(*(self.alone[number] for number in sorted(self.alone)), strict=True)
-            x, y, gradients = (torch.cat(part, axis) for part, axis in zip(parts, (0, 0, 1), strict=True))
-            if len(y) % self.images:
+            call = Call.joined([self.alone[number] for number in sorted(self.alone)])
+            if len(call.y) % self.images:
                 raise StatisticsError(
-                    f"{self.site.name}: its calls are not of whole batches, {len(y)} entries for {self.images} "
-                    f"images; leave the layer out with --sites"
+                    f"{self.site.name}: its calls are not of whole batches, {len(call.y)} entries for "
+                    f"{self.images} images; leave the layer out with --sites"
                 )
-            self.add(x, y, gradients)
+            self.add(call)
 
-    def add(self, x: Tensor, y: Tensor, gradients: Tensor) -> None:
-        """One call's inputs, outputs, and the gradients of all draws, (draws, …) as y."""
+    def add(self, call: Call) -> None:
+        """One call with the gradients of all draws."""
         raise NotImplementedError
+
+    def before(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call of the layer begins: its input becomes a tensor of its own, with a gradient of its own."""
+        x = given_to(args, kwargs)
+        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return ((own, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): own})
 
     def forward(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor:
         """A call of the layer: its inputs are kept until the gradients of all draws are there."""
         output = output if output.requires_grad else output.requires_grad_() + 0  # the graph begins here
-        x, y = (tensor.detach() for tensor in call_of(self.site, args, kwargs, output))
-        number, version, gradients = self.calls, x._version, list[Tensor]()
+        given, (x, y) = given_to(args, kwargs), (t.detach() for t in call_of(self.site, args, kwargs, output))
+        number, version, gradients, back = self.calls, x._version, list[Tensor](), list[Tensor]()
         self.calls += 1
 
-        def backward(gradient: Tensor) -> None:
+        def at_output(gradient: Tensor) -> None:
             if x._version != version:
                 raise StatisticsError(
                     f"{self.site.name}: its input is changed in place before the backward pass; "
                     f"write the network's in-place operation out of place, or leave the layer out with --sites"
                 )
             gradients.append(gradient.view(y.shape))
-            if len(gradients) == self.draws:
-                if len(y) % self.images:
-                    self.alone[number] = x, y, torch.stack(gradients)
-                else:
-                    self.add(x, y, torch.stack(gradients))
-                gradients.clear()
+            if not self.needs_back:
+                add_complete()
 
-        output.register_hook(backward)  # type: ignore[no-untyped-call]
+        def at_input(gradient: Tensor) -> None:
+            back.append(gradient.view(x.shape))
+            add_complete()
+
+        def add_complete() -> None:
+            if len(gradients) == self.draws:
+                behind = torch.stack(back) if back else x.new_empty(self.draws, 0)
+                call = Call(x, y, torch.stack(gradients), behind)
+                if len(y) % self.images:
+                    self.alone[number] = call
+                else:
+                    self.add(call)
+                gradients.clear()
+                back.clear()
+
+        output.register_hook(at_output)  # type: ignore[no-untyped-call]
+        if self.needs_back:
+            given.register_hook(at_input)  # type: ignore[no-untyped-call]
         return output
 
 
@@ -171,6 +179,7 @@ class _Families(_Site):
     ) -> None:
         super().__init__(site, module, draws)
         self.mean, self.totals = mean, mean.new_zeros(0)
+        self.needs_back = any(terms.needs_back for terms in families.values())
         zero = {name: mean.new_zeros(terms.offset.shape[1] + 1) for name, terms in families.items()}
         self.families = {n: _Family(terms, zero[n].clone(), zero[n].clone()) for n, terms in families.items()}
         both = [zero[name] for name in TOGETHER if name in families]
@@ -192,18 +201,16 @@ class _Families(_Site):
             self.cross += first.mT @ second / self.draws
 
     @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor, gradients: Tensor) -> None:
+    def add(self, call: Call) -> None:
         """See `_Site`."""
-        images, wide = self.totals.shape[1], torch.promote_types(y.dtype, torch.float32)
-        rows = output_rows(self.site, y.to(wide)) - self.mean[:, None, None].to(wide)
-        g = torch.stack(
-            [output_rows(self.site, one.to(wide)) for one in gradients]
-        )  # draws, C, entries, positions
+        images, call = self.totals.shape[1], call.to(torch.promote_types(call.y.dtype, torch.float32))
+        rows = output_rows(self.site, call.y) - self.mean[:, None, None].to(call.y.dtype)
+        g = torch.stack([output_rows(self.site, one) for one in call.gradients])  # draws, C, entries, positions
         entries = rows.shape[1] // images
         self.totals += _by_image((g * rows).sum((1, 3)).double(), images)
         sums = g.sum(-1).mT.double()  # draws, entries, C
         for family in self.families.values():
-            given = _given(family.terms, x.to(wide), gradients.to(wide)).double() - sums @ family.terms.offset
+            given = family.terms.given(self.site, call).double() - sums @ family.terms.offset
             family.given += given.reshape(self.draws, images, entries, -1).sum(2)
 
 
@@ -220,9 +227,9 @@ class _Sampled(_Site):
         self.indices = indices
 
     @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor, gradients: Tensor) -> None:
+    def add(self, call: Call) -> None:
         """See `_Site`."""
-        rows, g = self._rows(y), torch.stack([self._rows(one) for one in gradients])
+        rows, g = self._rows(call.y), torch.stack([self._rows(one) for one in call.gradients])
         self.parts.append(Sample(self.indices.cpu().repeat_interleave(len(rows) // len(self.indices)), rows, g))
 
     def _rows(self, y: Tensor) -> Tensor:
@@ -246,43 +253,6 @@ def _by_image(values: Tensor, images: int) -> Tensor:
     return values.reshape(len(values), images, -1).sum(2)
 
 
-def _given(terms: Terms, x: Tensor, g: Tensor) -> Tensor:
-    """⟨∂⟨g, second(t)⟩/∂tᵢ, tᵢ⟩ of each term, summed over groups; g is (draws, …). Returns (draws, entries, r)."""
-    first, second = terms.first, terms.second
-    if isinstance(first, nn.Linear):
-        assert isinstance(second, nn.Linear)
-        t = x.reshape(len(x), -1, x.shape[-1]) @ first.weight.to(x.dtype).mT
-        back = g.reshape(*g.shape[:2], -1, g.shape[-1]) @ second.weight.to(g.dtype)
-        return torch.einsum("npr,dnpr->dnr", t, back)
-    assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
-    t = torch.conv2d(
-        padded(first, x), first.weight.to(x.dtype), None, first.stride, 0, first.dilation, first.groups
-    )
-    t = padded(second, t)
-    size, weight = (len(g) * len(t), *t.shape[1:]), second.weight.to(g.dtype)
-    how = (second.stride, (0, 0), second.dilation, second.groups)
-    back = conv2d_input(size, weight, g.flatten(0, 1), *how)  # type: ignore[no-untyped-call]
-    given = torch.einsum("nrhw,dnrhw->dnr", t, back.reshape(len(g), *t.shape))
-    return given.reshape(*given.shape[:2], first.groups, -1).sum(2)
-
-
-def offset_of(first: nn.Conv2d, second: nn.Conv2d, mean: Tensor) -> Tensor:
-    """What each term gives for the mean patch, (C, r) float64: the two layers on a single window.
-
-    Args:
-        first: to r channels per group.
-        second: to C channels.
-        mean: the mean patch (g, in/g·kh·kw).
-    """
-    kernel = [1 + (a - 1) + (b - 1) for a, b in zip(first.kernel_size, second.kernel_size, strict=True)]
-    window = mean.double().reshape(1, first.in_channels, *kernel)
-    t = torch.conv2d(window, first.weight.double(), groups=first.groups)[0]
-    t = t.reshape(first.groups, -1, *t.shape[1:])  # g, r, kh, kw
-    weight = second.weight.detach().double()
-    weight = weight.reshape(second.groups, -1, *weight.shape[1:])  # g, c, r, kh, kw
-    return torch.einsum("gcrhw,grhw->gcr", weight, t).flatten(0, 1)
-
-
 def collect_losses(
     model: nn.Module,
     families: Mapping[Site, Mapping[str, Terms]],
@@ -298,7 +268,7 @@ def collect_losses(
 
     Args:
         model: the dense network, on the world's device.
-        families: of each site, by name; `Terms` may stop at any rank, beyond which nothing is asked.
+        families: of each site, by name; they may stop at any rank, beyond which nothing is asked.
         means: site name → mean output row (g, c), which every replacement keeps.
         batches: of this rank; may be empty and may differ in number between ranks.
         world: the ranks to sum over.
@@ -320,6 +290,8 @@ def collect_losses(
     with differentiating(model), full_float32(), ExitStack() as stack:
         sites: list[_Site] = [*summed, *kept]
         for each in sites:
+            if each.needs_back:
+                stack.callback(each.module.register_forward_pre_hook(each.before, with_kwargs=True).remove)
             stack.callback(each.module.register_forward_hook(each.forward, with_kwargs=True).remove)
         for batch in batches:
             if len(batch.images):

@@ -1,6 +1,7 @@
 """Against per-image weight gradients of torch.func and the whole Fisher matrix, in float64."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 import torch
@@ -11,14 +12,13 @@ from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, View, survey, weight_of
 from dist_prune.statistics.moments import StatisticsError, collect_moments
-from dist_prune.statistics.second_order import Family, SecondOrder, Terms, collect_losses, offset_of, signed
+from dist_prune.statistics.second_order import Family, SecondOrder, collect_losses, signed
+from dist_prune.statistics.terms import ChainTerms, Directions, Terms, offset_of
 from tests.gradients import output_gradients, per_image
 from tests.ranks import run_ranks
 
 IMAGES, CLASSES, DRAWS = 11, 4, 3
 SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {  # kernels of the two layers
-    "output": ((3, 3), (1, 1)),
-    "input": ((1, 1), (3, 3)),
     "vertical": ((3, 1), (1, 3)),
     "horizontal": ((1, 3), (3, 1)),
 }
@@ -60,16 +60,31 @@ def means_of(model: nn.Module, sites: tuple[Site, ...], side: str, world: World)
     return {name: m.mean for name, m in moments.items()}
 
 
-def families_of(model: nn.Module, site: Site, mean: Tensor) -> dict[str, Terms]:
-    """Random layers of 5 channels per group for every form that the site has."""
+def families_of(model: nn.Module, site: Site, inputs: Tensor, outputs: Tensor) -> dict[str, Terms]:
+    """Five random terms per group of every form that the site has."""
     module = model.get_submodule(site.name)
-    if isinstance(module, nn.Linear):
-        first, second = (nn.Linear(a, b, bias=False).double() for a, b in ((site.inputs, 5), (5, site.outputs)))
-        return {"output": Terms(first, second, second.weight.detach() * (first.weight @ mean[0]).detach())}
-    return {name: conv_terms(module, mean, *kernels) for name, kernels in SIZES.items()}
+    found: dict[str, Terms] = {"output": directions("output", site.width, outputs)}
+    if isinstance(module, nn.Conv2d):
+        weight = module.weight.detach().unflatten(0, (site.groups, -1))  # g, C, c, kh, kw
+        found["input"] = directions("input", site.channels, inputs, weight)
+        found |= {name: conv_terms(module, inputs, *kernels) for name, kernels in SIZES.items()}
+    return found
 
 
-def conv_terms(module: nn.Conv2d, mean: Tensor, one: tuple[int, int], two: tuple[int, int]) -> Terms:
+def directions(
+    side: Literal["input", "output"], width: int, mean: Tensor, weight: Tensor | None = None
+) -> Directions:
+    """Random encoders and decoders; `weight` is needed for what a direction of the input gives for the mean."""
+    encode, decode = torch.randn(2, len(mean), 5, width, dtype=torch.float64)
+    if weight is None:
+        offset = torch.einsum("grc,grk,gk->gcr", decode, encode, mean)
+    else:
+        patch = mean.reshape(len(mean), width, *weight.shape[3:])
+        offset = torch.einsum("gCchw,grc,grk,gkhw->gCr", weight, decode, encode, patch)
+    return Directions(side, encode, decode.mT, offset.flatten(0, 1))
+
+
+def conv_terms(module: nn.Conv2d, mean: Tensor, one: tuple[int, int], two: tuple[int, int]) -> ChainTerms:
     def layer(channels_in: int, channels: int, kernel: tuple[int, int]) -> nn.Conv2d:
         def own(values: tuple[int, ...], other: int) -> tuple[int, ...]:
             return tuple(v if k > 1 else other for v, k in zip(values, kernel, strict=True))
@@ -82,28 +97,31 @@ def conv_terms(module: nn.Conv2d, mean: Tensor, one: tuple[int, int], two: tuple
 
     first = layer(module.in_channels, 5 * module.groups, one)
     second = layer(5 * module.groups, module.out_channels, two)
-    return Terms(first, second, offset_of(first, second, mean))
+    return ChainTerms(first, second, offset_of(first, second, mean))
 
 
-def folded(site: Site, terms: Terms, rank: int) -> Tensor:
-    """The weight (C, in/g, kh, kw) or (C, in) that the first `rank` terms of each group come to."""
+def folded(site: Site, weight: Tensor, terms: Terms, rank: int) -> Tensor:
+    """The weight (g, C, c·k²) that the first `rank` terms of each group come to."""
+    if isinstance(terms, Directions):
+        both = terms.decode[..., :rank] @ terms.encode[:, :rank]
+        if terms.side == "output":
+            return both @ weight
+        return torch.einsum("gCcs,gck->gCks", weight.unflatten(2, (site.channels, -1)), both).flatten(2)
+    assert isinstance(terms, ChainTerms)
     first, second = (layer.weight.detach() for layer in (terms.first, terms.second))
-    if isinstance(terms.first, nn.Linear):
-        return second[:, :rank] @ first[:rank]
     a = first.unflatten(0, (site.groups, -1))[:, :rank]
     b = second.unflatten(0, (site.groups, -1))[:, :, :rank]
     product = torch.einsum("gcruv,grdhw->gcdhuwv", b, a)  # one of each pair of axes has length 1
-    return product.flatten(3, 4).flatten(4).flatten(0, 1)
+    return product.flatten(2)
 
 
 def collected(
     world: World, model: nn.Module, batches: list[Batch]
 ) -> tuple[SecondOrder, Mapping[Site, Mapping[str, Terms]]]:
     sites = survey(model, batch().images[:1]).sites
-    means = means_of(model, sites, "input", world)
+    inputs, outputs = (means_of(model, sites, side, world) for side in ("input", "output"))
     torch.manual_seed(3)
-    families = {site: families_of(model, site, means[site.name]) for site in sites}
-    outputs = means_of(model, sites, "output", world)
+    families = {site: families_of(model, site, inputs[site.name], outputs[site.name]) for site in sites}
     return collect_losses(model, families, outputs, batches, world, "kl", DRAWS, 7), families
 
 
@@ -117,8 +135,7 @@ def test_every_rank_of_every_form_loses_what_per_image_gradients_say(world: Worl
         gradients = torch.stack([per_image(model, site, batch(), mean, 7, f"signs {d}") for d in range(DRAWS)])
         weight = weight_of(model.get_submodule(site.name), site)
         changes = {
-            name: [weight - folded(site, terms, r).reshape(weight.shape) for r in range(6)]
-            for name, terms in own.items()
+            name: [weight - folded(site, weight, terms, r) for r in range(6)] for name, terms in own.items()
         }
         lost = {
             name: torch.stack([(gradients * c).sum((2, 3, 4)) for c in some]) for name, some in changes.items()
@@ -127,7 +144,7 @@ def test_every_rank_of_every_form_loses_what_per_image_gradients_say(world: Worl
             curve, losses = curves[Family(site.name, name)], lost[name].square().mean(1) / 2
             torch.testing.assert_close(curve.loss, losses.mean(1), rtol=1e-9, atol=0)
             torch.testing.assert_close(curve.error, losses.std(1, correction=0) / IMAGES**0.5, rtol=1e-6, atol=0)
-        if len(own) > 1:
+        if "input" in own:
             cross = torch.einsum("rdn,sdn->rs", lost["input"], lost["output"]) / (DRAWS * IMAGES)
             torch.testing.assert_close(found.crosses[site.name], cross, rtol=1e-9, atol=1e-12)
     assert found.crosses.keys() == {"plain", "grouped", "circular"}
@@ -190,7 +207,8 @@ def test_a_small_change_costs_the_divergence_predicted(world: World) -> None:
     close = 1e-3  # the replacement is the weight but for this share of random terms
     with torch.no_grad():
         before = model(batch().images).log_softmax(1)
-        change = close * (model.plain.weight - folded(site, terms, 5).reshape(model.plain.weight.shape))
+        weight = weight_of(model.plain, site)
+        change = close * (weight - folded(site, weight, terms, 5)).reshape(model.plain.weight.shape)
         shift = change.flatten(1) @ mean[0]
         after = model.plain.weight - change
         logits = functional_call(
@@ -212,7 +230,7 @@ def test_gradients_that_are_no_numbers_are_refused(world: World) -> None:
     model = network()
     sites = survey(model, batch().images[:1]).sites
     inputs, outputs = (means_of(model, sites, side, world) for side in ("input", "output"))
-    families = {site: families_of(model, site, inputs[site.name]) for site in sites}
+    families = {site: families_of(model, site, inputs[site.name], outputs[site.name]) for site in sites}
     model.linear.weight.data[0, 0] = torch.nan
     with pytest.raises(StatisticsError, match="plain: its gradients hold NaN"):
         collect_losses(model, families, outputs, [batch()], world)
