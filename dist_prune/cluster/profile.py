@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_prune.config.flags import ConfigError
+from dist_prune.utils.console import adapt_output
 from dist_prune.utils.text import read_text
 
 
@@ -77,6 +79,7 @@ def read_site(path: Path | None) -> ClusterProfile:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what a script needs of a file; the exit code, 2 where it cannot be used."""
+    adapt_output(os.environ)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="see slurm/site.example.toml")
     parser.add_argument("--shell", action="store_true", help="lines of shell in place of flags")

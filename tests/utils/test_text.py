@@ -3,14 +3,16 @@
 import ast
 import io
 import json
+import os
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from dist_prune.utils import console, files, text
-from tests.commands import ROOT
+from tests.commands import MAIN, PROGRAM, ROOT
 from tests.runs import Bench
 
 KINDS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
@@ -101,3 +103,50 @@ def test_a_whole_run_speaks_ascii_and_writes_utf8(bench: Bench, tmp_path: Path) 
     for shown in (("compare", tmp_path / "lauf-é", tmp_path / "lauf-é"), ("report", tmp_path / "lauf-é")):
         done = bench.commands.succeed(*shown, function="tests.utils.test_text:restricted", ranks=0)
         assert done.out.isascii()
+
+
+# ── readers that leave ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def unread(streams: str, program: str, *words: str) -> int:
+    """A program whose output, and errors where `streams` has a 2, go into pipes that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in map(int, streams):
+        os.dup2(writer, stream)
+    module, _, function = program.partition(":")
+    return getattr(import_module(module), function)(list(words))
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "code"),
+    [
+        (PROGRAM, "", 0),
+        (PROGRAM, "run --help", 0),
+        (PROGRAM, "run --help-all", 0),
+        (PROGRAM, "completion bash", 0),
+        (PROGRAM, "plan digits", 0),
+        (PROGRAM, "run cifar10", 2),
+        (PROGRAM, "run --epoch 3", 2),
+        ("dist_prune.cluster.submission:main", "--recipe digits --sweep ranks=uniform:0.5 --dry-run", 0),
+        ("dist_prune.data.verify:main", "nowhere --report here", 2),
+        ("dist_prune.cluster.profile:main", "nowhere", 2),
+    ],
+)
+@pytest.mark.parametrize("streams", ["1", "12"])
+def test_nobody_need_read_what_a_command_prints(
+    bench: Bench, program: str, words: str, code: int, streams: str
+) -> None:
+    """As `| head -1` and `2>&1 | head -1` leave it: no traceback, and the exit code that it would have had."""
+    done = bench.commands(streams, program, *words.split(), function="tests.utils.test_text:unread", ranks=0)
+    assert done.codes == [code], done.err
+    assert "Traceback" not in done.err and "ipe" not in done.err
+
+
+def test_a_run_that_nobody_watches_goes_on(bench: Bench, tmp_path: Path) -> None:
+    words = bench.words(tmp_path / "run", epochs=0)
+    done = bench.commands.succeed("12", MAIN, *words, function="tests.utils.test_text:unread", ranks=2)
+    assert not done.out and (tmp_path / "run" / "result.json").is_file()
+    assert "── projection" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    for more in (("check", *words[:-1], tmp_path / "other"), ("compare", tmp_path / "run", tmp_path / "run")):
+        bench.commands.succeed("12", PROGRAM, *more, function="tests.utils.test_text:unread", ranks=0)
