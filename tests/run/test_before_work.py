@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,37 +125,41 @@ CACHED: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture
-def readable(bench: Bench, tmp_path: Path) -> Callable[[], None]:
-    """Lets others read what lies in this test's and the bench's folders."""
-    for folder in (bench.data, tmp_path):
-        for path in (folder.resolve(), *folder.resolve().parents):
-            if path.stat().st_uid == os.geteuid() and len(path.parts) > 2:
-                path.chmod(path.stat().st_mode | 0o055)
-    return lambda: None
+def public(bench: Bench) -> Iterator[Bench]:
+    """The bench in a folder that anybody may read: pytest closes its own, again and again where several run."""
+    folder = Path(tempfile.mkdtemp(prefix="dist-prune-public-"))
+    folder.chmod(0o755)
+    there = {name: folder / path.name for name in ("network", "weights") for path in [getattr(bench, name)]}
+    for name, path in there.items():
+        shutil.copy(getattr(bench, name), path)
+        path.chmod(0o644)
+    shutil.copytree(bench.data, folder / "images")
+    for path in (folder / "images").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (folder / "images").chmod(0o755)
+    yield replace(bench, data=folder / "images", **there)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", CACHED)
-@pytest.mark.usefixtures("readable")
-def test_a_cache_that_cannot_be_written_is_named_by_its_variable_before_work(
-    bench: Bench, tmp_path: Path, name: str
-) -> None:
-    (tmp_path / "cache").mkdir(mode=0o555)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out").chmod(0o777)
-    words = bench.words(tmp_path / "out" / "run", **CACHED[name])
-    place = {"DIST_PRUNE_CACHE": str(tmp_path / "cache" / "deep")}
-    done = bench.commands(*words, function="tests.run.test_before_work:as_nobody", ranks=2, **place)
+def test_a_cache_that_cannot_be_written_is_named_by_its_variable_before_work(public: Bench, name: str) -> None:
+    cache, out = public.data.parent / "cache", public.data.parent / "out"
+    cache.mkdir(mode=0o555)
+    out.mkdir()
+    out.chmod(0o777)
+    words = public.words(out / "run", **CACHED[name])
+    place = {"DIST_PRUNE_CACHE": str(cache / "deep")}
+    done = public.commands(*words, function="tests.run.test_before_work:as_nobody", ranks=2, **place)
     assert done.codes == [1, 1], done.err
     (line,) = done.errors
     assert "could not be written (Permission denied)" in line and "DIST_PRUNE_CACHE" in line
-    assert not (tmp_path / "out" / "run").exists()
+    assert not (out / "run").exists()
 
 
-@pytest.mark.usefixtures("readable")
-def test_a_run_directory_that_cannot_be_written_is_named_by_its_flag(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir(mode=0o555)
-    words = bench.words(tmp_path / "out" / "run")
-    done = bench.commands(*words, function="tests.run.test_before_work:as_nobody")
+def test_a_run_directory_that_cannot_be_written_is_named_by_its_flag(public: Bench) -> None:
+    out = public.data.parent / "out"
+    out.mkdir(mode=0o555)
+    done = public.commands(*public.words(out / "run"), function="tests.run.test_before_work:as_nobody")
     assert done.codes == [1]
     assert "could not be written (Permission denied)" in done.errors[0] and "--run-dir" in done.errors[0]
 
