@@ -222,6 +222,11 @@ class CompressionConfig:
             f"--width {self.width:g} with --ranks {self.ranks}: channels are removed for a budget of MACs; use "
             f"--ranks budget:macs=RATIO, or --width 0",
         )
+        _require(
+            not self.width or self.basis.statistics is None,
+            f"--statistics with --width {self.width:g}: they are of the network without the channels that are "
+            f"removed first; leave --statistics out",
+        )
 
     @property
     def allowed_forms(self) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def collect_statistics(job: Job) -> None:
         found = statistics.collect(job.state.source, sites, passes.open, job.world, method, seed, passes, patches)
     for warning in statistics.warnings(found, sites, method, len(statistics_split(job, 0))):
         job.report.warn(warning)
-    job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job)))
+    job.world.from_first(lambda: statistics.save(statistics_file(job), found, made_of(job, job.state.source)))
 
 
 def statistics_file(job: Job) -> Path:
@@ -75,13 +75,13 @@ def statistics_file(job: Job) -> Path:
     return job.config.compression.basis.statistics or job.folder / "statistics.safetensors"
 
 
-def made_of(job: Job) -> dict[str, Any]:
-    """What the statistics are of."""
+def made_of(job: Job, network: nn.Module | None) -> dict[str, Any]:
+    """What the statistics of this network are of; of one that is not known yet, everything else."""
     image, images = to_dict(job.config.images.image), statistics_split(job, 0)
-    origin = statistics.origin(
-        job.config.compression.basis, digest(job.state.source), images.digest(), image, job.config.seed
-    )
-    return origin | {statistics.IMAGE_COUNT: len(images)}
+    model = "" if network is None else digest(network)
+    origin = statistics.origin(job.config.compression.basis, model, images.digest(), image, job.config.seed)
+    known = {name: value for name, value in origin.items() if network is not None or name != "model"}
+    return known | {statistics.IMAGE_COUNT: len(images)}
 
 
 def plan_and_project(job: Job) -> None:
@@ -98,7 +98,7 @@ def plan_and_project(job: Job) -> None:
     gathered = Statistics()
     if method.method not in DATA_FREE:
         patches, device = job.planner.needs_patches, job.world.device
-        gathered = statistics.load(statistics_file(job), sites, made_of(job), device, patches)
+        gathered = statistics.load(statistics_file(job), sites, made_of(job, job.state.source), device, patches)
     bases, nested, spectra = directions(job, job.state.source, sites, gathered)
     spectra = losses_that_hold(job, job.state.source, bases, nested, gathered, spectra)
     job.state.target = decide(job, spectra)

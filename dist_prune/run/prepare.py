@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from dist_prune.network import models
 from dist_prune.network.errors import ModelError
 from dist_prune.network.memory_format import lay_out
 from dist_prune.network.published import options_of
-from dist_prune.network.replacing import CopyError
+from dist_prune.network.replacing import CopyError, with_replaced
 from dist_prune.network.sites import SiteError, Survey, survey
 from dist_prune.network.user_code import fault_of, split
 from dist_prune.reporting.report import Report
@@ -41,6 +41,20 @@ from dist_prune.utils import files
 from dist_prune.width.choose import require_reachable_widths
 from dist_prune.width.groups import find_groups
 from dist_prune.width.listing import format_groups
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run is given, each sound by itself: images, and a network on this rank's device with all its sites.
+
+    `notes` are for the log.
+    """
+
+    dataset: Dataset
+    unlabelled: Split | None
+    dense: nn.Module
+    everything: Survey
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag) -> Job:
@@ -62,28 +76,38 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
         require_possible(settings, world.device)
     notes: list[str] = []
     dense, everything = load_network(config, world, notes.append)
-    found = everything.select(config.compression.sites)
-    ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
-    if share := config.compression.width:  # what ranks can reach then follows from the widths
-        require_reachable_widths(dense, probe(config, world, 2), ranks.rule.amount**share, ranks.round_to)
-    else:
-        ranks.check()
     if everything.concern:
         report.warn(everything.concern)
-    require_calibration(config, unlabelled or dataset.train)
+    return begin(config, world, report, folder, flag, Given(dataset, unlabelled, dense, everything, tuple(notes)))
+
+
+def begin(config: Run, world: World, report: Report, folder: Path, flag: Flag, given: Given) -> Job:
+    """A run of what is given, once everything that its stages will need of it was tried.
+
+    Raises:
+        ValueError: in its many kinds: what is given does not go together, or with the settings.
+        CheckpointError: see `check_files_of`.
+    """
+    found = given.everything.select(config.compression.sites)
+    ranks = timed_planner(config, given.dense, found, world, probe(config, world, 1))
+    if share := config.compression.width:  # what ranks can reach then follows from the widths
+        require_reachable_widths(given.dense, probe(config, world, 2), ranks.rule.amount**share, ranks.round_to)
+    else:
+        ranks.check()
+    require_calibration(config, given.unlabelled or given.dataset.train)
     if config.correction.correct != "none":
-        require_deterministic(dense, probe(config, world, 2), world)
-    notes += require_trainable(config, dense, world)
-    state = State(dense)
+        require_deterministic(given.dense, probe(config, world, 2), world)
+    untrained = require_trainable(config, given.dense, world)
+    state = State(given.dense)
     job = Job(
         config=config,
         world=world,
         report=report,
         folder=folder,
-        dataset=dataset,
-        unlabelled=unlabelled,
-        dense=dense,
-        dense_survey=everything,
+        dataset=given.dataset,
+        unlabelled=given.unlabelled,
+        dense=given.dense,
+        dense_survey=given.everything,
         dense_planner=ranks,
         checkpoints=CheckpointManager(
             world=world,
@@ -92,11 +116,14 @@ def prepare(config: Run, world: World, report: Report, folder: Path, flag: Flag)
             say=report.say,
             every_s=60 * config.save_minutes,
             keep=config.keep_checkpoints,
-            header={"identity": identity_of(dataset, unlabelled, dense), "shares": shares_of(config, world)},
+            header={
+                "identity": identity_of(given.dataset, given.unlabelled, given.dense),
+                "shares": shares_of(config, world),
+            },
             parts={"state": state, "report": report},
         ),
         state=state,
-        notes=tuple(filter(None, (*notes, pretrained_images.adopted(config)))),
+        notes=tuple(filter(None, (*given.notes, *untrained, pretrained_images.adopted(config)))),
     )
     for stream in (validation(job), calibration(job, 0), unlabelled_stream(job)):
         assert len(stream), "streams refuse to share fewer images than ranks"
@@ -133,14 +160,26 @@ def check_files_of(job: Job) -> None:
     """Files that the work will read or write later.
 
     Raises:
-        CheckpointError: statistics that are absent; a cache that cannot be written, by its variable.
+        CheckpointError: statistics that are absent or damaged; a cache that cannot be written, by its variable.
         StatisticsError: statistics of another network or other images.
     """
     given, weights = job.config.compression.basis.statistics, cached_weights(job)
     if given is not None:
-        statistics.require_fitting(given, job.survey.sites, made_of(job))
+        origin = made_of(job, trained_before(job, weights))
+        statistics.require_fitting(given, job.survey.sites, origin, job.planner.needs_patches)
     if weights is not None and not weights.is_file():
         files.require_writable(weights.parent, "name another place with DIST_PRUNE_CACHE")
+
+
+def trained_before(job: Job, cached: Path | None) -> nn.Module | None:
+    """The network that will be compressed, if it is known: not before a run that trains it has done so."""
+    if cached is None:
+        return job.dense
+    if not files.is_intact(cached):
+        return None
+    network, trained = job.config.network, with_replaced(job.dense)
+    models.fill(trained, network.arch, network.classes, str(cached))
+    return trained
 
 
 def identity_of(dataset: Dataset, unlabelled: Split | None, dense: nn.Module) -> dict[str, str]:

@@ -179,15 +179,16 @@ def save(path: Path, statistics: Statistics, made_of: Mapping[str, Any]) -> None
     seal(path)
 
 
-def require_fitting(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any]) -> None:
-    """Compare what statistics were made of with what a run needs, by the head of the file alone.
+def require_fitting(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], patches: bool = False) -> None:
+    """Look whether statistics are whole, and were made of what a run needs; with `patches`, of patches, too.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: absent or damaged.
         StatisticsError: made of something else (what differs is said), or a site is not in it.
     """
     if not path.is_file():
         raise CheckpointError(f"--statistics {path}: there is no such file")
+    require_intact(path)
     try:
         with safe_open(path, "pt") as file:
             before, names = json.loads(file.metadata()["made_of"]), set(file.keys())
@@ -201,6 +202,11 @@ def require_fitting(path: Path, sites: Sequence[Site], made_of: Mapping[str, Any
         if f"moments/count/{site.name}" not in names:
             raise StatisticsError(
                 f"--statistics {path} has no {site.name}; collect again, or choose fewer --sites"
+            )
+        if patches and site.kernel != (1, 1) and f"patches/{_PATCH_PARTS[0]}/{site.name}" not in names:
+            raise StatisticsError(
+                f"--statistics {path} has no patch moments of {site.name}, which other forms than output need; "
+                f"collect again, or use --forms output"
             )
 
 
@@ -222,14 +228,8 @@ def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 def load(
     path: Path, sites: Sequence[Site], made_of: Mapping[str, Any], device: torch.device, patches: bool = False
 ) -> Statistics:
-    """Read statistics that fit; with `patches`, patch moments must be among them.
-
-    Raises:
-        CheckpointError: absent or damaged.
-        StatisticsError: made of something else (what differs is text), or a site is not in it.
-    """
-    require_intact(path)
-    require_fitting(path, sites, made_of)
+    """Read statistics that fit; errors as `require_fitting`."""
+    require_fitting(path, sites, made_of, patches)
     with safe_open(path, "pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     moments = {}
@@ -238,20 +238,15 @@ def load(
         moments[site.name] = Moments(*(tensors[part] for part in parts))
     found = {site.name: tensors.get(f"curvature/{site.name}") for site in sites}
     curvature = {name: matrix for name, matrix in found.items() if matrix is not None}
-    return Statistics(moments, curvature, _patches(path, sites, tensors) if patches else {})
+    return Statistics(moments, curvature, _patches(sites, tensors) if patches else {})
 
 
-def _patches(path: Path, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, PatchMoments]:
-    found, parts = {}, [field.name for field in fields(PatchMoments)]
-    for site in sites:
-        if site.kernel != (1, 1):
-            if f"patches/{parts[0]}/{site.name}" not in tensors:
-                raise StatisticsError(
-                    f"--statistics {path} has no patch moments of {site.name}, which other forms than output "
-                    f"need; collect again, or use --forms output"
-                )
-            found[site.name] = PatchMoments(*(tensors[f"patches/{part}/{site.name}"] for part in parts))
-    return found
+_PATCH_PARTS = [part.name for part in fields(PatchMoments)]
+
+
+def _patches(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, PatchMoments]:
+    spatial = [site.name for site in sites if site.kernel != (1, 1)]
+    return {name: PatchMoments(*(tensors[f"patches/{part}/{name}"] for part in _PATCH_PARTS)) for name in spatial}
 
 
 def origin(method: MethodConfig, model_digest: str, data_digest: str, image: Any, seed: int) -> dict[str, Any]:  # noqa: ANN401

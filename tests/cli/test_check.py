@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
-from dist_prune.cli import check
-from dist_prune.cli.check import LOOKS, Finding, agreed, looked, shown
+from dist_prune.cli import folders, machine
+from dist_prune.cli.check import looked, looks
+from dist_prune.cli.findings import Finding, agreed, shown
 from dist_prune.config.recipes import parse
 from dist_prune.distributed.world import World
 from tests.commands import PROGRAM
 from tests.runs import Bench
 
 SUBJECTS = ("packages", "device", "ranks", "DALI", "space for runs", "space for cache", "run directory")
-SUBJECTS += ("shared folder", "locks", "train", "val", "classes", "read", "weights", "network")
+SUBJECTS += ("shared folder", "locks", "train", "val", "classes", "read", "weights", "network", "plan")
 
 
 def verdicts(out: str) -> dict[str, str]:
@@ -38,7 +40,7 @@ def test_a_machine_that_is_ready(bench: Bench, tmp_path: Path, ranks: int) -> No
 def findings(subject: str, bench: Bench, world: World, run_dir: Path, **flags: object) -> dict[str, Finding]:
     """What one look finds."""
     config = parse([str(word) for word in bench.words(run_dir, **({"device": "cpu"} | flags))])
-    return {f.subject: f for f in agreed(looked(subject, LOOKS[subject], config, world), world)}
+    return {f.subject: f for f in agreed(looked(subject, looks(config, world)[subject]), world)}
 
 
 def test_damaged_images_are_named(bench: Bench, world: World, tmp_path: Path) -> None:
@@ -88,6 +90,61 @@ def test_weights_that_are_not_there(
     assert "IMAGENET1K_V1" not in found.text or "resnet18-f37072fd.pth" in found.advice
 
 
+@pytest.fixture(scope="module")
+def collected(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collected") / "run"
+    bench.commands.succeed(*bench.words(folder, until="statistics"))
+    return folder / "statistics.safetensors"
+
+
+def test_statistics_are_compared_with_what_the_run_would_need(
+    bench: Bench, collected: Path, tmp_path: Path
+) -> None:
+    words = {"device": "cpu", "statistics": collected}
+    done = bench.commands.succeed("check", *bench.words(tmp_path / "run", **words), function=PROGRAM, ranks=2)
+    assert "of these images and this network" in done.out and "\nready\n" in done.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"statistics": "absent.safetensors"}, "there is no such file"),
+        ({"statistics_images": 8}, "40 images there, 8 here"),
+        ({"resize": 20}, "resize: 0 there, 20 here"),
+        ({"method": "fisher"}, "method: pca there, fisher here"),
+        ({"weights": "other"}, "another network there, or other weights"),
+        ({"statistics": "damaged"}, "damaged"),
+        ({"statistics": None, "ranks": "budget:macs=0.01"}, "out of reach"),
+        ({"statistics": None, "correct": "regression", "calibrate_data": "few"}, "7 images in"),
+        ({"statistics": None, "data": None}, "not looked at"),
+    ],
+)
+def test_what_the_stages_need_is_tried_as_a_run_tries_it(
+    bench: Bench, world: World, collected: Path, tmp_path: Path, flags: dict[str, object], text: str
+) -> None:
+    """Each of these would end a run before its work."""
+    if flags.get("weights") == "other":
+        state = torch.load(bench.weights, weights_only=True)
+        torch.save({name: 2 * tensor for name, tensor in state.items()}, tmp_path / "other.pt")
+        flags = flags | {"weights": tmp_path / "other.pt"}
+    if flags.get("statistics") == "damaged":
+        damaged = Path(shutil.copytree(collected.parent, tmp_path / "damaged")) / collected.name
+        damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(range(8)))
+        flags = flags | {"statistics": damaged}
+    if flags.get("calibrate_data") == "few":
+        few = sorted((bench.data / "train" / "a").iterdir())[:7]
+        (tmp_path / "few").mkdir()
+        flags = flags | {"calibrate_data": tmp_path / "few"}
+        for path in few:
+            shutil.copy(path, tmp_path / "few")
+    words = bench.words(tmp_path / "run", **({"device": "cpu", "statistics": collected} | flags))
+    found = looks(parse([str(word) for word in words]), world)
+    for subject in ("images", "weights"):
+        looked(subject, found[subject])
+    (finding,) = [each for each in looked("plan", found["plan"]) if each.verdict != "ok"]
+    assert text in finding.text, finding
+
+
 def test_a_run_directory_that_is_taken(bench: Bench, world: World, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
@@ -105,22 +162,22 @@ def test_a_folder_that_cannot_be_written(bench: Bench, world: World) -> None:
 def test_a_rank_that_does_not_see_anothers_file(
     bench: Bench, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(folders, "PATIENCE_S", 0.3)
     (tmp_path / "0.txt").touch()
-    assert check._unseen(tmp_path, 3) == [1, 2]
-    assert check._unseen(tmp_path, 1) == []
+    assert folders._unseen(tmp_path, 3) == [1, 2]
+    assert folders._unseen(tmp_path, 1) == []
 
 
 def test_a_lock_that_keeps_nobody_out_is_found(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
-    assert "got what another holds" in check._hole_in_lock(tmp_path / "lock")
+    assert "got what another holds" in folders._hole_in_lock(tmp_path / "lock")
 
 
 def test_another_version_than_asked_for_fails(
     bench: Bench, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [Requirement("torch>=99"), Requirement("no-such-package>=1"), Requirement("numpy>=2")]
-    monkeypatch.setattr(check, "requirements", lambda: wanted)
+    monkeypatch.setattr(machine, "requirements", lambda: wanted)
     found = findings("packages", bench, world, tmp_path / "run")
     assert found["torch"].verdict == found["no-such-package"].verdict == "fail"
     assert ">=99" in found["torch"].text and "not installed" in found["no-such-package"].text
@@ -129,7 +186,7 @@ def test_another_version_than_asked_for_fails(
 
 def test_what_this_program_needs_is_known() -> None:
     assert {"torch", "torchvision", "numpy", "submitit", "nvidia-dali-cuda120"} <= {
-        r.name for r in check.requirements()
+        r.name for r in machine.requirements()
     }
 
 

@@ -103,6 +103,40 @@ def test_statistics_of_another_network_are_refused_at_once(bench: Bench, collect
     assert not (tmp_path / "run").exists()
 
 
+def test_statistics_of_a_network_that_is_trained_first_can_be_taken(bench: Bench, tmp_path: Path) -> None:
+    """Before the training nobody knows its weights: they are compared where an earlier run has kept them."""
+    trained = {"weights": "none", "pretrain.epochs": 1, "epochs": 0}
+    caches = [str(tmp_path / name) for name in ("one", "two")]
+    bench.commands.succeed(
+        *bench.words(tmp_path / "first", until="statistics", **trained), DIST_PRUNE_CACHE=caches[0]
+    )
+    statistics = tmp_path / "first" / "statistics.safetensors"
+    for number, cache in enumerate(caches):
+        words = bench.words(tmp_path / f"run{number}", statistics=statistics, **trained)
+        bench.commands.succeed(*words, DIST_PRUNE_CACHE=cache)
+    other = trained | {"pretrain.lr": 0.3}
+    bench.commands.succeed(*bench.words(tmp_path / "other", **other), DIST_PRUNE_CACHE=caches[0])
+    done = bench.commands(
+        *bench.words(tmp_path / "refused", statistics=statistics, **other), DIST_PRUNE_CACHE=caches[0]
+    )
+    assert done.codes == [2] and "another network there" in done.errors[0], done.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"width": 0.5, "ranks": "budget:macs=0.8"}, "--statistics with --width 0.5"),
+        ({"ranks": "budget:macs=0.8", "forms": "all"}, "has no patch moments of 0"),
+    ],
+)
+def test_statistics_that_lack_what_later_stages_need_are_refused_at_once(
+    bench: Bench, collected: Path, tmp_path: Path, flags: dict[str, object], text: str
+) -> None:
+    done = bench.commands(*bench.words(tmp_path / "run", statistics=collected, **flags), ranks=2)
+    assert done.codes == [2, 2] and text in done.errors[0], done.err
+    assert not (tmp_path / "run").exists()
+
+
 # ── places that cannot be written ──────────────────────────────────────────────────────────────────────────
 
 
