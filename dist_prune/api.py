@@ -32,7 +32,8 @@ from dist_prune.correction.correct import (
 )
 from dist_prune.data.batches import BatchesError, Kept, keep
 from dist_prune.distributed.alone import present
-from dist_prune.distributed.world import World, fingerprint
+from dist_prune.distributed.fingerprint import fingerprint
+from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, solve
 from dist_prune.factorization.losses import with_exact_losses
 from dist_prune.factorization.nested import nested_of

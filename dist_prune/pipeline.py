@@ -11,7 +11,7 @@ from dist_prune.artifacts import run_directory
 from dist_prune.artifacts.environment import launch_of
 from dist_prune.config.run import Run, require_complete
 from dist_prune.distributed.preemption import listening, restarts
-from dist_prune.distributed.world import joined
+from dist_prune.distributed.world import World, joined
 from dist_prune.reporting.report import Report
 from dist_prune.run.compress import collect_statistics, plan_and_project, rounds
 from dist_prune.run.correct import correct, reestimate_batch_norm
@@ -19,6 +19,7 @@ from dist_prune.run.distill import distill
 from dist_prune.run.finish import finish, finished
 from dist_prune.run.job import Job, Stage
 from dist_prune.run.measure import evaluate, evaluate_dense, measure_sites
+from dist_prune.run.memory import format_exhausted, is_exhausted
 from dist_prune.run.prepare import prepare, show_plan
 from dist_prune.run.resume import opened
 from dist_prune.run.train import last_tuning, load_dense, tune
@@ -27,7 +28,7 @@ from dist_prune.utils.files import require_writable
 
 
 class WorkError(RuntimeError):
-    """Something that passed all checks before the work turned out to be unusable."""
+    """Something that passed all checks before the work turned out to be unusable, or too large for the memory."""
 
 
 def run(config: Run) -> Path | None:
@@ -44,6 +45,7 @@ def run(config: Run) -> Path | None:
         joined(config.device, config.timeout) as world,
         flag.deferring(),
         closing(Report(speaks=world.is_first, entering=world.enter, ranks=world.size)) as report,
+        memory_named(config, world),
     ):
         if config.dry_run:
             require_complete(config)
@@ -104,6 +106,17 @@ def settle(config: Run) -> tuple[Run, Path]:
     require_writable(folder, "name a place that can with --run-dir")
     run_directory.require_free(folder, config)
     return config, folder
+
+
+@contextmanager
+def memory_named(config: Run, world: World) -> Iterator[None]:
+    """While open, memory that runs out is said in one line: where, and which flag takes it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+        raise WorkError(format_exhausted(error, world.where.phase, config)) from error
 
 
 @contextmanager

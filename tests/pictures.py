@@ -24,6 +24,9 @@ class One:
     def gather(self, value: object) -> list[object]:
         return [value]
 
+    def report_trouble(self, text: str) -> None:
+        pass
+
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Coarse noise: edges everywhere, so that a shift by a pixel shows."""

@@ -68,7 +68,7 @@ def test_the_number_of_ranks_does_not_change_what_is_computed(runs: dict[int, Pa
 
 def print_what_is_loaded(run_dir: str, data: str) -> int:
     from dist_prune import load_compressed
-    from dist_prune.distributed.world import digest
+    from dist_prune.distributed.fingerprint import digest
 
     model = load_compressed(run_dir)
     images, labels = images_of(Path(data) / "val")

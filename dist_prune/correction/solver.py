@@ -23,6 +23,7 @@ from dist_prune.correction.least_squares import (
 from dist_prune.factorization.forms import FORMS, composed, kernels
 from dist_prune.factorization.project import chain, factor
 from dist_prune.network.sites import Factored, Site, weight_of
+from dist_prune.utils.decompositions import eigvalsh
 
 Equations = NormalEquations | DualNormalEquations
 
@@ -101,7 +102,7 @@ def damped(metric: Tensor, damping: float) -> Tensor:
     identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
     if math.isinf(damping):
         return identity
-    largest: Tensor = torch.linalg.eigvalsh(metric)[:, -1:, None]
+    largest: Tensor = eigvalsh(metric)[:, -1:, None]
     # Scaled, or a metric of 1e-60 would give layers of 1e-30 and 1e30, which float32 multiplies to nothing.
     return torch.where(largest > 0, metric / torch.where(largest > 0, largest, 1) + damping * identity, identity)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,6 +29,7 @@ SIGNATURES = {  # how the files begin that DALI decodes
     **dict.fromkeys((b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51"), "JPEG 2000"),
 }
 PNG_END, SCAN_START, IMAGE_END = b"IEND", b"\xff\xda", b"\xff\xd9"
+PIECE = 4096  # files looked at together: a million pending futures are a gigabyte
 SIZED = 8  # images of a split whose size is looked at before work
 
 
@@ -46,14 +49,23 @@ def damaged(split: Split, faults: list[str]) -> DataError:
 
 
 def find_faults(
-    split: Split, positions: range, check: Callable[[Path], str | None], threads: int = 16
+    split: Split,
+    positions: Sequence[int],
+    check: Callable[[Path], str | None],
+    threads: int = 16,
+    deadline: float = math.inf,
 ) -> Iterator[str]:
-    """Yield `name (reason)` for the files in which `check` finds a reason."""
-    with ThreadPoolExecutor(threads) as pool, images_of_any_size():
-        for start in range(0, len(positions), 4096):  # in pieces: a million pending futures are a gigabyte
-            files = [split.files[i] for i in positions[start : start + 4096]]
-            reasons = pool.map(check, [split.root / file for file in files])
-            yield from (f"{file} ({reason})" for file, reason in zip(files, reasons, strict=True) if reason)
+    """Yield `name (reason)` for the files in which `check` finds a reason, until `deadline`, a monotonic time."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        with images_of_any_size(), suppress(TimeoutError):
+            for start in range(0, len(positions), PIECE):
+                files = [split.files[i] for i in positions[start : start + PIECE]]
+                left = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
+                reasons = pool.map(check, [split.root / file for file in files], timeout=left)
+                yield from (f"{file} ({reason})" for file, reason in zip(files, reasons, strict=True) if reason)
+    finally:
+        pool.shutdown(wait=math.isinf(deadline), cancel_futures=True)  # a file system may never answer
 
 
 def file_fault(path: Path) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_prune.config.run import Augment, ImageSpec
-from dist_prune.data.damage import damaged, decode_fault, file_fault, find_faults, size_fault, too_small
+from dist_prune.data.dali_errors import cause_of, explain
 from dist_prune.data.dataset import Split
 from dist_prune.data.listing import DataError
 
@@ -36,6 +36,7 @@ class Share(Protocol):
     def local_rank(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+    def report_trouble(self, text: str, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Unsharded:
     local_rank: int
     rank: int = 0
     size: int = 1
+
+    def report_trouble(self, text: str) -> None:
+        """Nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -207,24 +211,19 @@ class Stream:
         try:
             parts = next(self._iterator)[0]
         except RuntimeError as error:
-            raise self._explain(error) from error
+            self.world.report_trouble(
+                f"DALI failed: {cause_of(error).text}"
+            )  # looking for the image takes a while
+            raise explain(error, self.split, self.spec, self._remaining()) from error
         indices, device = parts["indices"].flatten().long(), self.world.device
         return Batch(parts["pixels"], self._labels[indices].to(device), indices.to(device))
 
-    def _explain(self, error: RuntimeError) -> Exception:
-        """Find the file that DALI stumbled over, as its message may not name it."""
+    def _remaining(self) -> list[int]:
+        """Positions that this rank may read, those that it is about to read first; training shards move about."""
         count, size, rank = len(self.split), self.world.size, self.world.rank
-        shard = range(count * rank // size, count * (rank + 1) // size)
-        seen = range(count) if self.augment else shard  # training shards move with every epoch
-        faults = list(find_faults(self.split, seen, file_fault))
-        if not faults and not self.spec.resize:
-            fits = partial(size_fault, smallest=self.spec.crop)
-            if small := list(islice(find_faults(self.split, seen, fits), 1)):
-                return too_small(self.split, small)
-        if not faults:  # the first is enough: decoding everything takes too long
-            faults = list(islice(find_faults(self.split, seen, decode_fault), 1))
-        unnamed = f"DALI failed on an image of {self.split.root} that Pillow can read: {error}"
-        return damaged(self.split, faults) if faults else DataError(unnamed)
+        begin, end = (0, count) if self.augment else (count * rank // size, count * (rank + 1) // size)
+        at = begin if self.augment else min(end, begin + self._position * self.batch_size)
+        return [*range(at, end), *range(begin, at)]
 
 
 def training_stream(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ import torch
 
 from dist_prune.distributed.launch_env import LaunchEnv
 
+POLL_S = 1e-4  # while a GPU works
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
 
 
@@ -51,8 +55,16 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def identity_of(device: torch.device) -> str:
-    """What a GPU is called on every host and whatever CUDA_VISIBLE_DEVICES shows."""
-    return str(torch.cuda.get_device_properties(device).uuid)
+    """Which GPU this is, whatever CUDA_VISIBLE_DEVICES shows and in whatever container: its host and its UUID."""
+    return f"{host_id()}/{torch.cuda.get_device_properties(device).uuid}"
+
+
+def host_id() -> str:
+    """What all processes of a host have in common, in containers too, and no other host has."""
+    try:
+        return BOOT_ID.read_bytes().decode().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def sharing(store: RendezvousStore, size: int, gpu: str) -> str:
@@ -92,23 +104,42 @@ def own_device(
     return torch.device("cpu"), f"{shared}: computing on the CPU (as with --device cpu); to use GPUs, {fewer}"
 
 
+def await_device(device: torch.device, timeout_s: float) -> None:
+    """Return once a GPU has done all that it was given; at once where that is a CPU, or where there is no limit.
+
+    Raises:
+        TimeoutError: it is not done in time.
+    """
+    if device.type != "cuda" or math.isinf(timeout_s):
+        return
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()  # type: ignore[no-untyped-call]
+    deadline = time.monotonic() + timeout_s
+    while not event.query():  # type: ignore[no-untyped-call]
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not done in {timeout_s:g} s")
+        time.sleep(POLL_S)
+
+
 # ── the CPU ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Load:
-    """Of one rank: its host, the cores it may run on, how many it may keep busy in all, and its threads."""
+    """Of one rank: its host, the cores it may run on, how many it may keep busy, its threads, and GPUs seen."""
 
     host: str
     cores: frozenset[int]
     busy: float
     threads: int
+    gpus: int = 0
 
 
 def load_of_this_process() -> Load:
     """With the threads that PyTorch computes with; those that decode images are not counted."""
     cores = frozenset(os.sched_getaffinity(0))
-    return Load(socket.gethostname(), cores, min(float(len(cores)), _quota()), torch.get_num_threads())
+    busy, gpus = min(float(len(cores)), _quota()), torch.cuda.device_count()
+    return Load(socket.gethostname(), cores, busy, torch.get_num_threads(), gpus)
 
 
 def _quota() -> float:
@@ -131,6 +162,19 @@ def crowding(ranks: Sequence[Load]) -> str:
             return (
                 f"{len(here)} rank(s) × {here[0].threads} thread(s) on {available:g} core(s) of {host}: they hold "
                 f"each other up, and work takes several times as long; {advice}"
+            )
+    return ""
+
+
+def hidden_peers(ranks: Sequence[Load]) -> str:
+    """What to say where a rank sees fewer GPUs than its host has ranks; empty where all see enough."""
+    for host in sorted({rank.host for rank in ranks}):
+        here = [rank.gpus for rank in ranks if rank.host == host]
+        if min(here) < len(here):
+            return (
+                f"{len(here)} ranks on {host}, and one sees {min(here)} GPU(s): what is hidden from a rank (by "
+                f"--gpus-per-task, --gpu-bind or CUDA_VISIBLE_DEVICES) NCCL may not reach by NVLink or PCIe, but "
+                f"through the host's memory; show all GPUs of a node to all its ranks: --gpus-per-node"
             )
     return ""
 

@@ -13,7 +13,7 @@ class LaunchEnv:
     """The launch environment of one process: `rank` of `size`, `local_rank` on its node, the rendezvous url.
 
     `has_launcher`: its parent is torchrun, without which no rank may continue; `launcher_serves`: torchrun serves
-    the store at that url, and did so before any rank was started.
+    the store at that url, and did so before any rank was started; `restart`: how often the job was started before.
     """
 
     rank: int
@@ -23,6 +23,7 @@ class LaunchEnv:
     source: Literal["torchrun", "submitit", "slurm", "single", "present"]
     has_launcher: bool = False
     launcher_serves: bool = False
+    restart: int = 0
 
 
 def find_launch_env(environ: Mapping[str, str]) -> LaunchEnv:
@@ -52,8 +53,10 @@ def _slurm_launch_env(environ: Mapping[str, str]) -> LaunchEnv:
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     names = [name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ]
     nodes = _required(environ, names[0] if names else "SLURM_NODELIST")
-    # Steps of one job, and jobs of one array, may share a node: neighbours must not get the same port.
-    port = _port(_number(environ, "SLURM_JOB_ID") + 1009 * _number(environ, "SLURM_STEP_ID"))
+    # Steps of one job, and jobs of one array, may share a node: neighbours must not get the same port. Nor must
+    # the ranks of a start before, which may outlive a preemption (submitit#1613): a requeued job keeps its number.
+    restart = _number({"SLURM_RESTART_COUNT": "0", **environ}, "SLURM_RESTART_COUNT")
+    port = _port(_number(environ, "SLURM_JOB_ID") + 1009 * _number(environ, "SLURM_STEP_ID") + 4507 * restart)
     master = environ.get("MASTER_ADDR") or expand_nodelist(nodes)[0]
     return LaunchEnv(
         rank=_number(environ, "SLURM_PROCID"),
@@ -61,6 +64,7 @@ def _slurm_launch_env(environ: Mapping[str, str]) -> LaunchEnv:
         local_rank=_number(environ, "SLURM_LOCALID"),
         address=_url(master, {"MASTER_PORT": str(port), **environ}),
         source="slurm",
+        restart=restart,
     )
 
 

@@ -31,15 +31,16 @@ class Board(Protocol):
 
 @dataclass
 class Whereabouts:
-    """Where a rank is: the phase of the run, the collective it is in, and how many it has begun."""
+    """Where a rank is: the phase of the run, the collective it is in, how many it has begun; what went wrong."""
 
     phase: str = "start"
     collective: str = ""
     begun: int = 0
+    trouble: str = ""
 
     def __str__(self) -> str:
         inside = f"collective #{self.begun} ({self.collective})" if self.collective else "no collective"
-        return f"{inside}, phase {self.phase!r}"
+        return f"{inside}, phase {self.phase!r}{f', after {self.trouble}' * bool(self.trouble)}"
 
 
 def describe(error: BaseException) -> str:
@@ -80,10 +81,17 @@ class Alarm:
         own = f"rank {self.place.rank} failed: {describe(error)}"
         try:
             if broken and not self.store.check(["error"]):
-                own = died(dead) if (dead := self._silent_ranks()) else self._waited(error)
+                own = self._died(dead) if (dead := self._silent_ranks()) else self._waited(error)
             return self.store.compare_set("error", "", own).decode()
         except RuntimeError:
             return self.verdict or (self._store_is_gone() if broken else own)
+
+    def _died(self, ranks: Sequence[int], store: Board | None = None) -> str:
+        """The error for ranks that left no message, with the trouble that one of them was last seen in."""
+        board = store or self.store
+        seen = [board.get(f"at/{rank}").decode() for rank in ranks if board.check([f"at/{rank}"])]
+        troubles = [text.partition(", after ")[2] for text in seen]
+        return "; ".join([died(ranks), *filter(None, troubles)])
 
     def _waited(self, error: BaseException) -> str:
         """Which collective timed out here, and where the other ranks are."""
@@ -129,7 +137,7 @@ class Alarm:
                 if (now := self._beats(store, following)) != beats or not now:  # none: it has not joined yet
                     beats, since = now, time.monotonic()
                 elif time.monotonic() - since > LOST_S:
-                    store.compare_set("error", "", died([following]))
+                    store.compare_set("error", "", self._died([following], store))
                 if self._is_orphan():
                     store.compare_set("error", "", f"torchrun, which started rank {self.place.rank}, is gone")
                 if store.check(["error"]):

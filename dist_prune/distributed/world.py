@@ -4,11 +4,11 @@ Nothing else in the project touches `torch.distributed`. A single process is a w
 """
 
 import functools
-import hashlib
+import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar, cast
@@ -19,21 +19,25 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_prune.distributed.buckets import buckets_of, pack, unpack
 from dist_prune.distributed.devices import (
+    await_device,
     choose_device,
     crowding,
+    hidden_peers,
     load_of_this_process,
     own_device,
     quiet_output,
 )
 from dist_prune.distributed.launch_env import LaunchEnv, find_launch_env
+from dist_prune.distributed.meeting import Meeting, address_towards, gloo_reaching, interface_to_others, meet
 from dist_prune.distributed.watchdog import Alarm, Whereabouts, describe
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
-BUCKET_BYTES = 64 * 2**20
 LAUNCHER_S = 10.0  # a launcher's store that cannot be reached for so long has gone with the launcher
+NCCL_LATER_S = 60.0  # by which NCCL's own timeout follows ours: it ends the process, where ours is an exception
 PANEL = 128  # rows of a symmetric matrix that travel together, from their first diagonal element on
 
 
@@ -62,14 +66,12 @@ def joined(device: str = "auto", timeout_s: float = 600, place: LaunchEnv | None
     if dist.is_initialized():
         raise RuntimeError("this process has already joined a world: pass that World on instead")
     place = place or find_launch_env(os.environ)
-    store = _open_store(place, timeout_s)
-    # A launcher's store outlives one world: number the worlds, or the second would read the first one's keys.
-    store = PrefixStore(f"world{store.add(f'joins/{place.rank}', 1)}", store)
+    store, meeting = _meet(place, timeout_s)
     where = Whereabouts()
     with Alarm(store, store.clone(), place, where) as alarm:  # type: ignore[attr-defined]
         try:
-            chosen, note = _enter(store, place, device, timeout_s)
-            world = World(place, chosen, where)
+            chosen, note = _enter(store, place, meeting, device, timeout_s)
+            world = World(place, chosen, where, timeout_s=timeout_s)
             world.note = note
             yield world
             world.barrier()  # a rank that is done still has to hear of the others' errors
@@ -92,31 +94,42 @@ def existing(device: torch.device) -> "World | None":
     return World(place, device, Whereabouts(), torch.device("cuda") if nccl_alone else None)
 
 
-def _open_store(place: LaunchEnv, timeout_s: float) -> Store:
-    return HashStore() if place.size == 1 else _meet(place, timeout_s)
+def _meet(place: LaunchEnv, timeout_s: float) -> tuple[Store, Meeting]:
+    """A store of this start's own, and what the ranks agree on there."""
+    store = HashStore() if place.size == 1 else _open_store(place, timeout_s)
+    try:
+        meeting = meet(store, place, timeout_s)
+    except (TimeoutError, ConnectionError) as error:
+        raise RankError(str(error)) from error
+    except dist.DistError as error:
+        raise RankError(f"rank {place.rank}: the store at {place.address} is gone: {_missing(place)}") from error
+    return PrefixStore(meeting.name, store), meeting
 
 
 @functools.cache  # rank 0 serves the store: others may still read its last message, or join the next world
-def _meet(place: LaunchEnv, timeout_s: float) -> Store:
+def _open_store(place: LaunchEnv, timeout_s: float) -> Store:
     patience_s = min(timeout_s, LAUNCHER_S) if place.launcher_serves else timeout_s
     try:
         timeout = timedelta(seconds=patience_s)
         found: Store = next(rendezvous(place.address, place.rank, place.size, timeout=timeout))[0]
     except dist.DistError as error:
-        hint = (
-            "torchrun, which should serve there, is gone or cannot be reached"
-            if place.launcher_serves
-            else "start every rank, and check that this is rank 0's address and can be reached"
-        )
         raise RankError(
             f"rank {place.rank} of {place.size} met no others at {place.address} in {patience_s:g} s: "
-            f"{hint} ({error})"
+            f"{_missing(place)} ({error})"
         ) from error
     found.set_timeout(timedelta(seconds=timeout_s))
     return found
 
 
-def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> tuple[torch.device, str]:
+def _missing(place: LaunchEnv) -> str:
+    if place.launcher_serves:
+        return "torchrun, which should serve there, is gone or cannot be reached"
+    return "start every rank, and check that this is rank 0's address and can be reached"
+
+
+def _enter(
+    store: Store, place: LaunchEnv, meeting: Meeting, wanted: str, timeout_s: float
+) -> tuple[torch.device, str]:
     device = choose_device(wanted, place.local_rank)
     agreed = store.compare_set("device", "", device.type).decode()
     if agreed != device.type:
@@ -127,14 +140,15 @@ def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> tup
     device, note = own_device(store, place, wanted, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with quiet_output():
+    on_gpu = device.type == "cuda"
+    with quiet_output(), gloo_reaching(interface_to_others(meeting.addresses, address_towards(place.address))):
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,
             rank=place.rank,
             world_size=place.size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(seconds=timeout_s + NCCL_LATER_S * on_gpu),
+            device_id=device if on_gpu else None,
         )
     return device, note
 
@@ -142,13 +156,19 @@ def _enter(store: Store, place: LaunchEnv, wanted: str, timeout_s: float) -> tup
 def _leave(broken: bool = False) -> None:
     if not dist.is_initialized():
         return
-    if broken and dist.group.WORLD is not None:
-        dist.group.WORLD.abort()  # an orderly NCCL shutdown would wait for the ranks that failed
-    dist.destroy_process_group()
+    if not broken:
+        dist.destroy_process_group()
+        return
+    with suppress(Exception):  # what a broken NCCL says must not take the place of what broke it
+        if dist.group.WORLD is not None:
+            dist.group.WORLD.abort()  # an orderly NCCL shutdown would wait for the ranks that failed
+    with suppress(Exception):
+        dist.destroy_process_group()
 
 
 def _connection_broke(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or bool(re.search("gloo|nccl|peer", str(error), re.IGNORECASE))
+    timed_out = isinstance(error, dist.DistError | TimeoutError)
+    return timed_out or bool(re.search("gloo|nccl|peer", str(error), re.IGNORECASE))
 
 
 def _collective(method: Callable[P, T]) -> Callable[P, T]:
@@ -156,12 +176,15 @@ def _collective(method: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(method)
     def noted(*args: P.args, **kwargs: P.kwargs) -> T:
-        where: Whereabouts = args[0].where  # type: ignore[attr-defined]
+        world = cast(World, args[0])
+        where = world.where
         outermost = not where.collective
         if outermost:
             where.collective, where.begun = method.__name__, where.begun + 1
         try:
             result = method(*args, **kwargs)
+            if outermost:
+                await_device(world.device, world.timeout_s)  # NCCL's collectives return before they are done
         except Exception as error:
             if not _connection_broke(error):
                 where.collective = ""
@@ -177,7 +200,12 @@ class World:
     """The ranks of a run and what they do together; every rank calls the same methods in the same order."""
 
     def __init__(
-        self, place: LaunchEnv, device: torch.device, where: Whereabouts, carrier: torch.device | None = None
+        self,
+        place: LaunchEnv,
+        device: torch.device,
+        where: Whereabouts,
+        carrier: torch.device | None = None,
+        timeout_s: float = math.inf,
     ) -> None:
         self.rank = place.rank
         self.carrier = carrier  # where every tensor must lie to travel: NCCL alone takes none from the CPU
@@ -186,10 +214,15 @@ class World:
         self.device = device
         self.note = ""  # why it is not the device that one would expect
         self.where = where  # for error messages
+        self.timeout_s = timeout_s
 
     def enter(self, phase: str) -> None:
         """Name the phase that the ranks are in, for error messages."""
         self.where.phase = phase
+
+    def report_trouble(self, text: str) -> None:
+        """Say what went wrong here before its cause is looked for; others hear of it should this rank not end."""
+        self.where.trouble = text
 
     @property
     def is_first(self) -> bool:
@@ -199,10 +232,10 @@ class World:
     @torch.no_grad()
     def sum_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all ranks, in place. Shapes and dtypes agree between ranks."""
-        for bucket in _buckets(tensors):
-            flat = self._aboard(_pack(bucket))
+        for bucket in buckets_of(tensors):
+            flat = self._aboard(pack(bucket))
             dist.all_reduce(flat)
-            _unpack(flat, bucket)
+            unpack(flat, bucket)
 
     @_collective
     @torch.no_grad()
@@ -229,10 +262,10 @@ class World:
     @torch.no_grad()
     def broadcast_(self, *tensors: Tensor, source: int = 0) -> None:
         """Overwrite each tensor by that of rank `source`, in place. Shapes and dtypes agree between ranks."""
-        for bucket in _buckets(tensors):
-            flat = self._aboard(_pack(bucket))
+        for bucket in buckets_of(tensors):
+            flat = self._aboard(pack(bucket))
             dist.broadcast(flat.view(torch.uint8), source)  # as bytes: not every backend knows every dtype
-            _unpack(flat, bucket)
+            unpack(flat, bucket)
 
     @_collective
     def gather(self, value: T) -> list[T]:
@@ -301,9 +334,9 @@ class World:
         return int(votes.item())
 
     def crowding(self) -> str:
-        """Whether ranks on the CPU compute with more threads than there are cores, in words; empty if not."""
+        """Whether ranks hold each other up, in words: threads beyond the cores, or hidden GPUs; empty if not."""
         loads = self.gather(load_of_this_process())
-        return crowding(loads) if self.device.type == "cpu" else ""
+        return crowding(loads) if self.device.type == "cpu" else hidden_peers(loads)
 
     @_collective
     def barrier(self) -> None:
@@ -331,53 +364,9 @@ class World:
         return DistributedDataParallel(model.to(self.device), **options)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of one dtype and device, each of bounded size unless a single tensor is larger."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in kinds.values():
-        bucket: list[Tensor] = []
-        for tensor in group:
-            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
-
-
-def _pack(bucket: Sequence[Tensor]) -> Tensor:
-    if len(bucket) == 1 and bucket[0].is_contiguous():
-        return bucket[0].detach().view(-1)  # large tensors travel without a copy
-    return torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
-
-
-def _unpack(flat: Tensor, bucket: Sequence[Tensor]) -> None:
-    if flat.data_ptr() == bucket[0].data_ptr():
-        return
-    for tensor, values in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(values.view(tensor.shape))
-
-
 def _portable(error: Exception) -> Exception:
     """The error itself if it survives pickling with its message, else a RankError with the same text."""
     with suppress(Exception):
         if describe(pickle.loads(pickle.dumps(error))) == describe(error):
             return error
     return RankError(f"rank 0: {describe(error)}")
-
-
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """The sha256 of the dtype, shape and bytes of every parameter and buffer, by name."""
-    return {name: _sha256(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def digest(model: nn.Module) -> str:
-    """One sha256 over all parameters and buffers and their names."""
-    return hashlib.sha256(repr(sorted(fingerprint(model).items())).encode()).hexdigest()
-
-
-def _sha256(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
-    return hashlib.sha256(header + flat.view(torch.uint8).numpy().tobytes()).hexdigest()

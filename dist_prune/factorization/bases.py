@@ -18,6 +18,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, View, bias_of, weight_of
 from dist_prune.statistics.collect import Statistics
 from dist_prune.statistics.moments import Moments
+from dist_prune.utils.decompositions import eigh, eigvalsh
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Basis:
 
 def eigenbasis(matrix: Tensor, mean: Tensor) -> Basis:
     """Orthonormal eigenvectors of a symmetric (g, k, k) matrix, largest eigenvalue first."""
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     vectors = vectors.flip(-1).contiguous()
     return Basis(vectors.mT.contiguous(), vectors, mean, values.flip(-1))
 
@@ -87,7 +88,7 @@ def by_fisher(moments: Moments, metric: Tensor, damping: float) -> Basis:
     Half the sum of the eigenvalues left out is the predicted KL divergence, if G is summed over positions and
     rows and gradients are independent. G is damped by `damping` times its largest eigenvalue.
     """
-    values = torch.linalg.eigvalsh(metric)[:, -1:, None]
+    values = eigvalsh(metric)[:, -1:, None]
     identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
     return metric_basis(moments.covariance, moments.mean, metric + damping * values.clamp(min=0) * identity)
 
@@ -99,7 +100,7 @@ def metric_basis(covariance: Tensor, mean: Tensor, metric: Tensor) -> Basis:
     Where it is zero, as for a layer that the loss does not depend on, that is plain PCA, and no direction is worth
     anything.
     """
-    values, vectors = torch.linalg.eigh(metric)
+    values, vectors = eigh(metric)
     largest = values[:, -1:].clamp(min=0)
     relative = torch.where(largest > 0, values / torch.where(largest > 0, largest, 1), 1)
     root = relative.clamp(min=1e-12).sqrt()[:, None]

@@ -34,6 +34,7 @@ from dist_prune.statistics.second_order import (
     collect_losses,
 )
 from dist_prune.statistics.terms import ChainTerms, Directions, Terms, offset_of
+from dist_prune.utils.decompositions import svd
 
 FOLDS = 4
 FEW = 4  # rows per dimension, below which a site has few
@@ -211,7 +212,7 @@ def _losses(sample: Sample, images: Tensor, held: Tensor, damping: float) -> tup
     seen, gradients = sample.rows[~held].movedim(1, 0), sample.gradients[:, ~held].flatten(0, 1).movedim(1, 0)
     mean = seen.mean(1, keepdim=True)
     root = _Root(gradients, damping)
-    _, _, directions = torch.linalg.svd(root.times(seen - mean), full_matrices=False)  # g, q, c
+    _, _, directions = svd(root.times(seen - mean))  # g, q, c
     rows, g = sample.rows[held].movedim(1, 0) - mean, sample.gradients[:, held].movedim(2, 1)
     each = ((root.times(rows) @ directions.mT) * (root.over(g) @ directions.mT)).sum(1)  # draws, rows, q
     total = (rows * g).sum((1, 3))
@@ -225,7 +226,7 @@ class _Root:
     """The square root of ΓᵀΓ + δI, δ a share of its largest eigenvalue, from Γ (g, n, c) itself."""
 
     def __init__(self, gradients: Tensor, damping: float) -> None:
-        _, values, self.vectors = torch.linalg.svd(gradients, full_matrices=False)
+        _, values, self.vectors = svd(gradients)
         largest = values[:, :1].square()
         self.shift = (max(damping, 1e-12) * largest).clamp(min=torch.finfo(values.dtype).tiny).sqrt()
         self.values = (values.square() + self.shift.square()).sqrt()

@@ -20,6 +20,7 @@ from dist_prune.factorization.forms import FORMS, kernels
 from dist_prune.network.sites import Site
 from dist_prune.statistics.collect import Statistics
 from dist_prune.statistics.patches import PatchMoments, white
+from dist_prune.utils.decompositions import eigh, eigvalsh
 
 # The axis of the kernel (g, C, c, kh, kw) that the first layer takes besides the channels.
 FIRST_AXIS = {"input": None, "vertical": 3, "horizontal": 4}
@@ -73,7 +74,7 @@ def decompose(form: str, weight: Tensor, patches: PatchMoments, metric: Tensor, 
     columns = [axis for axis in (1, 3, 4) if axis not in rows]
     order = (0, *rows, *columns)
     matrix = white.permute(order).flatten(1 + len(rows)).flatten(1, len(rows))  # g, rows, columns
-    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    values, vectors = eigh(matrix @ matrix.mT)
     most = min(matrix.shape[1:])
     values, vectors = values.flip(-1)[:, :most].clamp(min=0), vectors.flip(-1)[..., :most]
     one = [1 if axis not in rows else size for axis, size in ((3, tall), (4, wide))]
@@ -96,7 +97,7 @@ def decompose(form: str, weight: Tensor, patches: PatchMoments, metric: Tensor, 
 
 def root_of(matrix: Tensor, floor: float = 1e-9) -> tuple[Tensor, Tensor]:
     """The symmetric root of a covariance (g, k, k), scaled to 1, and its inverse; small eigenvalues are lifted."""
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     largest = values[:, -1:]
     relative = torch.where(largest > 0, values / torch.where(largest > 0, largest, 1), 1)
     root = relative.clamp(min=floor).sqrt()[:, None]
@@ -159,7 +160,7 @@ def _metric(site: Site, statistics: Statistics, damping: float, device: torch.de
     metric = statistics.curvature.get(site.name)
     if metric is None or metric.shape[-1] != site.width:
         return identity
-    largest: Tensor = torch.linalg.eigvalsh(metric)[:, -1:, None].clamp(min=0)
+    largest: Tensor = eigvalsh(metric)[:, -1:, None].clamp(min=0)
     return metric + damping * largest * identity
 
 

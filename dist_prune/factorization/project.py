@@ -15,6 +15,7 @@ from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.plan import Plan
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import Factored, Site, bias_of, describe, weight_of
+from dist_prune.utils.decompositions import svd
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def balanced(factors: Factors) -> Factors:
         return factors
     left, triangle = torch.linalg.qr(factors.outer)
     right, other = torch.linalg.qr(factors.inner.mT)
-    u, s, v = torch.linalg.svd(triangle @ other.mT, full_matrices=False)
+    u, s, v = svd(triangle @ other.mT)
     root = s.sqrt()[:, None]
     unused = factors.inner.shape[1] - s.shape[1]  # of a rank beyond what the product can have
     inner, outer = F.pad((root.mT * v) @ right.mT, (0, 0, 0, unused)), F.pad(left @ (u * root), (0, unused))

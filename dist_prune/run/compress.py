@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_prune.config.run import DATA_FREE, Run, to_dict
 from dist_prune.config.training import TuningConfig
-from dist_prune.distributed.world import digest, fingerprint
+from dist_prune.distributed.fingerprint import digest, fingerprint
 from dist_prune.factorization import layers
 from dist_prune.factorization.bases import Basis, solve
 from dist_prune.factorization.losses import with_exact_losses
@@ -26,7 +26,7 @@ from dist_prune.network import models
 from dist_prune.network.published import options_of
 from dist_prune.network.sites import Site
 from dist_prune.run.checkpointing import Resumable
-from dist_prune.run.job import Job, Stage, calibration, probe, statistics_split, watched_validation
+from dist_prune.run.job import Job, Stage, calibration, probe, share_bits, statistics_split, watched_validation
 from dist_prune.run.train import train
 from dist_prune.statistics import collect as statistics
 from dist_prune.statistics.collect import Statistics
@@ -107,7 +107,7 @@ def plan_and_project(job: Job) -> None:
         job.report.say(f"{len(later) + 1} rounds to get there, --step {config.iteration.step}")
     keep_layers(job, bases)
     with job.report.phase("projection"):
-        job.state.network = project(job.state.source, sites, bases, job.state.plan, method.side, nested)
+        job.state.network = projected(job, job.state.source, sites, bases, job.state.plan, nested)
     if config.iteration.is_iterative:
         if config.correction.correct != "none":
             job.report.say(f"--correct {config.correction.correct} is left out: training comes in between")
@@ -135,6 +135,18 @@ def directions(
         bases = solve(model, sites, gathered, method, job.config.seed, job.world)
         nested = nested_of(model, sites, forms, bases, gathered, method.damping, job.world)
     return bases, nested, spectra_of(bases, method, nested)
+
+
+def projected(
+    job: Job,
+    source: nn.Module,
+    sites: Sequence[Site],
+    bases: Mapping[str, Basis],
+    plan: Plan,
+    nested: Mapping[str, Mapping[str, Nested]],
+) -> nn.Module:
+    """`source` projected, with the same bits on all ranks."""
+    return share_bits(job, project(source, sites, bases, plan, job.config.compression.basis.side, nested))
 
 
 def losses_that_hold(
@@ -193,7 +205,7 @@ def shrink(job: Job, number: int, plan: Plan) -> None:
     source = unfold(job.state.compressed, [site.name for site in sites])
     with job.report.phase(f"round {number}: projection"):
         bases, nested, _ = directions(job, source, sites, gathered_from(job, source, sites))
-        job.state.network = project(source, sites, bases, plan, job.config.compression.basis.side, nested)
+        job.state.network = projected(job, source, sites, bases, plan, nested)
     job.state.plan = plan
     tell_plan(job, number)
 
@@ -222,7 +234,7 @@ def project_again(job: Job, number: int) -> None:
         spectra = losses_that_hold(job, job.state.compressed, bases, nested, gathered, spectra)
         wanted = job.world.from_first(lambda: job.planner.plan(spectra))
         plan = still_factored(wanted, job.state.chosen, job.survey, job.planner.round_to, side)
-        job.state.network = project(job.state.compressed, sites, bases, plan, side, nested)
+        job.state.network = projected(job, job.state.compressed, sites, bases, plan, nested)
     job.state.plan, job.state.unfolded = plan, False
     tell_plan(job, len(rounds_of(job)) + number)
     tell_round(job, len(rounds_of(job)) + number)

@@ -6,10 +6,7 @@ from dist_prune.correction import batchnorm
 from dist_prune.correction import correct as correction
 from dist_prune.reporting.progress import Count
 from dist_prune.run.checkpointing import ResumePoint
-from dist_prune.run.job import (
-    Job,
-    unlabelled_stream,
-)
+from dist_prune.run.job import Job, share_bits, unlabelled_stream
 
 SITE_GROUP = 8  # corrected sites from one checkpoint to the next, at most
 
@@ -50,6 +47,7 @@ def reestimate_batch_norm(job: Job) -> None:
         images = correction.decode(unlabelled_stream(job), mirrored=False)
         memory = job.config.correction.calibration_bytes
         result = batchnorm.reestimate(job.dense, job.state.compressed, images, memory, job.world)
+        share_bits(job, job.state.compressed)
     job.report.say(batchnorm.format_summary(result))
     job.report.say(held_out(job))
 

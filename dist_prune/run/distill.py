@@ -15,7 +15,7 @@ from dist_prune.factorization.project import balance
 from dist_prune.network.models import logits_of
 from dist_prune.network.sites import Factored, evaluating
 from dist_prune.reporting.progress import count_images
-from dist_prune.run.job import Job, limited, probe
+from dist_prune.run.job import Job, limited, probe, share_bits
 from dist_prune.run.train import Session
 from dist_prune.statistics.probes import kl
 from dist_prune.training.dry_step import reached_alone
@@ -66,6 +66,7 @@ def train_towards(job: Job, model: nn.Module) -> None:
         for progress in trainer.epoch(batches):
             job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
     balance(model)
+    share_bits(job, model)
     job.report.say(f"   {settings.distill_steps} steps on {len(split)} images: loss {progress.loss:.4f}")
 
 

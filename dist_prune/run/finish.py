@@ -9,7 +9,7 @@ from typing import Any
 from dist_prune.artifacts.answers import ANSWERS, Answers
 from dist_prune.artifacts.answers import save as save_answers
 from dist_prune.artifacts.saved_model import Description, save_compressed
-from dist_prune.distributed.world import digest
+from dist_prune.distributed.fingerprint import digest
 from dist_prune.factorization.plan import Cost
 from dist_prune.factorization.release import release
 from dist_prune.network.published import options_of

@@ -124,6 +124,12 @@ def limited(split: Split, count: int, seed: int) -> Split:
     return split.subset(count, seed) if 0 < count < len(split) else split
 
 
+def share_bits(job: Job, network: nn.Module) -> nn.Module:
+    """Give all ranks rank 0's bits of a network that all computed: GPUs of several models round differently."""
+    job.world.broadcast_(*network.state_dict().values())
+    return network
+
+
 def probe(config: Run, world: World, images: int) -> torch.Tensor:
     """Noise in the shape of images."""
     crop = config.images.image.crop

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from dist_prune.artifacts.answers import right
 from dist_prune.data.loader import Unsharded, evaluation_stream, normalise
-from dist_prune.distributed.world import fingerprint
+from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.factorization.spectra import unit_of
 from dist_prune.run.job import (
     STAGES,

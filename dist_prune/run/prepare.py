@@ -17,8 +17,9 @@ from dist_prune.data import pretrained_images
 from dist_prune.data.damage import check_files, require_size
 from dist_prune.data.dataset import Dataset, Split, list_unlabelled, open_dataset, write_digits
 from dist_prune.data.mnist import has_idx, unpack
+from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.preemption import Flag
-from dist_prune.distributed.world import World, digest
+from dist_prune.distributed.world import World
 from dist_prune.factorization.planner import planner, timed_planner
 from dist_prune.network import models
 from dist_prune.network.errors import ModelError

@@ -15,7 +15,7 @@ from dist_prune.data.loader import Batch, Stream, training_stream
 from dist_prune.factorization.project import balance
 from dist_prune.network import models, user_code
 from dist_prune.run.checkpointing import ResumePoint
-from dist_prune.run.job import Job, probe
+from dist_prune.run.job import Job, probe, share_bits
 from dist_prune.training.dry_step import reached_alone
 from dist_prune.training.trainer import Trainer, TrainingError, distillation_loss, format_summary, steps_of
 from dist_prune.utils import files
@@ -90,6 +90,7 @@ def tune(job: Job) -> None:
     with job.report.phase("finetune"):
         train(job, job.state.compressed, last_tuning(job.config), "train")
     balance(job.state.compressed)
+    share_bits(job, job.state.compressed)
 
 
 def last_tuning(config: Run) -> TuningConfig:

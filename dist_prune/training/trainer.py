@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dist_prune.config.flags import ConfigError, Distillation
 from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
-from dist_prune.distributed.world import World, fingerprint
+from dist_prune.distributed.fingerprint import fingerprint
+from dist_prune.distributed.world import World
 from dist_prune.network.memory_format import lay_out, layout_of
 from dist_prune.network.models import logits_of
 from dist_prune.network.sites import evaluating
@@ -120,11 +121,14 @@ class Trainer:
         """Add the gradient of `share` of the batch's loss; the `last` of a step sums it over ranks."""
         batch = replace(batch, images=batch.images.contiguous(memory_format=self.layout))
         with nullcontext() if last else self.replica.no_sync():
-            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.settings.bf16):
-                logits = logits_of(self.forward(batch.images))
-            loss = share * self.loss(logits.float(), batch)
+            loss = share * self.loss(self._logits(batch.images), batch)
             torch.autograd.backward(loss)
         return loss.detach()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """What the network says of images in its layout, in the precision of the training; float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            return logits_of(self.forward(images)).float()
 
     def settle(self) -> None:
         """Give all ranks the mean of their batch norm's running statistics: each saw only its own images.
@@ -182,11 +186,15 @@ class Trainer:
         """One step without consequences but for the model's buffers, before a `restore`.
 
         DDP orders its messages again after the first backward. With three ranks or more sums depend on that, so
-        that a resumed run must have done this as the stopped one had.
+        that a resumed run must have done this as the stopped one had. The step is as all others are: in another
+        precision or layout it would take more memory, and be compiled once more.
         """
         nn.Module.train(self.replica)
+        if self.settings.bn == "frozen":
+            freeze_norms(self.replica)
+        images = images.contiguous(memory_format=self.layout)
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
-            torch.autograd.backward(logits_of(self.forward(images)).float().sum())
+            torch.autograd.backward(self._logits(images).sum())
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
-from dist_prune.distributed.world import World, fingerprint
+from dist_prune.distributed.fingerprint import fingerprint
+from dist_prune.distributed.world import World
 from dist_prune.network.memory_format import lay_out
 from dist_prune.network.models import build
 from dist_prune.network.sites import View, evaluating, survey

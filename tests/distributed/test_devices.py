@@ -11,7 +11,7 @@ import torch
 from torch.distributed import HashStore
 
 from dist_prune.distributed import devices
-from dist_prune.distributed.devices import DeviceError, Load, choose_device, crowding, own_device
+from dist_prune.distributed.devices import DeviceError, Load, choose_device, crowding, hidden_peers, own_device
 from dist_prune.distributed.launch_env import LaunchEnv
 from dist_prune.distributed.world import World
 from tests.commands import PROGRAM
@@ -104,6 +104,40 @@ def test_two_ranks_compute_on_the_cpu_beside_one_gpu_and_say_so(bench: Bench, tm
     (line,) = [line for line in done.out.splitlines() if line.startswith("warning: ")]
     assert line.startswith("warning: 2 ranks on 1 GPU, and a GPU takes one: computing on the CPU")
     assert "2 rank(s) on cpu" in done.out
+
+
+def seeing(gpus: int, host: str = "n1") -> Load:
+    return Load(host, frozenset({0}), 1, 1, gpus)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([seeing(1)], ""),
+        ([seeing(2), seeing(2)], ""),
+        ([seeing(1, "n1"), seeing(1, "n2")], ""),  # one rank on each host
+        ([seeing(1), seeing(1)], "2 ranks on n1, and one sees 1 GPU(s)"),
+        ([seeing(8, "n0"), seeing(4), seeing(1)], "2 ranks on n1, and one sees 1 GPU(s)"),
+    ],
+)
+def test_gpus_hidden_from_their_peers_are_warned_of(ranks: list[Load], said: str) -> None:
+    """As srun --gpus-per-task=1 does."""
+    found = hidden_peers(ranks)
+    assert found.startswith(said) and bool(found) == bool(said)
+    assert not said or "--gpus-per-task" in found
+
+
+def test_a_gpu_is_known_by_its_host_and_its_uuid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Virtual GPUs of several hosts may have one UUID; containers of one host share what it booted as."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0000"))
+    names = set()
+    for boot in "ab":
+        (tmp_path / "boot_id").write_text(boot)
+        monkeypatch.setattr(devices, "BOOT_ID", tmp_path / "boot_id")
+        names.add(devices.identity_of(torch.device("cuda", 0)))
+    assert names == {"a/0000", "b/0000"}
+    monkeypatch.setattr(devices, "BOOT_ID", tmp_path / "absent")
+    assert devices.identity_of(torch.device("cuda", 0)).endswith("/0000")
 
 
 # ── cores ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_prune.distributed import buckets
 from dist_prune.distributed import watchdog as alarm_module
 from dist_prune.distributed import world as world_module
 from dist_prune.distributed.devices import DeviceError
+from dist_prune.distributed.fingerprint import digest, fingerprint
 from dist_prune.distributed.launch_env import find_launch_env
-from dist_prune.distributed.world import RankError, World, digest, fingerprint, joined
+from dist_prune.distributed.world import RankError, World, joined
 from tests.ranks import RanksFailed, free_address, in_turn, run_alone, run_ranks
 
 # --- what ranks do together, at several sizes -----------------------------------------------------
@@ -44,13 +46,13 @@ def check_sum(world: World):
 
 
 def check_sum_in_small_buckets(world: World):
-    size, world_module.BUCKET_BYTES = world_module.BUCKET_BYTES, 64
+    size, buckets.BUCKET_BYTES = buckets.BUCKET_BYTES, 64
     try:
         tensors = [values(world, n) for n in (3, 40, 10, 7, 1)]
         world.sum_(*tensors)
         assert all(torch.equal(t, total(world, len(t))) for t in tensors)
     finally:
-        world_module.BUCKET_BYTES = size
+        buckets.BUCKET_BYTES = size
 
 
 def check_sum_symmetric(world: World):
@@ -366,3 +368,63 @@ def test_a_timeout_names_the_phase_the_collective_and_who_is_elsewhere(function,
     assert f"rank 1 is in {elsewhere}" in first
     assert all("timed out" in report for report in caught.value.reports.values())
     assert set(caught.value.reports) == {0, 1, 2}
+
+
+# --- collectives that return before they are done, as NCCL's do --------------------------------------
+
+
+class Stuck:
+    """An event of a GPU that never gets there."""
+
+    def record(self):
+        pass
+
+    def query(self):
+        return False
+
+
+def stuck_on_a_gpu(world: World, seconds: float):
+    """As if on a GPU: the sum is enqueued, and nothing comes of it, as rank 1 is elsewhere."""
+    world.enter("statistics")
+    world.barrier()
+    world.device, world.timeout_s, torch.cuda.Event = torch.device("cuda", 0), seconds, Stuck
+    if world.rank == 1:
+        world.report_trouble("DALI failed: CUDA driver error 999")
+        time.sleep(60)
+    world_module.dist.all_reduce = lambda *_: None
+    world.sum_(torch.ones(1))
+
+
+def test_a_collective_that_a_gpu_never_ends_is_named_like_any_other():
+    with pytest.raises(RanksFailed) as caught:
+        run_ranks(stuck_on_a_gpu, 2, 2.0, timeout_s=30, deadline_s=40)
+    first = caught.value.reports[0]
+    assert "rank 0 timed out in collective #2 (sum_), phase 'statistics'; rank 1 is in no collective" in first
+    assert "phase 'statistics', after DALI failed: CUDA driver error 999" in first
+    assert "TimeoutError: not done in 2 s" in first
+
+
+def break_while_leaving(world: World):
+    def broken():
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    world_module.dist.destroy_process_group = broken
+    raise ValueError("the cause")
+
+
+def test_what_goes_wrong_while_ranks_leave_does_not_hide_why_they_do():
+    with pytest.raises(RanksFailed) as caught:
+        run_ranks(break_while_leaving, 2, deadline_s=40)
+    assert all("ValueError: the cause" in report for report in caught.value.reports.values())
+    assert not any("unhandled system error" in report for report in caught.value.reports.values())
+
+
+def be_killed_after_trouble(world: World):
+    world.report_trouble("DALI failed: Failed to decode sample #1")
+    be_killed(world)
+
+
+def test_a_killed_rank_is_named_with_the_trouble_it_was_in():
+    reports = failure_of(work, be_killed_after_trouble)
+    assert "rank 1 died without a message" in reports[0]
+    assert "DALI failed: Failed to decode sample #1" in reports[0]

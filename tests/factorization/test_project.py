@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from dist_prune.config.run import MethodConfig
-from dist_prune.distributed.world import World, digest
+from dist_prune.distributed.fingerprint import digest
+from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, principal, solve
 from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import balance, factor, project, project_output, rebuild, unfold

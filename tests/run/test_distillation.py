@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
-from dist_prune.distributed.world import World, digest
+from dist_prune.distributed.fingerprint import digest
+from dist_prune.distributed.world import World
 from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import CifarResNet

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from dist_prune import load_compressed
-from dist_prune.distributed.world import digest
+from dist_prune.distributed.fingerprint import digest
 from dist_prune.network.sites import Factored
 from tests.runs import SITES, Bench, copied, curves, points, result_of
 

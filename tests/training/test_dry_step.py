@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
-from dist_prune.distributed.world import World, digest
+from dist_prune.distributed.fingerprint import digest
+from dist_prune.distributed.world import World
 from dist_prune.training.dry_step import format_unreached, reached_alone, unreached
 from dist_prune.training.trainer import Trainer
 from tests.ranks import run_ranks

@@ -13,7 +13,8 @@ from dist_prune.config.flags import Rule
 from dist_prune.config.run import ImageSpec, MethodConfig
 from dist_prune.data.dataset import list_images
 from dist_prune.data.loader import Batch, Unsharded, evaluation_stream
-from dist_prune.distributed.world import World, digest
+from dist_prune.distributed.fingerprint import digest
+from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve
 from dist_prune.factorization.plan import Choice, Plan, make_plan
 from dist_prune.factorization.project import project
