@@ -37,10 +37,13 @@ NOT_OURS = {
     "--standalone",
     "--nproc-per-node",
     "--max-restarts",
+    "--master-addr",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
     "--signals-to-handle",
     "--logdir",
 }  # flags of torchrun and tensorboard
-SBATCH = {"--nodes", "--gpus-per-node", "--ntasks-per-node"}
+SBATCH = {"--nodes", "--gpus-per-node", "--ntasks-per-node", "--gpus-per-task", "--gpu-bind"}
 CONTAINERS = {"--nv"}
 SAID_BY_THEIR_NAMES = {"damaged", "file_fault", "decode_fault"}  # of data/dataset.py; may only become fewer
 # Digests of registries' host names: a list of the names would be what it forbids.
