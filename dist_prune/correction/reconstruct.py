@@ -30,6 +30,7 @@ from dist_prune.statistics.moments import Accumulator, StatisticsError, full_flo
 from dist_prune.statistics.probes import kl
 
 Rows = tuple[Tensor, Tensor]  # x̂ and t as columns, (g·d, images, positions) and (g·c, images, positions)
+CLEARLY = 3.0  # standard errors
 WIDEST = 1 << 14  # dimensions of rows (x̂, t): wider ones would fill the memory with their matrices
 
 
@@ -101,8 +102,8 @@ class Correction:
         normal = self._normal(site)
         present = self.compressed.get_submodule(site.name)
         tried = {"kept": present} | self._solutions(site, present, normal)
-        losses = self._holdout_kls(site, list(tried.values()))
-        chosen = min(range(len(losses)), key=losses.__getitem__)
+        losses, errors = self._holdout_kls(site, list(tried.values()))
+        chosen = choose(losses, errors)
         best = list(tried.values())[chosen]
         present.load_state_dict(best.state_dict())
         return SiteCorrection(site.name, dict(zip(tried, losses, strict=True)), list(tried)[chosen], normal.rows)
@@ -203,18 +204,40 @@ class Correction:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(positions, generator=generator)[: self.positions].to(self.world.device)
 
-    def _holdout_kls(self, site: Site, layers: Sequence[nn.Module]) -> list[float]:
-        """Held-out KL to the dense network with each layer in place and everything after it dense."""
-        sums = torch.zeros(len(layers) + 1, dtype=torch.float64, device=self.world.device)
+    def _holdout_kls(self, site: Site, layers: Sequence[nn.Module]) -> tuple[list[float], list[float]]:
+        """Held-out KL to the dense network with each layer in place and everything after it dense.
+
+        Beside it, the standard error of its difference to that of the first layer, of the same images.
+        """
+        sums = torch.zeros(2, len(layers), dtype=torch.float64, device=self.world.device)
+        count = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for pair in self.pairs:
             if pair.logits is not None:
-                x = pair.compressed.input_of(site.name)
-                for index, layer in enumerate(layers):
-                    logits = logits_of(pair.compressed.outcome(self.dense, layer(x)))
-                    sums[index] += kl(pair.logits.double(), logits).sum()
-                sums[-1] += len(pair.logits)
-        self.world.sum_(sums)
-        return (sums[:-1] / sums[-1]).nan_to_num(nan=math.inf).tolist()
+                x, wanted = pair.compressed.input_of(site.name), pair.logits.double()
+                kls = torch.stack(
+                    [kl(wanted, logits_of(pair.compressed.outcome(self.dense, layer(x)))) for layer in layers]
+                ).double()
+                sums += torch.stack([kls.sum(1), (kls - kls[0]).square().sum(1)])
+                count += len(wanted)
+        self.world.sum_(sums, count)
+        mean, square = sums / count
+        errors = ((square - (mean - mean[0]).square()).clamp(min=0) / (count - 1)).sqrt()
+        return mean.nan_to_num(nan=math.inf).tolist(), errors.nan_to_num(nan=math.inf).tolist()
+
+
+def choose(losses: Sequence[float], errors: Sequence[float]) -> int:
+    """Which layer to take: the best of those solved, unless the present one, the first, is clearly better.
+
+    The holdout is small. To keep what is better by chance leaves layers unsolved, and that adds up over a network.
+
+    Args:
+        losses: held-out KL with each layer.
+        errors: standard errors of their differences to the first.
+    """
+    best = min(range(1, len(losses)), key=losses.__getitem__)
+    if not math.isfinite(losses[best]):
+        return 0
+    return 0 if losses[best] - losses[0] > CLEARLY * errors[best] else best
 
 
 def _together(parts: Iterable[Rows], least: int) -> Iterator[Rows]:
