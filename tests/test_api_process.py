@@ -135,6 +135,19 @@ def test_ranks_may_be_a_share_a_mapping_or_a_plan() -> None:
     assert mapped.plan.ranks == {"0": 4, "2": 3}
 
 
+def test_forms_are_part_of_a_plan() -> None:
+    """Given as a mapping, as a Plan to `compress` and to `replan`: the same network each time."""
+    listed = {"0": 4, "2": "tucker:5x6", "5": "output:3"}
+    found = compress(model(), [images()], listed)
+    chosen = {name: (choice.form, choice.ranks) for name, choice in found.plan.factored.items()}
+    assert chosen == {"0": ("output", (4,)), "2": ("tucker", (5, 6)), "5": ("output", (3,))}
+    for again in (compress(model(), [images()], found.plan), found.replan(found.plan)):
+        assert [(c.site, c.form, c.ranks) for c in again.plan.choices] == [
+            (c.site, c.form, c.ranks) for c in found.plan.choices
+        ]
+        assert torch.equal(again.model(images(2)), found.model(images(2)))
+
+
 def test_one_collection_serves_several_budgets() -> None:
     first = compress(model(), [images()], 0.7)
     for ranks in (0.5, "uniform:0.5", {"2": 4}):
@@ -174,7 +187,7 @@ class Photos(torch.utils.data.Dataset[Any]):
         ({"ranks": 1.5}, "^ranks budget:macs=1.5: a ratio must be above 0"),
         ({"ranks": {}}, "no site is given a rank"),
         ({"ranks": Plan(())}, "no site is given a rank"),
-        ({"ranks": {"2": 2.5}}, "ranks are whole numbers"),
+        ({"ranks": {"2": 2.5}}, "expected whole numbers, or a form"),
         ({"ranks": {"9": 2}}, "9 is not a site here"),
         ({"method": "taylor"}, "^method is 'taylor'; expected one of 'pca'"),
         ({"side": "both"}, "^side is 'both'; expected one of 'output', 'input'"),

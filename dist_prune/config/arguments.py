@@ -25,8 +25,8 @@ def as_rule(ranks: Any) -> str:  # noqa: ANN401  what people give
     """`ranks` as `--ranks` has it.
 
     Args:
-        ranks: a rule or a plan's file as text, a share of the MACs, a mapping from sites to ranks, or what has
-            such a mapping in `ranks`, as a Plan.
+        ranks: a rule or a plan's file as text, a share of the MACs, a Plan, or a mapping from sites to ranks: 8,
+            or with a form, "vertical:8" and "tucker:8x16".
 
     Raises:
         ConfigError: anything else.
@@ -36,7 +36,8 @@ def as_rule(ranks: Any) -> str:  # noqa: ANN401  what people give
         return f"budget:macs={text}" if _NUMBER.fullmatch(text) else text
     if isinstance(ranks, float):
         return f"budget:macs={float(ranks)!r}"
-    listed = getattr(ranks, "ranks", ranks)
+    factored = getattr(ranks, "factored", None)  # of a Plan, which a room above this one knows
+    listed = ranks if factored is None else {site: _with_form(choice) for site, choice in factored.items()}
     if not isinstance(listed, Mapping):
         raise ConfigError(
             f"--ranks {ranks!r}: expected a share of the multiply-adds such as 0.5, a mapping {{site: rank}}, "
@@ -45,9 +46,16 @@ def as_rule(ranks: Any) -> str:  # noqa: ANN401  what people give
     if not listed:
         raise ConfigError("--ranks: no site is given a rank, so that nothing would be compressed")
     try:
-        return "sites:" + ",".join(f"{site}={operator.index(rank)}" for site, rank in listed.items())
+        return "sites:" + ",".join(
+            f"{site}={rank if isinstance(rank, str) else operator.index(rank)}" for site, rank in listed.items()
+        )
     except TypeError as error:
-        raise ConfigError(f"--ranks {dict(listed)}: ranks are whole numbers ({error})") from error
+        text = "expected whole numbers, or a form with its ranks, such as 'tucker:8x16'"
+        raise ConfigError(f"--ranks {dict(listed)}: {text} ({error})") from error
+
+
+def _with_form(choice: Any) -> str:  # noqa: ANN401  a Choice
+    return f"{choice.form}:{'x'.join(map(str, choice.ranks))}"
 
 
 def as_patterns(sites: str | Sequence[str]) -> str:
