@@ -142,8 +142,8 @@ def compress(
         batches: of what the network takes: tensors (n, …), or tuples or lists of such a tensor and labels (n,)
             int64. Gone through once and kept in memory, where they are.
         ranks: a share of the multiply-adds, `0.5`; ranks by site, `{"layer1.0.conv1": 8}`, or forms and ranks,
-            `"vertical:8"`, `"tucker:8x16"`; a Plan; or as `--ranks`: `uniform:0.5`, `energy:0.95`, `budget:macs|params|latency=0.5`, `sites:NAME=RANK,…`, or a
-            plan's file.
+            `"vertical:8"`, `"tucker:8x16"`; a Plan; or as `--ranks`: `uniform:0.5`, `energy:0.95`,
+            `budget:macs|params|latency=0.5`, `sites:NAME=RANK,…`, or a plan's file.
         method: as `--method`: where the directions to keep come from; `gradient` needs labels.
         side: of a layer, whose directions are kept.
         sites: as `--sites`: which layers; names and patterns, in one text or a list.

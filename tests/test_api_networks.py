@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dist_prune import Compression, ModelError, StatisticsError, compress
-from dist_prune.network.sites import Factored
+from dist_prune.network.factored import Factored
 
 
 def images(count: int = 64, size: int = 16) -> Tensor:

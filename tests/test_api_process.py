@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dist_prune
 from dist_prune import BatchesError, CheckpointError, ConfigError, Plan, RankError, compress, load_compressed
 from dist_prune.distributed.world import World
-from dist_prune.network.sites import Factored
+from dist_prune.network.factored import Factored
 from tests.ranks import RanksFailed, run_ranks
 
 

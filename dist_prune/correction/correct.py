@@ -16,10 +16,11 @@ from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, 
 from dist_prune.correction.solver import Solver
 from dist_prune.data.loader import Batch, Stream, normalise
 from dist_prune.distributed.world import World
+from dist_prune.network.factored import Factored
 from dist_prune.network.models import logits_of
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.replay import Listing, Route, follow, listing
-from dist_prune.network.sites import Factored, Site, Survey, View, evaluating
+from dist_prune.network.sites import Site, Survey, View, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.statistics.probes import kl
 from dist_prune.utils.tables import table

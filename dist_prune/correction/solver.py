@@ -22,7 +22,8 @@ from dist_prune.correction.least_squares import (
 )
 from dist_prune.factorization.forms import FORMS, composed, kernels
 from dist_prune.factorization.project import chain, factor
-from dist_prune.network.sites import Factored, Site, weight_of
+from dist_prune.network.factored import Factored
+from dist_prune.network.sites import Site, weight_of
 from dist_prune.utils.decompositions import eigvalsh
 
 Equations = NormalEquations | DualNormalEquations

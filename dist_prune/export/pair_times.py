@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dist_prune.factorization.forms import FORMS, format_ranks
 from dist_prune.factorization.latency import input_shapes, sample_calls
-from dist_prune.network.sites import Factored, Site
+from dist_prune.network.factored import Factored
+from dist_prune.network.sites import Site
 
 NEAR = 0.1  # a time ratio within so much of the MACs' ratio needs no reason
 DOUBTFUL = 0.3  # all layers and each of them, timed apart, may differ by so much of the former

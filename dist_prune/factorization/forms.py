@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from dist_prune.config.flags import ConfigError, did_you_mean
 from dist_prune.factorization.knapsack import Ints
+from dist_prune.network.factored import Factored
 from dist_prune.network.memory_format import place_like
-from dist_prune.network.sites import Factored, Site, SiteError
+from dist_prune.network.sites import Site, SiteError
 
 Ranks = tuple[int, ...]
 

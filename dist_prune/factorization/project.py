@@ -13,8 +13,9 @@ from dist_prune.factorization.bases import Basis
 from dist_prune.factorization.forms import FORMS, Form, Ranks, composed, kernels, set_weight
 from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.plan import Plan
+from dist_prune.network.factored import Factored
 from dist_prune.network.replacing import with_replaced
-from dist_prune.network.sites import Factored, Site, bias_of, describe, weight_of
+from dist_prune.network.sites import Site, bias_of, describe, weight_of
 from dist_prune.utils.decompositions import svd
 
 

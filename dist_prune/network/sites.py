@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
 from dist_prune.network.models import looks_like_probabilities
-from dist_prune.network.trial import StandInTrial, answer_of, stand_in, tolerance_of
+from dist_prune.network.trial import StandInTrial, answer_of, stand_ins, tolerance_of
 
 
 class SiteError(ValueError):
@@ -192,7 +192,7 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
         model, image, answer, tolerance_of([answer, *(y for each in calls.values() for _, y in each)])
     )
     with evaluating(model):
-        reasons |= tried.altering({site.name: stand_in(modules[site.name]) for site in found})
+        reasons |= tried.altering(stand_ins({site.name: modules[site.name] for site in found}))
     reasons |= {n: f"{type(m).__name__} is not factored: only Conv2d and Linear are" for n, m in others.items()}
     return Survey(
         sites=tuple(site for site in found if not reasons[site.name]),
@@ -367,20 +367,6 @@ def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
         sides = [side for p in reversed(_pair(module.padding)) for side in (p, p)]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, sides, mode)
-
-
-class Factored(nn.Sequential):
-    """A site's replacement: small layers in a chain; `form` says which, see `factorization.forms`."""
-
-    def __init__(
-        self, reduce: nn.Module, expand: nn.Module, core: nn.Module | None = None, form: str = "output"
-    ) -> None:
-        super().__init__()
-        self.form = form
-        self.reduce = reduce
-        if core is not None:
-            self.core = core
-        self.expand = expand
 
 
 def _pair(values: Iterable[int | str]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dist_prune.network.factored import Factored
 from dist_prune.network.models import logits_of
 from dist_prune.network.replacing import CopyError, with_replaced
 
@@ -75,22 +76,29 @@ def tolerance_of(tensors: Sequence[Tensor]) -> float:
     return float(max(eps**0.5, coarse))
 
 
-def stand_in(module: nn.Conv2d | nn.Linear) -> nn.Sequential:
-    """A pair that keeps all directions: the layer without its bias, then its bias. It shares the weight."""
-    reduce = copy.copy(module)
-    reduce._parameters = {**module._parameters, "bias": None}
-    return nn.Sequential(reduce, _Shift(module))
+def stand_ins(modules: Mapping[str, nn.Conv2d | nn.Linear]) -> dict[str, nn.Module]:
+    """For each layer a pair that keeps all directions, of the very classes that a pair has.
 
-
-class _Shift(nn.Module):
-    """Adds the bias of a layer to what it is given."""
-
-    def __init__(self, module: nn.Conv2d | nn.Linear) -> None:
-        super().__init__()
-        self.bias = module.bias
-        self.axis = -3 if isinstance(module, nn.Conv2d) else -1
-
-    def forward(self, y: Tensor) -> Tensor:
-        if self.bias is None:
-            return y
-        return y + self.bias.to(y.dtype).view(-1, *[1] * (-1 - self.axis))
+    The first factor shares the layer's weight; the second is the identity, one for all layers of a width, and has
+    the bias.
+    """
+    eyes: dict[tuple[object, ...], nn.Parameter] = {}
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        reduce = copy.copy(module)
+        reduce._parameters = {**module._parameters, "bias": None}
+        outputs, groups = module.weight.shape[0], getattr(module, "groups", 1)
+        with torch.device("meta"):  # their weights come next
+            expand: nn.Conv2d | nn.Linear = (
+                nn.Conv2d(outputs, outputs, 1, groups=groups)
+                if isinstance(module, nn.Conv2d)
+                else nn.Linear(outputs, outputs)
+            )
+        weight, shape = module.weight, expand.weight.shape
+        if (key := (shape, weight.dtype, weight.device)) not in eyes:
+            eye = torch.eye(shape[1], dtype=weight.dtype, device=weight.device).repeat(groups, 1).view(shape)
+            eyes[key] = nn.Parameter(eye, requires_grad=False)
+        bias = module.bias if isinstance(module.bias, nn.Parameter) else nn.Parameter(weight.new_zeros(outputs))
+        expand._parameters = {"weight": eyes[key], "bias": bias}
+        found[name] = Factored(reduce, expand)
+    return found

@@ -19,7 +19,8 @@ from dist_prune.correction.least_squares import (
 )
 from dist_prune.correction.solver import Solver, damped
 from dist_prune.factorization.project import factor, project_output
-from dist_prune.network.sites import Factored, Site, bias_of, describe, input_rows, output_rows, weight_of
+from dist_prune.network.factored import Factored
+from dist_prune.network.sites import Site, bias_of, describe, input_rows, output_rows, weight_of
 from dist_prune.statistics.moments import Accumulator
 from tests.layers import LAYERS, layer
 

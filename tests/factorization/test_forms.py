@@ -15,7 +15,8 @@ from dist_prune.factorization.nested import FIRST_AXIS, decompose
 from dist_prune.factorization.plan import Plan, PlanError, choose, cost, make_plan
 from dist_prune.factorization.project import balanced_kernels, chain, rebuild
 from dist_prune.factorization.spectra import Spectra
-from dist_prune.network.sites import Factored, Site, SiteError, View, input_rows, survey
+from dist_prune.network.factored import Factored
+from dist_prune.network.sites import Site, SiteError, View, input_rows, survey
 from dist_prune.statistics.patches import PatchMoments
 
 LAYERS = {

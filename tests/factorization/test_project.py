@@ -10,17 +10,8 @@ from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, principal, solve
 from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import balance, factor, project, project_output, rebuild, unfold
-from dist_prune.network.sites import (
-    Factored,
-    Site,
-    View,
-    bias_of,
-    describe,
-    input_rows,
-    output_rows,
-    survey,
-    weight_of,
-)
+from dist_prune.network.factored import Factored
+from dist_prune.network.sites import Site, View, bias_of, describe, input_rows, output_rows, survey, weight_of
 from dist_prune.statistics.collect import Statistics
 from dist_prune.statistics.moments import Moments, collect_moments
 from tests.layers import LAYERS, layer

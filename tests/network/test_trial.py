@@ -1,6 +1,7 @@
 """Layers that the code around them sees more of than their output stay dense, with the reason; others do not."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
+from dist_prune.network.factored import Factored
 from dist_prune.network.models import ModelError, logits_of
 from dist_prune.network.sites import Survey, survey
+from dist_prune.network.trial import stand_ins
 
 
 def surveyed(model: nn.Module, *shape: int) -> Survey:
@@ -76,6 +79,55 @@ def test_a_layer_whose_class_is_asked_for_stays_dense() -> None:
     found = surveyed(Asking(), 3, 4, 4)
     assert names(found) == ["layers.2"]
     assert "computes something else" in reasons(found)["layers.0"] == reasons(found)["layers.1"]
+
+
+class Looking(nn.Module):
+    """Its answer depends on what stands in it, not on layers' outputs alone."""
+
+    def __init__(self, seen: Callable[[nn.Module], float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2, self.fc, self.seen = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5), seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv2(self.conv1(x).relu()).relu().mean((2, 3))) * self.seen(self)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (lambda m: 1.0, ["conv1", "conv2", "fc"]),
+        (lambda m: 2.0 if hasattr(m.conv1, "reduce") else 1.0, ["conv2", "fc"]),
+        (lambda m: 2.0 if isinstance(m.conv2, nn.Sequential) else 1.0, ["conv1", "fc"]),
+        (lambda m: sum(isinstance(each, nn.Conv2d) for each in m.modules()), ["fc"]),
+        (lambda m: sum(isinstance(each, nn.Linear) for each in m.modules()), ["conv1", "conv2"]),
+        (lambda m: len(list(m.parameters())), []),
+        (lambda m: len(m.state_dict()), []),
+        (lambda m: sum(p.numel() for p in m.parameters()), []),
+    ],
+)
+def test_what_stands_in_for_a_layer_looks_as_a_pair_does(
+    seen: Callable[[nn.Module], float], expected: list[str]
+) -> None:
+    found = surveyed(Looking(seen), 3, 12, 12)
+    assert names(found) == expected
+    assert all("computes something else" in reason for reason in reasons(found).values())
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_stand_in_computes_what_its_layer_does(groups: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layers = {
+        "conv": nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups, bias=bias),
+        "linear": nn.Linear(8, 6, bias=bias),
+    }
+    pairs = stand_ins(layers)
+    for name, x in (("conv", torch.randn(2, 8, 9, 7)), ("linear", torch.randn(2, 3, 8))):
+        torch.testing.assert_close(pairs[name](x), layers[name](x))
+        assert (
+            isinstance(pairs[name], Factored) and [type(each) for each in pairs[name]] == [type(layers[name])] * 2
+        )
 
 
 def test_layers_behind_a_fused_path_stay_dense() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_prune import load_compressed
 from dist_prune.distributed.fingerprint import digest
-from dist_prune.network.sites import Factored
+from dist_prune.network.factored import Factored
 from tests.runs import SITES, Bench, copied, curves, points, result_of
 
 SHRINKING = {"ranks": "uniform:0.4", "step": 0.7, "epochs": 0}

@@ -8,7 +8,7 @@ import torch
 
 from dist_prune import load_compressed
 from dist_prune.distributed.fingerprint import digest
-from dist_prune.network.sites import Factored
+from dist_prune.network.factored import Factored
 from tests.commands import PROGRAM
 from tests.runs import CLASSES, VAL, WHOLE, Bench, copied, images_of, result_of
 
