@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_the_comparison_of_solves_and_pass_runs(tmp_path: Path) -> None:
         8 * eight["ratio"], rel=1e-6
     )  # the widest layer alone is the share of both
     assert few["ratio"] == pytest.approx(128.1167 * eight["ratio"], rel=1e-6)
+
+
+def test_the_cost_of_planning_is_put_together_for_a_run(tmp_path: Path) -> None:
+    output = tmp_path / "planning.json"
+    words = [sys.executable, "-m", "tests.bench.planning", "--quick", "--output", str(output)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    planning, solving = json.loads(output.read_text())["rows"]
+    assert planning["detail"] == solving["detail"]
+    parts = re.findall(r"([a-z ]+) ([\d.e+-]+)(?:,|$)", planning["detail"].split("CPU seconds:")[1])
+    whole, losses, decompositions, choice, forward, correction = (float(value) for _, value in parts)
+    assert planning["ratio"] == pytest.approx((losses + decompositions + choice) / whole, rel=1e-2)
+    assert solving["ratio"] == pytest.approx((correction - 120) / forward, rel=1e-2)
 
 
 def test_the_profile_names_what_each_phase_spends_most_in(tmp_path: Path) -> None:
