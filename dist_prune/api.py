@@ -43,6 +43,7 @@ from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
 from dist_prune.factorization.spectra import spectra_of, unit_of
 from dist_prune.network.layers import unwrapped
+from dist_prune.network.outputs import Outputs, answering, unanswering
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import Survey, evaluating, survey
 from dist_prune.statistics import collect as statistics
@@ -52,6 +53,8 @@ from dist_prune.utils.caller import bar, undisturbed, warn
 
 T = TypeVar("T")
 Correct = Literal["none", "refit", "regression"]
+Judge = Literal["kl", "mse"]
+UNITS: dict[Judge, str] = {"kl": "KL", "mse": "½·squared change"}  # as `unit_of` has them
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,8 +63,9 @@ class Compression:
 
     `dense` and `compressed` are the networks' own multiply-adds, of one image, and parameters, as counted in them.
     `predicted` is the loss that the plan expects, in `unit`, of all sites together; None where the method does not
-    predict. `kl_projected` and `kl` are KL(dense ‖ compressed) of the softmax on the images held out, every eighth
-    one: nats per image, before and after correction.
+    predict. `lost_projected` and `lost` are what the images held out, every eighth one, lose before and after
+    correction: KL(dense ‖ compressed) of the softmax, nats per image, or where `judged` is `mse` half the squared
+    change of the outputs, summed over channels; the mean over positions, where there are several.
     """
 
     model: nn.Module
@@ -70,16 +74,26 @@ class Compression:
     compressed: Cost
     predicted: float | None
     unit: str
-    kl_projected: float
-    kl: float
+    judged: Judge
+    lost_projected: float
+    lost: float
     table: str
     _collected: Collected = field(compare=False)
 
+    @property
+    def kl_projected(self) -> float | None:
+        """`lost_projected`; None where KL does not judge."""
+        return self.lost_projected if self.judged == "kl" else None
+
+    @property
+    def kl(self) -> float | None:
+        """`lost`; None where KL does not judge."""
+        return self.lost if self.judged == "kl" else None
+
     def __repr__(self) -> str:
-        known = self.unit == "KL" and self.predicted is not None
-        steps = [f"{self.predicted:.4g} predicted"] if known else []
-        steps += [f"{self.kl_projected:.4g} projected", f"{self.kl:.4g} in the end"]
-        return f"{self.table}\nheld-out KL to the dense network: {', '.join(steps)}"
+        steps = [f"{self.predicted:.4g} predicted"] if self.unit == UNITS[self.judged] else []
+        steps += [f"{self.lost_projected:.4g} projected", f"{self.lost:.4g} in the end"]
+        return f"{self.table}\nheld-out {UNITS[self.judged]} to the dense network: {', '.join(steps)}"
 
     def replan(self, ranks: Ranks) -> Compression:
         """The same network at other ranks, from the statistics that there are; arguments and errors as `compress`.
@@ -129,15 +143,17 @@ def compress(
     repair: float = CorrectionConfig.repair,
     mirrored: bool = CorrectionConfig.mirrored,
     resolve_dense: bool = CorrectionConfig.resolve_dense,
+    outputs: Outputs | None = None,
     progress: bool | None = None,
 ) -> Compression:
-    """Replace layers of a classification network by low-rank pairs; the given network stays as it is.
+    """Replace layers of a network by low-rank ones; the given network stays as it is.
 
     In a process that is in a process group, every rank calls this with the same network and arguments and with its
     own share of the images: statistics are summed over the ranks, and all end with the same result.
 
     Args:
-        model: returns logits (n, classes), two classes or more. Works where its parameters are, CPU or CUDA.
+        model: returns logits (n, classes) of two classes or more, or (n, classes, …) of several positions, as
+            a segmentation; or with `loss="mse"` anything (n, …). Works where its parameters are, CPU or CUDA.
             Compiled and DDP-wrapped networks are taken out of their wrapping.
         batches: of what the network takes: tensors (n, …), or tuples or lists of such a tensor and labels (n,)
             int64. Gone through once and kept in memory, where they are.
@@ -152,7 +168,8 @@ def compress(
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
         round_to: ranks are multiples of this; 0: as `--round-to`.
-        loss: as `--loss`, of `fisher` and `hessian-*`; so are `draws`, `damping` and `probes`.
+        loss: what counts, for `fisher`, `hessian-*`, the correction and its figures: KL of the softmax, or, for
+            features and regressions, half the squared change.
         draws: random gradients an image; 0: all classes, exactly.
         damping: added to the metric of `fisher`, as a share of its largest eigenvalue.
         probes: images that `hessian-global` tries.
@@ -161,12 +178,15 @@ def compress(
         repair: as `--repair`: how much later layers repair of what earlier ones lose.
         mirrored: solve from the mirror images, too.
         resolve_dense: solve the layers that stay dense, too.
+        outputs: a function of what the network returns: the tensor that counts. Without it that is the tensor
+            returned, or of a tuple, list, mapping or dataclass `logits`, `out` or the only tensor.
         progress: a bar on the standard error output; None: if that is a terminal.
 
     Raises:
         BatchesError: no batches, fewer than 8 images, or not what the network takes.
         ConfigError, PlanError, SiteError: an invalid argument, or one that does not fit this network.
-        ModelError, CopyError: no logits, no layers that could be replaced, or a network that cannot be copied.
+        ModelError, CopyError: no logits, or several tensors that could be; no layers that could be replaced, or a
+            network that cannot be copied.
         CorrectionError: the network answers the same images differently each time.
         StatisticsError: NaN or infinity, labels missing or too high, or gradients that do not reach a layer.
         UnsoundError: the compressed network would not be finite.
@@ -198,7 +218,7 @@ def compress(
         device = next(network.parameters()).device
         with undisturbed(device):
             world = present(device)
-            collected = _collect(run, network, keep(batches, device, world, FEWEST), world, progress)
+            collected = _collect(run, network, outputs, keep(batches, device, world, FEWEST), world, progress)
             return _compress(collected, compression.ranks, world)
 
 
@@ -210,7 +230,8 @@ class Collected:
     """Everything that does not depend on the ranks: directions, and the images to correct from."""
 
     run: Run
-    model: nn.Module
+    given_model: nn.Module
+    model: nn.Module  # returns what counts of what the given one does
     everything: Survey
     found: Survey  # the sites that are chosen
     sums: Statistics
@@ -220,6 +241,11 @@ class Collected:
     image: Tensor  # (1, …), of rank 0
     progress: bool | None
     patches: bool = False  # whether the statistics tell of patches
+
+    @property
+    def judge(self) -> Judge:
+        """What the outputs' changes are measured by."""
+        return "mse" if self.run.compression.basis.loss == "mse" else "kl"
 
     @property
     def device(self) -> torch.device:
@@ -232,23 +258,30 @@ class Collected:
         return timed_planner(run, self.model, self.found, world, self.image)
 
 
-def _collect(run: Run, model: nn.Module, given: Kept, world: World, progress: bool | None) -> Collected:
+def _collect(
+    run: Run, given_model: nn.Module, outputs: Outputs | None, given: Kept, world: World, progress: bool | None
+) -> Collected:
     basis, settings = run.compression.basis, run.correction
+    model = given_model if outputs is None else answering(given_model, outputs)
     world.require_same("the networks", fingerprint(model))
     if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
         model = with_replaced(model)  # gradients need ordinary tensors
     pair = given.batches[0].images[:2].to(given.device)
     everything = world.from_first(lambda: _surveyed(model, pair[:1]))
-    if everything.concern:
+    if basis.loss != "mse":
+        everything.require_classes()
+    if everything.concern and basis.loss != "mse" and outputs is None:
         warn(naming_arguments(everything.concern))
     images = _calibration(given, settings)
     found = everything.select(run.compression.sites)
     image = pair[:1].clone()
     world.broadcast_(image)
-    collected = Collected(run, model, everything, found, Statistics(), {}, given, images, image, progress)
+    collected = Collected(
+        run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
+    )
     plans = collected.planner(run.compression.ranks, world)
     plans.check()
-    world.on_all(lambda: _require_labels(given, basis, everything.classes))
+    world.on_all(lambda: _require_labels(given, basis, everything.classes, everything.positions))
     if settings.correct != "none":
         require_deterministic(model, pair, world)
     passes = _Shown(len(given.batches), progress, world)
@@ -276,9 +309,14 @@ def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
     return Calibration(pixels, places, torch.clone, given.size, settings.mirrored)
 
 
-def _require_labels(given: Kept, basis: MethodConfig, classes: int) -> None:
+def _require_labels(given: Kept, basis: MethodConfig, classes: int, positions: int) -> None:
     """Labels that are used must be outputs of the network."""
     highest = max(int(batch.labels.max()) for batch in given.batches)
+    if basis.method == "gradient" and positions > 1:
+        raise StatisticsError(
+            f"method gradient: labels are of images, and the network has outputs at {positions} positions of "
+            f"each; expected another method"
+        )
     if basis.method == "gradient" and highest >= classes:
         raise StatisticsError(
             f"labels in batches go up to {highest}, the network's {classes} outputs to {classes - 1}"
@@ -330,17 +368,20 @@ def _compress(collected: Collected, ranks: str, world: World) -> Compression:
     network = project(model, found.sites, collected.bases, plan, basis.side, nested).eval()
     before, after = _corrected(collected, network, world)
     cost = release(network, collected.image)
+    network = unanswering(network, collected.given_model)
     world.broadcast_(*network.state_dict().values())  # equal already, but for processors of several kinds
     dense, table = Cost(found.macs, found.params), plans.format_table(plan, {}, unit)
-    return Compression(network, plan, dense, cost, plan.loss, unit, before, after, table, collected)
+    return Compression(
+        network, plan, dense, cost, plan.loss, unit, collected.judge, before, after, table, collected
+    )
 
 
 def _corrected(collected: Collected, network: nn.Module, world: World) -> tuple[float, float]:
-    """Correct the compressed network in place, if that is wanted; the held-out KL before and after."""
+    """Correct the compressed network in place, if that is wanted; the held-out loss before and after."""
     model, images, run = collected.model, collected.images, collected.run
     if run.correction.correct == "none":
         with evaluating(model), evaluating(network):
-            before = divergence(network, holdout_logits(model, images), images.prepare, world)
+            before = divergence(network, holdout_logits(model, images), images.prepare, world, collected.judge)
         return before, before
     sites = correction.solvable(network, collected.everything, run.correction)
     count = len(sites) * len(run.correction.dampings)
@@ -353,6 +394,7 @@ def _corrected(collected: Collected, network: nn.Module, world: World) -> tuple[
             run.correction,
             run.seed,
             world,
+            loss=collected.judge,
             after_site=lambda _: step(),
         )
     for text in result.notes:

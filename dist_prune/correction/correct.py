@@ -17,12 +17,12 @@ from dist_prune.correction.solver import Solver
 from dist_prune.data.loader import Batch, Stream, normalise
 from dist_prune.distributed.world import World
 from dist_prune.network.factored import Factored
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.replay import Listing, Route, follow, listing
 from dist_prune.network.sites import Site, Survey, View, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
-from dist_prune.statistics.probes import kl
+from dist_prune.statistics.probes import LOSSES
 from dist_prune.utils.tables import table
 from dist_prune.width.narrowing import KeptChannels
 
@@ -142,6 +142,7 @@ def correct(
     state: CorrectionState | None = None,
     source: nn.Module | None = None,
     kept: Sequence[KeptChannels] = (),
+    loss: str = "kl",
     after_site: Callable[[CorrectionState], None] = lambda _: None,
 ) -> Result:
     """Solve all sites of the compressed network again, in place, once for each damping; keep the best if it helps.
@@ -157,6 +158,7 @@ def correct(
         state: how far it had come before.
         source: the dense network without the channels that were removed, from which the compressed one was made.
         kept: the channels of the groups that lost some.
+        loss: of the outputs, `kl` or `mse`, see `probes.LOSSES`: what judges, and the metric is of.
         after_site: called after each site; the correction may be left there.
 
     Raises:
@@ -166,10 +168,10 @@ def correct(
     route = agreed_route(dense, [site.name for site in sites], images, world)
     with evaluating(dense), evaluating(compressed):
         holdout = holdout_logits(dense, images)
-        before = divergence(compressed, holdout, images.prepare, world)
+        before = divergence(compressed, holdout, images.prepare, world, loss)
     source = source or dense
     outputs = {name: torch.tensor(each.channels) for each in kept for name in each.group.producers}
-    metrics, notes = _metrics(source, [View(site) for site in sites], images, settings, seed, world)
+    metrics, notes = _metrics(source, [View(site) for site in sites], images, settings, seed, world, loss)
     state = state or CorrectionState()
     for damping in settings.dampings[len(state.trials) :]:
         candidate = with_replaced(compressed)
@@ -177,13 +179,13 @@ def correct(
         with evaluating(dense), evaluating(source), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, holdout))
             solver = Solver(settings.correct, settings.ridge, (damping,))
-            limits = settings.positions, seed, settings.calibration_bytes
+            limits = settings.positions, seed, settings.calibration_bytes, LOSSES[loss]
             walk = Correction(route, source, candidate, pairs, metrics, solver, world, *limits, outputs=outputs)
             for outcome in walk.run(sites, [done.site for done in state.outcomes]):
                 state.outcomes.append(outcome)
                 state.candidate = candidate.state_dict()
                 after_site(state)
-            reached = divergence(candidate, holdout, images.prepare, world)
+            reached = divergence(candidate, holdout, images.prepare, world, loss)
             state.close(Trial(damping, reached, tuple(state.outcomes)), candidate)
     best, helped = best_of(state.trials), improves(best_of(state.trials).kl, before)
     if helped:
@@ -231,12 +233,13 @@ def _metrics(
     settings: CorrectionConfig,
     seed: int,
     world: World,
+    loss: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fisher metrics of all sites' outputs, if any damping needs them; why there are none."""
     if settings.correct != "regression" or all(map(math.isinf, settings.metric_damping)):
         return _no_metrics(views, world), []
     draws = max(1, min(MOST_DRAWS, GRADIENTS // settings.calibrate_images))
-    objective = Objective("kl", draws, seed)
+    objective = Objective(loss, draws, seed)
     try:
         return collect_curvature(dense, views, images.prepared(), world, STEPS["fisher"], objective), []
     except NoGradientError as error:
@@ -289,11 +292,12 @@ def divergence(
     holdout: Sequence[tuple[Tensor, Tensor]],
     prepare: Callable[[Tensor], Tensor],
     world: World,
+    loss: str = "kl",
 ) -> float:
-    """KL to the dense network over the held-out images of all ranks, nats per image."""
+    """KL to the dense network, nats per image, or another loss, over the held-out images of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for pixels, logits in holdout:
-        sums[0] += kl(logits.double(), logits_of(model(prepare(pixels)))).sum()
+        sums[0] += LOSSES[loss](logits.double(), logits_of(model(prepare(pixels)))).sum()
         sums[1] += len(pixels)
     world.sum_(sums)
     total, count = sums.tolist()

@@ -23,11 +23,11 @@ from dist_prune.correction.least_squares import (
 )
 from dist_prune.correction.solver import Solver
 from dist_prune.distributed.world import World
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.replay import AnyPass, Route
 from dist_prune.network.sites import Site, View, output_rows
 from dist_prune.statistics.moments import Accumulator, StatisticsError, full_float32, sum_moments
-from dist_prune.statistics.probes import kl
+from dist_prune.statistics.probes import Loss, kl
 
 Rows = tuple[Tensor, Tensor]  # x̂ and t as columns, (g·d, images, positions) and (g·c, images, positions)
 CLEARLY = 3.0  # standard errors
@@ -71,6 +71,7 @@ class Correction:
 
     `metrics` are the Fisher metrics of the sites' outputs, (g, c, c). `dense` is the network that `compressed` was
     made from: where channels were removed before, without those, and `outputs` says which are left of a site's.
+    `loss` judges.
     """
 
     program: Route
@@ -83,6 +84,7 @@ class Correction:
     positions: int = 0
     seed: int = 0
     memory: int = 1 << 60
+    loss: Loss = kl
     widest: int = WIDEST
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -215,7 +217,10 @@ class Correction:
             if pair.logits is not None:
                 x, wanted = pair.compressed.input_of(site.name), pair.logits.double()
                 kls = torch.stack(
-                    [kl(wanted, logits_of(pair.compressed.outcome(self.dense, layer(x)))) for layer in layers]
+                    [
+                        self.loss(wanted, logits_of(pair.compressed.outcome(self.dense, layer(x))))
+                        for layer in layers
+                    ]
                 ).double()
                 sums += torch.stack([kls.sum(1), (kls - kls[0]).square().sum(1)])
                 count += len(wanted)

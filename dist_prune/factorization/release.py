@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.factorization.plan import Cost
 from dist_prune.factorization.project import balance, is_balanced
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -210,28 +209,3 @@ def missing_weights(arch: str, weights: str) -> str:
         return f"timm's weights of {arch}"
     entry = None if Path(weights).expanduser().is_file() else published.entry_of(arch, weights)
     return "" if entry is None or published.file_of(entry).is_file() else str(entry.url)
-
-
-def logits_of(output: Any) -> Tensor:  # noqa: ANN401  networks return what they like
-    """The logits (N, classes) of what a network returned.
-
-    Raises:
-        ModelError: it is not a classification network.
-    """
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
-        what = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ModelError(f"the network returned {what}; expected logits (images, classes), floating-point")
-    return output
-
-
-def looks_like_probabilities(answer: Tensor) -> str:
-    """A warning where a network's answer (n, classes) is what a softmax gives; else empty."""
-    answer = answer.double()
-    if not (answer >= 0).all() or not torch.allclose(answer.sum(1), torch.ones_like(answer[:, 0]), atol=1e-3):
-        return ""
-    return (
-        "the network's outputs are not negative and sum to 1, as after a softmax, but are taken for logits: every "
-        "divergence is far too small. Take the softmax out of the network"
-    )

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
-from dist_prune.network.models import looks_like_probabilities
+from dist_prune.network.outputs import concern_about
 from dist_prune.network.trial import StandInTrial, answer_of, stand_ins, tolerance_of
 
 
@@ -111,7 +111,20 @@ class Survey:
     macs: int  # of the whole network for one image, everything counted
     params: int
     classes: int
+    positions: int = 1  # of an image that have classes, as the pixels of a segmentation
     concern: str = ""  # what is odd about its outputs
+
+    def require_classes(self) -> None:
+        """Refuse outputs over which no softmax says anything.
+
+        Raises:
+            ModelError: there is one only.
+        """
+        if self.classes < 2:
+            raise ModelError(
+                "the network has one output: a softmax over it is always 1, so nothing would count as lost. If it "
+                "is a logit z, return two: torch.cat([torch.zeros_like(z), z], 1)"
+            )
 
     def select(self, patterns: str) -> Survey:
         """Keep the sites that `patterns` chooses (see `matches`); the others become skipped.
@@ -169,7 +182,7 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
         image: (1, 3, H, W) on the network's device; its values do not matter.
 
     Raises:
-        ModelError: no parameters, TorchScript, lazy layers without a shape yet, or one output only.
+        ModelError: no parameters, TorchScript, lazy layers without a shape yet, or outputs that are no logits.
     """
     require_layers(model)
     modules: dict[str, nn.Conv2d | nn.Linear] = {
@@ -181,11 +194,6 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with _watched(modules, calls), evaluating(model), FlopCounterMode(display=False) as counter:
         answer = answer_of(model, image)
-    if answer.shape[1] < 2:
-        raise ModelError(
-            "the network has one output: a softmax over it is always 1, so nothing would count as lost. If it is "
-            "a logit z, return two: torch.cat([torch.zeros_like(z), z], 1)"
-        )
     reasons |= {n: "its forward never runs" for n, reason in reasons.items() if not reason and n not in calls}
     found = [describe(n, modules[n], *_positions(modules[n], calls[n])) for n in calls if not reasons[n]]
     tried = StandInTrial(
@@ -200,7 +208,8 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
         macs=counter.get_total_flops() // 2,  # FlopCounterMode counts two per multiply-add
         params=sum(p.numel() for p in model.parameters()),
         classes=answer.shape[1],
-        concern=looks_like_probabilities(answer),
+        positions=answer[0, 0].numel(),
+        concern=concern_about(answer),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.network.factored import Factored
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.replacing import CopyError, with_replaced
 
 COARSE = 0.03  # relative error that half precision, or TF32 on a GPU, may add up to

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_prune.data.loader import Batch, training_stream
 from dist_prune.factorization.project import balance
 from dist_prune.network.factored import Factored
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.reporting.progress import count_images
 from dist_prune.run.job import Job, limited, probe, share_bits

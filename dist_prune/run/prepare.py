@@ -305,6 +305,12 @@ def load_network(
         reason = error if isinstance(error, RuntimeError) else fault_of(error, Path(split(network.arch)[0]))
         raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
     found = world.from_first(lambda: own)
+    found.require_classes()
+    if found.positions > 1:
+        raise ConfigError(
+            f"--arch {network.arch} has {found.classes} outputs at each of {found.positions} positions of an "
+            f"image, expected one set of logits per image; dist_prune.compress takes such networks in Python"
+        )
     if found.classes != network.classes:
         raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
     return dense, found

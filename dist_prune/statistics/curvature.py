@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
 from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, full_float32, unwatched
 from dist_prune.utils import keyed_random
@@ -83,10 +83,17 @@ class Objective:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
         """One scalar for each backward."""
+        positions = logits[0, 0].numel()
         if self.loss == "task":
             yield F.cross_entropy(logits, batch.labels, reduction="sum")
         elif self.draws:
-            yield from (self._drawn(logits, batch, f"draw {i}") for i in range(self.draws))
+            scale = positions**-0.5  # losses are averaged over positions, and these are drawn independently
+            yield from (scale * self._drawn(logits, batch, f"draw {i}") for i in range(self.draws))
+        elif positions > 1:
+            raise StatisticsError(
+                f"--draws 0 goes through all {logits.shape[1]} classes at each of {positions} positions; "
+                f"expected 1 or more random draws"
+            )
         else:
             shares = torch.ones_like(logits) if self.loss == "mse" else logits.detach().softmax(1).sqrt()
             outputs = logits if self.loss == "mse" else logits.log_softmax(1)
@@ -107,8 +114,8 @@ class Objective:
         if self.loss == "kl":
             label = keyed_random.labels(self.seed, purpose, batch.indices, logits)
             return F.cross_entropy(logits, label, reduction="sum")
-        direction = keyed_random.normal(self.seed, purpose, batch.indices, logits.shape[1])
-        return (logits * direction.to(logits.dtype)).sum()
+        direction = keyed_random.normal(self.seed, purpose, batch.indices, logits[0].numel())
+        return (logits * direction.to(logits.dtype).reshape(logits.shape)).sum()
 
 
 class NoGradientError(StatisticsError):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
 from dist_prune.statistics.curvature import differentiating
 from dist_prune.statistics.moments import StatisticsError, Tally, Watch, full_float32, unwatched
@@ -28,15 +28,23 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # dense and perturbed logits (N, clas
 
 
 def mse(dense: Tensor, changed: Tensor) -> Tensor:
-    """½‖z′ − z‖², per image."""
-    return (changed - dense).square().sum(1) / 2
+    """½‖z′ − z‖², per image; of several positions their mean."""
+    return _over_positions((changed - dense).square().sum(1) / 2)
 
 
 def kl(dense: Tensor, changed: Tensor) -> Tensor:
-    """KL(dense ‖ changed), nats per image, in float32 or wider: in half precision small ones drown in rounding."""
+    """KL(dense ‖ changed), nats per image, in float32 or wider: in half precision small ones drown in rounding.
+
+    The logits are (N, classes), or (N, classes, positions), of which the mean over positions is taken.
+    """
     dtype = torch.promote_types(torch.promote_types(dense.dtype, changed.dtype), torch.float32)
     p, q = dense.to(dtype).log_softmax(1), changed.to(dtype).log_softmax(1)
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    return _over_positions(F.kl_div(q, p, reduction="none", log_target=True).sum(1))
+
+
+def _over_positions(losses: Tensor) -> Tensor:
+    """(N,), or of (N, positions) the mean."""
+    return losses.mean(1) if losses.dim() > 1 else losses
 
 
 def kl_reverse(dense: Tensor, changed: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import Site, call_of, given_to, output_rows
 from dist_prune.statistics.curvature import differentiating
 from dist_prune.statistics.moments import StatisticsError, full_float32
@@ -333,13 +333,14 @@ def signed(logits: Tensor, indices: Tensor, loss: str, seed: int, purpose: str) 
     """Σ_n Σ_y ε_y √p_y log p_y, or Σ_n Σ_y ε_y z_y for `mse`, with random signs ε; see the module.
 
     Args:
-        logits: (N, classes).
+        logits: (N, classes), or (N, classes, positions), whose losses are averaged over positions.
         indices: (N,) of the images, which the signs are keyed by.
         loss: `kl` or `mse`.
         seed: of the signs.
         purpose: other purposes get other signs.
     """
-    signs = (keyed_random.uniform(seed, purpose, indices, logits.shape[1]) - 0.5).sign().to(logits.dtype)
+    drawn: Tensor = (keyed_random.uniform(seed, purpose, indices, logits[0].numel()) - 0.5).sign().to(logits.dtype)
+    signs: Tensor = drawn.reshape(logits.shape) * float(logits[0, 0].numel()) ** -0.5
     if loss == "mse":
         return (signs * logits).sum()
     return (signs * logits.detach().softmax(1).sqrt() * logits.log_softmax(1)).sum()

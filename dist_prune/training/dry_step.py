@@ -16,7 +16,7 @@ from dist_prune.config.flags import ConfigError
 from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.replacing import with_replaced
 from dist_prune.training.trainer import Loss, cross_entropy, freeze_norms
 

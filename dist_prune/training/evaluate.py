@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.factorization.latency import now
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import Site, evaluating
 from dist_prune.statistics.probes import kl
 

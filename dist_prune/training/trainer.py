@@ -25,7 +25,7 @@ from dist_prune.data.loader import Batch
 from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
 from dist_prune.network.memory_format import lay_out, layout_of
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.statistics.probes import kl
 

@@ -49,14 +49,14 @@ def directions(seed: int, purpose: str, indices: Tensor, width: int) -> Tensor:
 
 
 def labels(seed: int, purpose: str, indices: Tensor, logits: Tensor) -> Tensor:
-    """Labels drawn from each image's softmax, (N,) int64, by inverting the distribution function.
+    """Labels drawn from each softmax, (N,) or (N, positions) int64, by inverting the distribution function.
 
     Args:
         seed: of the run.
         purpose: see `uniform`.
         indices: (N,) of the images.
-        logits: (N, classes).
+        logits: (N, classes) or (N, classes, positions).
     """
     steps = logits.detach().double().softmax(1).cumsum(1)
-    drawn = uniform(seed, purpose, indices, 1) * steps[:, -1:]
-    return (steps < drawn).sum(1).clamp(max=logits.shape[1] - 1)
+    drawn = uniform(seed, purpose, indices, logits[0, 0].numel()).reshape(len(logits), 1, *logits.shape[2:])
+    return (steps < drawn * steps[:, -1:]).sum(1).clamp(max=logits.shape[1] - 1)

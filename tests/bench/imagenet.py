@@ -32,7 +32,8 @@ from dist_prune.data.pretrained_images import spec_of
 from dist_prune.distributed.world import joined
 from dist_prune.factorization.plan import PlanError, cost, make_plan
 from dist_prune.network import models
-from dist_prune.network.models import is_timms, logits_of
+from dist_prune.network.models import is_timms
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating, survey
 from dist_prune.utils.tables import table
 from tests.bench.timing import heading, write_json

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torch_pruning
 from torch import nn
 
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from tests.bench.ground import SPEC, Ground, macs_of
 

@@ -225,7 +225,7 @@ def test_a_module_used_twice_is_replaced_in_both_places(world: World) -> None:
     shared = nn.Linear(6, 6).double()
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(6, 3).double())
     x = torch.randn(40, 6, dtype=torch.float64)
-    from dist_prune.network.models import logits_of
+    from dist_prune.network.outputs import logits_of
 
     site = describe("0", shared)
     moments = collect_moments(model, [View(site)], [x], world)

@@ -21,7 +21,7 @@ from dist_prune.factorization.plan import Choice, Plan, cost, make_plan
 from dist_prune.factorization.project import project
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.memory_format import lay_out
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import Site, survey
 from dist_prune.network.tracing import Pass, trace
 from dist_prune.statistics.collect import Statistics

@@ -11,7 +11,8 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dist_prune.network.factored import Factored
-from dist_prune.network.models import ModelError, logits_of
+from dist_prune.network.models import ModelError
+from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import Survey, survey
 from dist_prune.network.trial import stand_ins
 
@@ -267,7 +268,6 @@ def test_layers_of_other_kinds_are_listed_with_the_reason() -> None:
         (nn.Sequential(nn.Flatten()), (4,), "Sequential has no parameters"),
         (nn.Sequential(nn.LazyLinear(4)), (4,), r"0\.weight has no shape yet: run the network"),
         (torch.jit.script(nn.Sequential(nn.Linear(4, 3))), (4,), "is TorchScript"),
-        (nn.Sequential(nn.Linear(4, 1)), (4,), "one output: a softmax over it is always 1"),
     ],
 )
 def test_networks_without_layers_to_replace_are_refused(
@@ -275,6 +275,12 @@ def test_networks_without_layers_to_replace_are_refused(
 ) -> None:
     with pytest.raises(ModelError, match=answer):
         surveyed(model, *shape)
+
+
+def test_one_output_says_nothing_of_classes() -> None:
+    surveyed(nn.Sequential(nn.Linear(4, 2)), 4).require_classes()
+    with pytest.raises(ModelError, match="one output: a softmax over it is always 1"):
+        surveyed(nn.Sequential(nn.Linear(4, 1)), 4).require_classes()
 
 
 def test_a_softmax_inside_is_warned_of_and_logits_are_not() -> None:
@@ -286,6 +292,6 @@ def test_a_softmax_inside_is_warned_of_and_logits_are_not() -> None:
 def test_what_a_network_may_return() -> None:
     logits = torch.zeros(2, 3)
     assert logits_of([logits, None]) is logits is logits_of((logits,))
-    for other in (logits.argmax(1), logits.long(), {"out": logits}, [], torch.zeros(2, 3, 4)):
+    for other in (logits.argmax(1), logits.long(), {"a": logits, "b": logits}, []):
         with pytest.raises(ModelError, match="expected logits"):
             logits_of(other)

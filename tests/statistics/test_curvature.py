@@ -307,3 +307,18 @@ def test_outputs_changed_in_place_are_noticed(world: World) -> None:
     means = {"conv": torch.zeros(1, 4).double(), "head": torch.zeros(1, 2).double()}
     with pytest.raises(StatisticsError, match="conv: its output is changed in place"):
         collect_curvature(model, views(model), [batch()], world, hessian_step, Objective("kl"), means)
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_draws_at_several_positions_have_the_hessian_of_their_mean_loss(loss: str) -> None:
+    count, logits = 40_000, torch.tensor([[[2.0, 0.0], [1.0, 0.5], [0.0, -1.0]]], dtype=torch.float64)
+    many = logits.expand(count, -1, -1).clone().requires_grad_()  # 3 classes, 2 positions
+    data = Batch(torch.zeros(count, 1), torch.full((count,), -1), torch.arange(count))
+    (drawn,) = Objective(loss, draws=1)(many, data)
+    (g,) = torch.autograd.grad(drawn, many)
+    p = logits[0].softmax(0)
+    for position in range(2):
+        here, own = g[:, :, position], p[:, position]
+        hessian = own.diag() - own.outer(own) if loss == "kl" else torch.eye(3, dtype=torch.float64)
+        torch.testing.assert_close(here.T @ here / count, hessian / 2, rtol=0, atol=1e-2)
+    torch.testing.assert_close(g[:, :, 0].T @ g[:, :, 1] / count, torch.zeros_like(p @ p.T), rtol=0, atol=1e-2)

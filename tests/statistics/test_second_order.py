@@ -199,6 +199,17 @@ def test_signs_have_the_fisher_information_as_their_second_moment() -> None:
     torch.testing.assert_close(g.T @ g / len(g), p.diag() - p.outer(p), rtol=0, atol=2e-3)
 
 
+def test_signs_of_several_positions_have_the_information_of_their_mean_loss() -> None:
+    logits = torch.tensor([[[2.0, 0.0], [1.0, 0.5], [0.0, -1.0]]], dtype=torch.float64)  # 3 classes, 2 positions
+    many = logits.expand(40_000, -1, -1).clone().requires_grad_()
+    (g,) = torch.autograd.grad(signed(many, torch.arange(40_000), "kl", 0, "test"), many)
+    p = logits[0].softmax(0)
+    for position in range(2):
+        here, own = g[:, :, position], p[:, position]
+        torch.testing.assert_close(here.T @ here / len(here), (own.diag() - own.outer(own)) / 2, rtol=0, atol=4e-3)
+    torch.testing.assert_close(g[:, :, 0].T @ g[:, :, 1] / len(g), torch.zeros_like(p @ p.T), rtol=0, atol=4e-3)
+
+
 def test_a_small_change_costs_the_divergence_predicted(world: World) -> None:
     model = network()
     site = next(site for site in survey(model, batch().images[:1]).sites if site.name == "plain")

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_prune.network.models import logits_of
+from dist_prune.network.outputs import logits_of
 from dist_prune.width.elimination import Prediction
 from dist_prune.width.groups import Group, find_groups
 from dist_prune.width.narrowing import KeptChannels, narrowed
