@@ -179,7 +179,8 @@ def compress(
         mirrored: solve from the mirror images, too.
         resolve_dense: solve the layers that stay dense, too.
         outputs: a function of what the network returns: the tensor that counts. Without it that is the tensor
-            returned, or of a tuple, list, mapping or dataclass `logits`, `out` or the only tensor.
+            returned; of a mapping, dataclass, tuple or list `logits`, `out` or the only tensor; of several in a
+            tuple or list the first, if that is (n, classes).
         progress: a bar on the standard error output; None: if that is a terminal.
 
     Raises:

@@ -154,7 +154,7 @@ class Named(NamedTuple):
 
 def test_the_one_tensor_that_can_be_meant_is_found() -> None:
     y, other = torch.zeros(2, 3), torch.zeros(2, 7)
-    found = [[y, None], (y,), {"y": y}, {"aux": other, "out": y}, Answer(y, other), Named(other, y)]
+    found = [[y, None], (y,), {"y": y}, {"aux": other, "out": y}, Answer(y, other), Named(other, y), (y, other)]
     assert all(logits_of(output) is y for output in found)
     assert logits_of({"out": torch.zeros(2, 3, 4, 5)}).shape == (2, 3, 20)
 
@@ -166,7 +166,7 @@ def test_the_one_tensor_that_can_be_meant_is_found() -> None:
             {"a": torch.zeros(2, 3), "b": torch.zeros(2)},
             r"dict \(a: torch.float32 \(2, 3\), b: torch.float32 \(2,\)",
         ),
-        ((torch.zeros(2, 3), torch.zeros(2, 3)), r"tuple \(0: torch.float32 \(2, 3\), 1: "),
+        ((torch.zeros(2, 3, 4, 4),) * 2, r"tuple \(0: torch.float32 \(2, 3, 4, 4\), 1: "),
         (torch.zeros(2), r"torch.float32 \(2,\)"),
         (torch.zeros(2, 3).long(), "torch.int64"),
         ("logits", "str"),

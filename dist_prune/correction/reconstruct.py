@@ -216,12 +216,8 @@ class Correction:
         for pair in self.pairs:
             if pair.logits is not None:
                 x, wanted = pair.compressed.input_of(site.name), pair.logits.double()
-                kls = torch.stack(
-                    [
-                        self.loss(wanted, logits_of(pair.compressed.outcome(self.dense, layer(x))))
-                        for layer in layers
-                    ]
-                ).double()
+                outcomes = (pair.compressed.outcome(self.dense, layer(x)) for layer in layers)
+                kls = torch.stack([self.loss(wanted, logits_of(outcome)) for outcome in outcomes]).double()
                 sums += torch.stack([kls.sum(1), (kls - kls[0]).square().sum(1)])
                 count += len(wanted)
         self.world.sum_(sums, count)

@@ -18,7 +18,8 @@ Outputs = Callable[[Any], Tensor]
 def logits_of(output: Any) -> Tensor:  # noqa: ANN401  networks return what they like
     """The logits (N, classes), or (N, classes, positions), of what a network returned.
 
-    Of a tuple or list, a mapping or a dataclass they are what is called `logits` or `out`, or the only tensor. Maps
+    Of a mapping, a dataclass, a tuple or a list they are what is called `logits` or `out`, or the only tensor; of
+    several in a tuple or list the first, if that is (N, classes): auxiliary ones follow it by custom. Maps
     (N, classes, H, W) have H·W positions.
 
     Raises:
@@ -42,6 +43,8 @@ def _tensor_of(output: Any) -> Tensor:  # noqa: ANN401
     named = _named(output)
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     known = [name for name in LOGITS if name in tensors]
+    if not known and isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        known = list(tensors)[:1] if output[0].dim() == 2 else []
     if known or len(tensors) == 1:
         return tensors[known[0] if known else next(iter(tensors))]
     raise ModelError(f"the network returned {described(output)}; {EXPECTED}")

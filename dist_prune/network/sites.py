@@ -208,7 +208,7 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
         macs=counter.get_total_flops() // 2,  # FlopCounterMode counts two per multiply-add
         params=sum(p.numel() for p in model.parameters()),
         classes=answer.shape[1],
-        positions=answer[0, 0].numel(),
+        positions=answer.shape[2:].numel(),
         concern=concern_about(answer),
     )
 

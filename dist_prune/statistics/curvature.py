@@ -83,7 +83,7 @@ class Objective:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
         """One scalar for each backward."""
-        positions = logits[0, 0].numel()
+        positions = logits.shape[2:].numel()
         if self.loss == "task":
             yield F.cross_entropy(logits, batch.labels, reduction="sum")
         elif self.draws:
@@ -114,7 +114,7 @@ class Objective:
         if self.loss == "kl":
             label = keyed_random.labels(self.seed, purpose, batch.indices, logits)
             return F.cross_entropy(logits, label, reduction="sum")
-        direction = keyed_random.normal(self.seed, purpose, batch.indices, logits[0].numel())
+        direction = keyed_random.normal(self.seed, purpose, batch.indices, logits.shape[1:].numel())
         return (logits * direction.to(logits.dtype).reshape(logits.shape)).sum()
 
 

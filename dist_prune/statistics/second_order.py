@@ -339,8 +339,10 @@ def signed(logits: Tensor, indices: Tensor, loss: str, seed: int, purpose: str) 
         seed: of the signs.
         purpose: other purposes get other signs.
     """
-    drawn: Tensor = (keyed_random.uniform(seed, purpose, indices, logits[0].numel()) - 0.5).sign().to(logits.dtype)
-    signs: Tensor = drawn.reshape(logits.shape) * float(logits[0, 0].numel()) ** -0.5
+    drawn: Tensor = (
+        (keyed_random.uniform(seed, purpose, indices, logits.shape[1:].numel()) - 0.5).sign().to(logits.dtype)
+    )
+    signs: Tensor = drawn.reshape(logits.shape) * float(logits.shape[2:].numel()) ** -0.5
     if loss == "mse":
         return (signs * logits).sum()
     return (signs * logits.detach().softmax(1).sqrt() * logits.log_softmax(1)).sum()

@@ -58,5 +58,5 @@ def labels(seed: int, purpose: str, indices: Tensor, logits: Tensor) -> Tensor:
         logits: (N, classes) or (N, classes, positions).
     """
     steps = logits.detach().double().softmax(1).cumsum(1)
-    drawn = uniform(seed, purpose, indices, logits[0, 0].numel()).reshape(len(logits), 1, *logits.shape[2:])
+    drawn = uniform(seed, purpose, indices, logits.shape[2:].numel()).reshape(len(logits), 1, *logits.shape[2:])
     return (steps < drawn * steps[:, -1:]).sum(1).clamp(max=logits.shape[1] - 1)
