@@ -82,7 +82,7 @@ class Compression:
 
     @property
     def kl_projected(self) -> float | None:
-        """`lost_projected`; None where KL does not judge."""
+        """Before correction; None where KL does not judge."""
         return self.lost_projected if self.judged == "kl" else None
 
     @property
@@ -96,10 +96,7 @@ class Compression:
         return f"{self.table}\nheld-out {UNITS[self.judged]} to the dense network: {', '.join(steps)}"
 
     def replan(self, ranks: Ranks) -> Compression:
-        """The same network at other ranks, from the statistics that there are; arguments and errors as `compress`.
-
-        In a process group, every rank calls this.
-        """
+        """The same network at other ranks, from the same statistics, on every rank; otherwise as `compress`."""
         with undisturbed(self._collected.device), arguments_named():
             return _compress(self._collected, as_rule(ranks), present(self._collected.device))
 
@@ -282,7 +279,8 @@ def _collect(
     )
     plans = collected.planner(run.compression.ranks, world)
     plans.check()
-    world.on_all(lambda: _require_labels(given, basis, everything.classes, everything.positions))
+    if basis.method == "gradient":
+        world.on_all(lambda: _require_labels(given, everything))
     if settings.correct != "none":
         require_deterministic(model, pair, world)
     passes = _Shown(len(given.batches), progress, world)
@@ -310,15 +308,15 @@ def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
     return Calibration(pixels, places, torch.clone, given.size, settings.mirrored)
 
 
-def _require_labels(given: Kept, basis: MethodConfig, classes: int, positions: int) -> None:
+def _require_labels(given: Kept, everything: Survey) -> None:
     """Labels that are used must be outputs of the network."""
-    highest = max(int(batch.labels.max()) for batch in given.batches)
-    if basis.method == "gradient" and positions > 1:
+    highest, classes = max(int(batch.labels.max()) for batch in given.batches), everything.classes
+    if everything.positions > 1:
         raise StatisticsError(
-            f"method gradient: labels are of images, and the network has outputs at {positions} positions of "
-            f"each; expected another method"
+            f"method gradient: labels are of images, and the network has outputs at {everything.positions} "
+            f"positions of each; expected another method"
         )
-    if basis.method == "gradient" and highest >= classes:
+    if highest >= classes:
         raise StatisticsError(
             f"labels in batches go up to {highest}, the network's {classes} outputs to {classes - 1}"
         )
