@@ -189,8 +189,6 @@ def compress(
         StatisticsError: NaN or infinity, labels missing or too high, or gradients that do not reach a layer.
         UnsoundError: the compressed network would not be finite.
         RankError: another rank failed, or holds another network.
-
-    Layers with fewer rows than dimensions are warned of. See launch/README.md for the methods.
     """
     with arguments_named():
         require_one_of("method", method, [name for name in get_args(Method) if name != "random-init"])
