@@ -79,6 +79,11 @@ COMMANDS = {
     "check": Command(
         "check environment, folders, images and weights before a run", later("dist_prune.cli.check"), RUN_FLAGS
     ),
+    "pack": Command(
+        "write images into tar shards, which are read faster",
+        later("dist_prune.cli.pack"),
+        "dist_prune.cli.pack:Packing",
+    ),
     "report": Command(
         "draw a run's page, or one over several runs",
         later("dist_prune.cluster.report_command"),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
+from dist_prune.data.extents import Extent
 from dist_prune.data.listing import DataError, brief
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ SIGNATURES = {  # how the files begin that DALI decodes
     **dict.fromkeys((b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51"), "JPEG 2000"),
 }
 PNG_END, SCAN_START, IMAGE_END = b"IEND", b"\xff\xda", b"\xff\xd9"
-PIECE = 4096  # files looked at together: a million pending futures are a gigabyte
+PIECE = 64  # images that a thread looks at in one go
 SIZED = 8  # images of a split whose size is looked at before work
 
 
@@ -51,37 +52,40 @@ def damaged(split: Split, faults: list[str]) -> DataError:
 def find_faults(
     split: Split,
     positions: Sequence[int],
-    check: Callable[[Path], str | None],
+    check: Callable[[Extent], str | None],
     threads: int = 16,
     deadline: float = math.inf,
 ) -> Iterator[str]:
-    """Yield `name (reason)` for the files in which `check` finds a reason, until `deadline`, a monotonic time."""
+    """Yield `name (reason)` for the images in which `check` finds a reason, until `deadline`, a monotonic time."""
+
+    def faults_of(some: Sequence[int]) -> list[str]:
+        looked = ((place, check(split.extent(place))) for place in some)
+        return [f"{split.files[place]} ({reason})" for place, reason in looked if reason]
+
     pool = ThreadPoolExecutor(threads)
+    pieces = [positions[start : start + PIECE] for start in range(0, len(positions), PIECE)]
+    left = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
     try:
         with images_of_any_size(), suppress(TimeoutError):
-            for start in range(0, len(positions), PIECE):
-                files = [split.files[i] for i in positions[start : start + PIECE]]
-                left = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
-                reasons = pool.map(check, [split.root / file for file in files], timeout=left)
-                yield from (f"{file} ({reason})" for file, reason in zip(files, reasons, strict=True) if reason)
+            for faults in pool.map(faults_of, pieces, timeout=left):
+                yield from faults
     finally:
         pool.shutdown(wait=math.isinf(deadline), cancel_futures=True)  # a file system may never answer
 
 
-def file_fault(path: Path) -> str | None:
+def file_fault(image: Extent) -> str | None:
+    """What is wrong with an image by its first and last bytes; None where nothing is."""
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
-            if not head:
-                return "empty"
-            kind = next((kind for start, kind in SIGNATURES.items() if head.startswith(start)), "")
-            if not kind or (kind == "WebP" and head[8:12] != b"WEBP"):
-                return _foreign(head)
-            file.seek(max(0, path.stat().st_size - 4096))
-            # bytes may follow the picture, more than were read
-            if kind in ENDS and not (ENDS[kind](file.read()) or ENDS[kind](path.read_bytes())):
-                return f"truncated {kind}"  # DALI may crash on one
-            return None
+        head, tail = image.ends()
+        if not head:
+            return "empty"
+        kind = next((kind for start, kind in SIGNATURES.items() if head.startswith(start)), "")
+        if not kind or (kind == "WebP" and head[8:12] != b"WEBP"):
+            return _foreign(head)
+        # bytes may follow the picture, more than were read
+        if kind in ENDS and not (ENDS[kind](tail) or ENDS[kind](image.read())):
+            return f"truncated {kind}"  # DALI may crash on one
+        return None
     except OSError as error:
         return f"unreadable, {error.strerror}"
 
@@ -105,21 +109,26 @@ def _jpeg_ends(data: bytes) -> bool:
 ENDS: Mapping[str, Callable[[bytes], bool]] = {"JPEG": _jpeg_ends, "PNG": lambda data: PNG_END in data}
 
 
-def decode_fault(path: Path) -> str | None:
+def decode_fault(image: Extent) -> str | None:
+    """Whether Pillow cannot decode an image."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        with _opened(image) as opened:
+            opened.load()
     except Exception as error:  # Pillow raises many kinds, struct.error and SyntaxError among them
         return f"cannot be decoded, {error}"
     return None
 
 
-def size_fault(path: Path, smallest: int) -> str | None:
+def size_fault(image: Extent, smallest: int) -> str | None:
     """Whether a side is shorter than `smallest` pixels, by the header; None also where that cannot be read."""
-    with suppress(Exception), Image.open(path) as image:
-        width, height = image.size
-        return None if min(image.size) >= smallest else f"{width}×{height} pixels, need {smallest}"
+    with suppress(Exception), _opened(image) as opened:
+        width, height = opened.size
+        return None if min(opened.size) >= smallest else f"{width}×{height} pixels, need {smallest}"
     return None
+
+
+def _opened(image: Extent) -> Image.Image:
+    return Image.open(image.path if image.size < 0 else io.BytesIO(image.read()))
 
 
 @contextmanager

@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dist_prune.data.extents import Archive, Extent
 from dist_prune.data.listing import (
     ENDINGS,
     DataError,
     FolderListing,
     brief,
     left_out_text,
-    list_folder,
     read_class_list,
 )
+from dist_prune.data.shards import list_images_of
 
 UNLABELLED = -1
 DIGITS = 1797
@@ -41,6 +42,7 @@ class Split:
     files: tuple[str, ...] = field(repr=False)
     labels: tuple[int, ...] = field(repr=False)
     left_out: str = field(default="", compare=False)  # files that are no images that can be read, in words
+    archive: Archive | None = field(default=None, repr=False, compare=False)  # of packed images
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,7 +60,11 @@ class Split:
         edges = np.arange(count + 1) * len(self) // count  # one image from each of `count` equal stretches
         chosen = rng.permutation(rng.integers(edges[:-1], edges[1:])).tolist()
         files, labels = tuple(self.files[i] for i in chosen), tuple(self.labels[i] for i in chosen)
-        return replace(self, files=files, labels=labels)
+        return replace(self, files=files, labels=labels, archive=self.archive and self.archive.take(chosen))
+
+    def extent(self, place: int) -> Extent:
+        """Where the bytes of an image are."""
+        return self.archive.extent(self.root, place) if self.archive else Extent(self.root / self.files[place])
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def list_images(root: Path, classes: Sequence[str] | None = None) -> Split:
     Labels follow the sorted folder names, or `classes` where given (the folders may then be a subset of it).
     Raises DataError for a folder that is absent, empty, mixed, or not in `classes`.
     """
-    found = list_folder(root)
+    found = list_images_of(root)
     _require_one_kind(found)
     if found.loose:
         return _unlabelled(found, ())
@@ -93,7 +99,7 @@ def list_unlabelled(root: Path) -> Split:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: expected one with images, at any depth")
-    found = _unlabelled(list_folder(root), ())
+    found = _unlabelled(list_images_of(root), ())
     if not found.files:
         raise DataError(
             f"no images in {root}, at any depth: expected names ending in {brief(sorted(ENDINGS), len(ENDINGS))}"
@@ -125,7 +131,7 @@ def open_dataset(
             layout = f"{folder}/{{train,val}}/<class>/*.jpg"
             raise DataError(f"{part} is not a folder: expected {layout}, or MNIST's idx files in {folder}")
     here = FolderListing(folder / "train", (), {}, {})
-    found, validation = list_folder(folder / "train") if train else here, list_folder(folder / "val")
+    found, validation = list_images_of(folder / "train") if train else here, list_images_of(folder / "val")
     for listing in (found, validation) if labelled else (validation,):
         _require_class_folders(listing)
     if train and not found.images:
@@ -203,12 +209,16 @@ def _labelled(found: FolderListing, classes: Sequence[str]) -> Split:
     folders = sorted((order[_spelling(n)], images) for n, images in found.folders.items() if _spelling(n) in order)
     files = tuple(image for _, images in folders for image in images)
     labels = tuple(label for label, images in folders for _ in images)
-    return Split(found.root, tuple(classes), files, labels, left_out_text(found.root, found.left_out))
+    return _split(found, classes, files, labels)
 
 
 def _unlabelled(found: FolderListing, classes: Sequence[str]) -> Split:
-    labels = (UNLABELLED,) * len(found.images)
-    return Split(found.root, tuple(classes), found.images, labels, left_out_text(found.root, found.left_out))
+    return _split(found, classes, found.images, (UNLABELLED,) * len(found.images))
+
+
+def _split(found: FolderListing, classes: Sequence[str], files: tuple[str, ...], labels: tuple[int, ...]) -> Split:
+    left_out = left_out_text(found.root, found.left_out)
+    return Split(found.root, tuple(classes), files, labels, left_out, found.archive_of(files))
 
 
 def _notes(splits: Sequence[Split], strangers: Mapping[str, Sequence[str]], anonymous: bool) -> Iterator[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_prune.data.extents import Archive
 from dist_prune.utils.text import read_text
 
 ENDINGS = frozenset(
@@ -43,6 +44,10 @@ class FolderListing:
         """All of them."""
         return tuple(sorted([*self.loose, *(name for below in self.folders.values() for name in below)]))
 
+    def archive_of(self, _files: Sequence[str]) -> Archive | None:
+        """Where these images lie, if not in files of their own."""
+        return None
+
 
 def list_folder(root: Path) -> FolderListing:
     """Find all images below `root`; links to folders are followed, hidden files and folders skipped.
@@ -54,15 +59,19 @@ def list_folder(root: Path) -> FolderListing:
         raise DataError(f"{root} is not a folder: expected one with images")
     left_out: Counter[str] = Counter()
     names = list(_walk(str(root), "", (os.path.realpath(root),), left_out))
+    _require_openable(root, [str(root), *names])
+    return FolderListing(root, *by_folder(names), dict(sorted(left_out.items())))
+
+
+def by_folder(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Images in no folder, and those of each folder, all sorted; a name with a slash behind is a folder's own."""
     folders: dict[str, list[str]] = {}
     for name in sorted(names):
         folder, separator, _ = name.partition("/")
         if separator:
             folders.setdefault(folder, []).append(name)
     found = {name: tuple(file for file in files if file[-1] != "/") for name, files in sorted(folders.items())}
-    loose = tuple(sorted(name for name in names if "/" not in name))
-    _require_openable(root, [str(root), *names])
-    return FolderListing(root, loose, found, dict(sorted(left_out.items())))
+    return tuple(sorted(name for name in names if "/" not in name)), found
 
 
 def _walk(path: str, prefix: str, around: tuple[str, ...], left_out: Counter[str]) -> Iterator[str]:

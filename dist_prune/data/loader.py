@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -19,6 +21,10 @@ from dist_prune.config.run import Augment, ImageSpec
 from dist_prune.data.dali_errors import cause_of, explain
 from dist_prune.data.dataset import Split
 from dist_prune.data.listing import DataError
+from dist_prune.data.shards import COMPONENT, DIGITS, positions_of, write_reader_index
+
+FILES = "files"  # how images are stored that are not packed
+BUFFER = 1024  # packed training images that the next one is drawn from
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
@@ -91,6 +97,8 @@ class Stream:
             raise DataError(f"{count} images in {self.split.root} for {ranks} ranks: use at most {count} ranks")
         _dali()  # found missing now, not when the first batch is wanted
         self._labels = torch.tensor(self.split.labels)
+        archive = self.split.archive
+        self._order = range(len(self.split)) if archive is None else archive.stored_order().tolist()
         self._position = 0  # batches of this epoch already delivered
         self._checkpoint: str | None = None
         self._iterator: Any = None
@@ -129,6 +137,7 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from this rank's `state`; DataError if it is of other images, ranks, seed or batch size."""
+        state = {"storage": FILES} | state
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise DataError(f"cannot resume: {name} was {state.get(name)} and is {value}; keep it")
@@ -137,7 +146,8 @@ class Stream:
     @cached_property
     def _identity(self) -> dict[str, Any]:  # from another one DALI would read wrong images, without a word
         shard = {"ranks": self.world.size, "rank": self.world.rank, "batch_size": self.batch_size}
-        return shard | {"images": self.split.digest(), "seed": self.seed}
+        storage = FILES if self.split.archive is None else self.split.archive.digest()
+        return shard | {"images": self.split.digest(), "seed": self.seed, "storage": storage}
 
     def _begin(self) -> None:
         if self.augment is None and self._checkpoint is None and self._position < len(self):
@@ -151,16 +161,17 @@ class Stream:
     def _open(self) -> None:
         dali, plugin = _dali()
         policy = plugin.LastBatchPolicy.FILL if self.augment else plugin.LastBatchPolicy.PARTIAL
-        self._iterator = plugin.DALIGenericIterator(
-            self._pipeline(dali),
-            ["pixels", "indices"],
-            reader_name="reader",
-            last_batch_policy=policy,
-            prepare_first_batch=False,  # or a damaged file would raise here
-        )
+        with TemporaryDirectory() as scratch:
+            self._iterator = plugin.DALIGenericIterator(
+                self._pipeline(dali, Path(scratch)),
+                ["pixels", "indices"],
+                reader_name="reader",
+                last_batch_policy=policy,
+                prepare_first_batch=False,  # or a damaged file would raise here
+            )
         self._checkpoint = None
 
-    def _pipeline(self, dali: ModuleType) -> Pipeline:
+    def _pipeline(self, dali: ModuleType, scratch: Path) -> Pipeline:
         device, on_cpu = self.world.device, self.world.device.type == "cpu"
         own = np.random.SeedSequence([self.seed, self.world.rank]).generate_state(1)
         pipeline = dali.Pipeline(
@@ -172,7 +183,7 @@ class Stream:
             checkpoint=self._checkpoint,
         )
         with pipeline:
-            encoded, indices = self._read(dali)
+            encoded, indices = self._read_shards(dali, scratch) if self.split.archive else self._read(dali)
             decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed")
             pixels = decoder.augmented(encoded, self.augment) if self.augment else decoder.centred(encoded)
             pipeline.set_outputs(pixels, indices)
@@ -198,6 +209,36 @@ class Stream:
         )
         return encoded, indices
 
+    def _read_shards(self, dali: ModuleType, scratch: Path) -> tuple[DataNode, DataNode]:
+        """As `_read`, of packed images, whose positions travel as names.
+
+        The order of the shards changes with the epoch; images come out of a buffer that takes them as they lie.
+        """
+        training, archive = self.augment is not None, self.split.archive
+        assert archive is not None
+        groups, shuffle = [np.array(self._order, np.int64)], {}
+        if training:
+            again = np.array(self._places()[len(self.split) :], np.int64)
+            groups.append(again[archive.take(again.tolist()).stored_order()])
+            share = len(self) * self.batch_size
+            shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": self.seed}
+            shuffle |= {"random_shuffle": True, "initial_fill": max(1, min(BUFFER, share // 2))}
+        paths, indexes = write_reader_index(self.split, groups, scratch)
+        encoded = dali.fn.readers.webdataset(
+            name="reader",
+            paths=paths,
+            index_paths=indexes,
+            ext=[COMPONENT],
+            shard_id=self.world.rank,
+            num_shards=self.world.size,
+            stick_to_shard=not training,
+            pad_last_batch=True,
+            dont_use_mmap=True,
+            tensor_init_bytes=int(archive.size.mean()),
+            **shuffle,
+        )
+        return encoded, dali.fn.get_property(encoded, key="source_info")[-DIGITS:]
+
     def _places(self) -> list[int]:
         """All images, and a seeded choice of them a second time: as many as fill every batch of every rank.
 
@@ -215,7 +256,8 @@ class Stream:
                 f"DALI failed: {cause_of(error).text}"
             )  # looking for the image takes a while
             raise explain(error, self.split, self.spec, self._remaining()) from error
-        indices, device = parts["indices"].flatten().long(), self.world.device
+        found, device = parts["indices"], self.world.device
+        indices = found.flatten().long() if self.split.archive is None else positions_of(found)
         return Batch(parts["pixels"], self._labels[indices].to(device), indices.to(device))
 
     def _remaining(self) -> list[int]:
@@ -223,7 +265,7 @@ class Stream:
         count, size, rank = len(self.split), self.world.size, self.world.rank
         begin, end = (0, count) if self.augment else (count * rank // size, count * (rank + 1) // size)
         at = begin if self.augment else min(end, begin + self._position * self.batch_size)
-        return [*range(at, end), *range(begin, at)]
+        return [*self._order[at:end], *self._order[begin:at]]
 
 
 def training_stream(

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dist_prune.data.damage import decode_fault, file_fault, images_of_any_size, size_fault
+from dist_prune.data.extents import Extent
 from dist_prune.data.listing import ENDINGS, DataError
+from dist_prune.data.shards import is_packed
 from dist_prune.utils.console import adapt_output
 from dist_prune.utils.files import write_text
 from dist_prune.utils.text import read_text
@@ -58,6 +60,10 @@ def class_folders(data: Path) -> list[str]:
     for part in PARTS:
         if not (data / part).is_dir():
             raise DataError(f"{data / part} is not a folder: expected {data}/{{train,val}}/<class>/*.JPEG")
+        if is_packed(data / part):
+            raise DataError(
+                f"{data / part} is packed: its images were looked at then; dist-prune check looks again"
+            )
         found |= {path.name for path in (data / part).iterdir() if path.is_dir()}
     if not found:
         raise DataError(f"{data}: no class folders below train/ and val/")
@@ -89,11 +95,12 @@ def faults_of(path: Path, smallest: int) -> Iterator[tuple[str, str]]:
         yield "wrong name", misnamed
     if path.is_dir() or path.suffix.lower() not in ENDINGS:
         return
-    if damage := file_fault(path):
+    image = Extent(path)
+    if damage := file_fault(image):
         yield ("truncated" if damage == "empty" or damage.startswith("truncated") else "unreadable"), damage
-    elif damage := decode_fault(path):
+    elif damage := decode_fault(image):
         yield "unreadable", damage
-    elif damage := size_fault(path, smallest):
+    elif damage := size_fault(image, smallest):
         yield "wrong size", damage
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from dist_prune.config.run import ImageSpec
 from dist_prune.data.damage import file_fault, find_faults, require_size, size_fault
 from dist_prune.data.dataset import list_images, list_unlabelled, open_dataset
+from dist_prune.data.extents import Extent
 from dist_prune.data.listing import ENDINGS, DataError, list_folder, read_class_list
 from dist_prune.data.loader import evaluation_stream
 from tests.pictures import SMALL, One, dataset, flat, jpeg_bytes, picture, save
@@ -180,4 +181,4 @@ def test_what_else_a_file_is_is_said(tmp_path: Path) -> None:
         b"<html>": "not an image, starts with b'<htm'",
     }.items():
         (tmp_path / "x.jpg").write_bytes(start)
-        assert file_fault(tmp_path / "x.jpg") == reason
+        assert file_fault(Extent(tmp_path / "x.jpg")) == reason
