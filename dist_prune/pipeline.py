@@ -22,6 +22,7 @@ from dist_prune.run.measure import evaluate, evaluate_dense, measure_sites
 from dist_prune.run.memory import format_exhausted, is_exhausted
 from dist_prune.run.prepare import prepare, show_plan
 from dist_prune.run.resume import opened
+from dist_prune.run.stage import stage_images
 from dist_prune.run.train import last_tuning, load_dense, tune
 from dist_prune.run.width import remove_channels
 from dist_prune.utils.files import require_writable
@@ -55,7 +56,8 @@ def run(config: Run) -> Path | None:
         if config.resume and world.from_first(lambda: finished(folder)):
             report.say(f"{folder} holds a finished run; nothing to resume")
             return folder
-        with opened(prepare(config, world, report, folder, flag)) as job, at_work():
+        with opened(prepare(config, world, report, folder, flag)) as begun, at_work():
+            job = stage_images(begun)
             load_dense(job)
             for name, work in stages(job):
                 if name not in job.state.done:

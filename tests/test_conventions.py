@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from dist_prune.cli.main import save_recipe
+from dist_prune.cli.pack import parse as packing
 from dist_prune.cluster.report_command import main as report
 from dist_prune.cluster.submission import main as submit
 from dist_prune.config.recipes import parse
@@ -270,7 +271,7 @@ def test_every_folder_has_its_readme_and_the_first_can_be_finished() -> None:
 
 
 def test_every_flag_in_the_readmes_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    shows = ((parse, "--help-all"), *((show, "--help") for show in (submit, take_away, speed, report)))
+    shows = ((parse, "--help-all"), *((show, "--help") for show in (submit, take_away, speed, report, packing)))
     for show_help, word in shows:
         with pytest.raises(SystemExit):
             show_help([word])

@@ -29,6 +29,8 @@ IRRELEVANT = {
     "save_recipe",
     "device",
     "timeout",
+    "skip_check",
+    "stage",
     "threads",
     "save_minutes",
     "keep_checkpoints",

@@ -11,7 +11,7 @@ from torch import nn
 from dist_prune.artifacts import run_directory
 from dist_prune.cli.findings import Finding
 from dist_prune.config.run import Run
-from dist_prune.data.damage import damaged, decode_fault, find_faults
+from dist_prune.data.damage import check_decoding
 from dist_prune.data.dataset import Dataset, Split
 from dist_prune.data.loader import evaluation_stream
 from dist_prune.distributed.preemption import Flag
@@ -70,8 +70,9 @@ class Inputs:
         splits = {"train": self.dataset.train, "val": self.dataset.val, "calibration": self.unlabelled}
         some = {name: split for name, split in splits.items() if split is not None and split.files}
         for name, split in some.items():
-            check_images(self.config, split, self.world)
-            yield Finding(name, "ok", f"{len(split):,} images in {split.root}, both ends of each file sound")
+            check_images(self.config, split, self.world, again=True)
+            where = f"{len(split.archive.shards):,} shards of {split.root}" if split.archive else str(split.root)
+            yield Finding(name, "ok", f"{len(split):,} images in {where}, both ends of each sound")
         if notes := notes_on(self.dataset, self.unlabelled):
             yield Finding("notes", "warn", "; ".join(notes), "see that this is meant")
         require_classes(self.config, self.dataset)
@@ -83,9 +84,7 @@ class Inputs:
         config, world = self.config, self.world
         some = split.subset(min(len(split), DECODED * world.size), config.seed)
         # By Pillow first: some damage inside a file ends DALI's process without a word.
-        faults = list(find_faults(some, range(len(some)), decode_fault))
-        if faults:
-            raise damaged(some, faults)
+        check_decoding(some, world)
         stream = evaluation_stream(some, config.images.image, world, DECODED, config.images.threads)
         return sum(len(batch.images) for batch in stream.raw())
 

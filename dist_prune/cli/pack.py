@@ -38,6 +38,11 @@ class Packing:
         require(self.threads > 0, f"--threads {self.threads}: expected at least 1")
 
 
+def parse(words: Sequence[str]) -> Packing:
+    """What the words ask for."""
+    return tyro.cli(Packing, args=words, prog="dist-prune pack")
+
+
 def main(words: Sequence[str]) -> int:
     """Pack what the words say; 0.
 
@@ -45,7 +50,7 @@ def main(words: Sequence[str]) -> int:
         DataError: no images, damaged ones, or a folder that holds something else.
         ConfigError: an invalid flag.
     """
-    asked = tyro.cli(Packing, args=words, prog="dist-prune pack")
+    asked = parse(words)
     for part in folders_to_pack(asked.data):
         source, target = asked.data / part, asked.out / part
         index = pack(source, target, asked.shard_mb * 2**20, asked.seed, asked.threads, print)

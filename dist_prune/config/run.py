@@ -274,6 +274,10 @@ class Run:
     """Print the plan's table and stop; needs no data and no GPU."""
     save_recipe: Path | None = None
     """Write these settings into a TOML file, to be used in place of a recipe's name, and stop."""
+    skip_check: bool = False
+    """Do not look at both ends of image files before work; files that were found sound are not looked at again."""
+    stage: Path | None = None
+    """Copy packed images (dist-prune pack) to this folder on each node's own disk, once, and read them there."""
     timeout: float = 1800.0
     """Seconds a collective may wait for a rank before the run ends; allow for the widest layer's solve."""
 

@@ -39,7 +39,16 @@ def check_files(split: Split, world: World, threads: int = 16) -> None:
 
     Raises DataError on all ranks, naming up to ten damaged files and how many there are. Decodes nothing.
     """
-    mine = list(find_faults(split, range(world.rank, len(split), world.size), file_fault, threads))
+    _require_none(split, world, file_fault, threads)
+
+
+def check_decoding(split: Split, world: World, threads: int = 16) -> None:
+    """Decode every image, a share on each rank; raises as `check_files`."""
+    _require_none(split, world, decode_fault, threads)
+
+
+def _require_none(split: Split, world: World, check: Callable[[Extent], str | None], threads: int) -> None:
+    mine = list(find_faults(split, range(world.rank, len(split), world.size), check, threads))
     faults = [fault for part in world.gather(mine) for fault in part]
     if faults:
         raise damaged(split, sorted(faults))

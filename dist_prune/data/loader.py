@@ -223,7 +223,7 @@ class Stream:
             share = len(self) * self.batch_size
             shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": self.seed}
             shuffle |= {"random_shuffle": True, "initial_fill": max(1, min(BUFFER, share // 2))}
-        paths, indexes = write_reader_index(self.split, groups, scratch)
+        paths, indexes = write_reader_index(self.split.root, archive, groups, scratch)
         encoded = dali.fn.readers.webdataset(
             name="reader",
             paths=paths,

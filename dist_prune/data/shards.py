@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from dist_prune.utils.text import read_text, write_text
 INDEX, SCHEMA = "index.json", 1
 COMPONENT = "image"  # what an image is called in the indexes that DALI's reader is given
 DIGITS = 12
-
-if TYPE_CHECKING:
-    from dist_prune.data.dataset import Split
 
 
 @dataclass(frozen=True)
@@ -128,19 +125,21 @@ def read_index(root: Path) -> Index:
     return index
 
 
-def write_reader_index(split: Split, groups: Sequence[Integers], folder: Path) -> tuple[list[str], list[str]]:
+def write_reader_index(
+    root: Path, archive: Archive, groups: Sequence[Integers], folder: Path
+) -> tuple[list[str], list[str]]:
     """Indexes for DALI's reader of these images alone, named by their positions in the split, in DIGITS digits.
 
     Args:
-        split: packed.
+        root: the folder of the shards.
+        archive: where the images lie in them.
         groups: positions, each group in the order of its shards.
         folder: to write to.
 
     Returns:
         the shards to read, one after the other, and the index of each.
     """
-    assert split.archive is not None
-    paths, indexes, archive = list[str](), list[str](), split.archive
+    paths, indexes = list[str](), list[str]()
     for group in groups:
         for some in np.split(group, np.flatnonzero(np.diff(archive.shard[group])) + 1):
             if not len(some):
@@ -149,7 +148,7 @@ def write_reader_index(split: Split, groups: Sequence[Integers], folder: Path) -
             lines = "".join(f"{COMPONENT} {offset} {size} {place:0{DIGITS}d}\n" for offset, size, place in rows)
             index = folder / f"{len(paths)}.idx"
             write_text(index, f"v1.2 {len(some)}\n{lines}")
-            paths.append(str(split.root / archive.shards[int(archive.shard[some[0]])]))
+            paths.append(str(root / archive.shards[int(archive.shard[some[0]])]))
             indexes.append(str(index))
     return paths, indexes
 

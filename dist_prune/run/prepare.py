@@ -17,6 +17,7 @@ from dist_prune.data import pretrained_images
 from dist_prune.data.damage import check_files, require_size
 from dist_prune.data.dataset import Dataset, Split, list_unlabelled, open_dataset, write_digits
 from dist_prune.data.mnist import has_idx, unpack
+from dist_prune.data.verdicts import is_known_sound, keep_sound
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World
@@ -222,13 +223,18 @@ def open_unlabelled(config: Run) -> Split | None:
     return None if folder is None else list_unlabelled(folder)
 
 
-def check_images(config: Run, split: Split, world: World) -> None:
+def check_images(config: Run, split: Split, world: World, again: bool = False) -> None:
     """Look at both ends of every file, and at the size of some.
+
+    Unless `again`, not at what was found sound before: by an earlier run, or when images were packed.
 
     Raises:
         DataError: on all ranks; see `check_files` and `require_size`.
     """
-    check_files(split, world)
+    trusted = not again and (config.skip_check or split.archive is not None)
+    if not trusted and (again or not world.from_first(lambda: is_known_sound(split))):
+        check_files(split, world)
+        world.from_first(lambda: keep_sound(split))
     if not config.images.image.resize:
         world.from_first(lambda: require_size(split, config.images.image.crop))
 

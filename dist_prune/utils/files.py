@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
             raise CheckpointError(f"{path}: could not be written, {os.strerror(errno.ENOSPC)}") from error
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # what the folder is not may not hide why
+            aside.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
