@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_prune.artifacts.saved_model import Description, save_new
-from dist_prune.config.arguments import (
-    arguments_named,
-    as_patterns,
-    as_rule,
-    naming_arguments,
-    require_one_of,
-)
+from dist_prune.config.arguments import arguments_named, as_patterns, as_rule, naming_arguments, require_one_of
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import CompressionConfig, ImageSpec, Method, MethodConfig, Run, Side
 from dist_prune.correction import correct as correction
-from dist_prune.correction.correct import (
-    FEWEST,
-    Calibration,
-    divergence,
-    holdout_logits,
-    require_deterministic,
-)
-from dist_prune.data.batches import BatchesError, Kept, keep
+from dist_prune.correction.correct import FEWEST, divergence, holdout_logits
+from dist_prune.data.batches import keep
 from dist_prune.distributed.alone import present
-from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
-from dist_prune.factorization.bases import Basis, solve
-from dist_prune.factorization.losses import with_exact_losses
-from dist_prune.factorization.nested import nested_of
 from dist_prune.factorization.plan import Cost, Plan
-from dist_prune.factorization.planner import Planner, timed_planner
 from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
-from dist_prune.factorization.spectra import spectra_of, unit_of
+from dist_prune.factorization.spectra import unit_of
 from dist_prune.network.layers import unwrapped
-from dist_prune.network.outputs import Outputs, answering, unanswering
-from dist_prune.network.replacing import with_replaced
-from dist_prune.network.sites import Survey, evaluating, survey
-from dist_prune.statistics import collect as statistics
-from dist_prune.statistics.collect import Passes, Statistics
-from dist_prune.statistics.moments import StatisticsError, Sums
+from dist_prune.network.outputs import Outputs, unanswering
+from dist_prune.network.sites import evaluating
+from dist_prune.run.collected import Collected, Judge, chosen_widths, collect, directions, narrowed
 from dist_prune.utils.caller import bar, undisturbed, warn
+from dist_prune.width.listing import format_widths
+from dist_prune.width.narrowing import KeptChannels
 
-T = TypeVar("T")
 Correct = Literal["none", "refit", "regression"]
-Judge = Literal["kl", "mse"]
 UNITS: dict[Judge, str] = {"kl": "KL", "mse": "½·squared change"}  # as `unit_of` has them
 
 
@@ -65,7 +43,8 @@ class Compression:
     `predicted` is the loss that the plan expects, in `unit`, of all sites together; None where the method does not
     predict. `lost_projected` and `lost` are what the images held out, every eighth one, lose before and after
     correction: KL(dense ‖ compressed) of the softmax, nats per image, or where `judged` is `mse` half the squared
-    change of the outputs, summed over channels; the mean over positions, where there are several.
+    change of the outputs, summed over channels; the mean over positions, where there are several. `kept` are the
+    groups of channels that became narrower, with the channels that stay.
     """
 
     model: nn.Module
@@ -77,6 +56,7 @@ class Compression:
     judged: Judge
     lost_projected: float
     lost: float
+    kept: tuple[KeptChannels, ...]
     table: str
     _collected: Collected = field(compare=False)
 
@@ -112,7 +92,7 @@ class Compression:
             CheckpointError: there is a network already, or the folder cannot be written.
         """
         classes, spec = self._collected.everything.classes, ImageSpec(0, self._collected.image.shape[-1])
-        save_new(Path(folder), self.model, Description(arch, classes, spec, (), self.plan))
+        save_new(Path(folder), self.model, Description(arch, classes, spec, (), self.plan, kept=self.kept))
 
 
 Ranks = str | float | Mapping[str, int | str] | Plan | Path
@@ -127,6 +107,7 @@ def compress(
     side: Side = "output",
     sites: str | Sequence[str] = "*",
     forms: str | Sequence[str] = "auto",
+    width: Literal["on", "off"] = CompressionConfig.width,
     correct: Correct = "regression",
     calibrate_images: int = CorrectionConfig.calibrate_images,
     seed: int = 0,
@@ -161,6 +142,7 @@ def compress(
         side: of a layer, whose directions are kept.
         sites: as `--sites`: which layers; names and patterns, in one text or a list.
         forms: as `--forms`: what a layer can become where ranks come from a budget.
+        width: as `--width`: whether hidden channels are removed, too, where ranks come from a budget.
         correct: as `--correct`: whether the layers are solved again against the given network.
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
@@ -193,6 +175,7 @@ def compress(
     with arguments_named():
         require_one_of("method", method, [name for name in get_args(Method) if name != "random-init"])
         require_one_of("side", side, get_args(Side))
+        require_one_of("width", width, ("on", "off"))
         require_one_of("correct", correct, get_args(Correct))
         require_one_of("loss", loss, ("mse", "kl", "kl-reverse"))
         basis = MethodConfig(method=method, side=side, loss=loss, draws=draws, probes=probes, damping=damping)
@@ -207,190 +190,76 @@ def compress(
             resolve_dense=resolve_dense,
         )
         compression = CompressionConfig(
-            basis, as_rule(ranks), forms=as_patterns(forms), sites=as_patterns(sites), round_to=round_to
+            basis,
+            as_rule(ranks),
+            forms=as_patterns(forms),
+            sites=as_patterns(sites),
+            round_to=round_to,
+            width=width,
         )
         run = Run(compression=compression, correction=settings, seed=seed)
         network = unwrapped(model)
         device = next(network.parameters()).device
         with undisturbed(device):
             world = present(device)
-            collected = _collect(run, network, outputs, keep(batches, device, world, FEWEST), world, progress)
+            given = keep(batches, device, world, FEWEST)
+            collected = collect(run, network, outputs, given, world, progress)
             return _compress(collected, compression.ranks, world)
 
 
-# ── from batches to statistics, once ───────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Collected:
-    """Everything that does not depend on the ranks: directions, and the images to correct from."""
-
-    run: Run
-    given_model: nn.Module
-    model: nn.Module  # returns what counts of what the given one does
-    everything: Survey
-    found: Survey  # the sites that are chosen
-    sums: Statistics
-    bases: Mapping[str, Basis]
-    given: Kept
-    images: Calibration
-    image: Tensor  # (1, …), of rank 0
-    progress: bool | None
-    patches: bool = False  # whether the statistics tell of patches
-
-    @property
-    def judge(self) -> Judge:
-        """What the outputs' changes are measured by."""
-        return "mse" if self.run.compression.basis.loss == "mse" else "kl"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.image.device
-
-    def planner(self, ranks: str, world: World) -> Planner:
-        """For a rule as `--ranks` has it."""
-        run = replace(self.run, compression=replace(self.run.compression, ranks=ranks))
-        return timed_planner(run, self.model, self.found, world, self.image)
-
-
-def _collect(
-    run: Run, given_model: nn.Module, outputs: Outputs | None, given: Kept, world: World, progress: bool | None
-) -> Collected:
-    basis, settings = run.compression.basis, run.correction
-    model = given_model if outputs is None else answering(given_model, outputs)
-    world.require_same("the networks", fingerprint(model))
-    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
-        model = with_replaced(model)  # gradients need ordinary tensors
-    pair = given.batches[0].images[:2].to(given.device)
-    everything = world.from_first(lambda: _surveyed(model, pair[:1]))
-    if basis.loss != "mse":
-        everything.require_classes()
-    if everything.concern and basis.loss != "mse" and outputs is None:
-        warn(naming_arguments(everything.concern))
-    images = _calibration(given, settings)
-    found = everything.select(run.compression.sites)
-    image = pair[:1].clone()
-    world.broadcast_(image)
-    collected = Collected(
-        run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
-    )
-    plans = collected.planner(run.compression.ranks, world)
-    plans.check()
-    if basis.method == "gradient":
-        world.on_all(lambda: _require_labels(given, everything))
-    if settings.correct != "none":
-        require_deterministic(model, pair, world)
-    passes = _Shown(len(given.batches), progress, world)
-    sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed, passes, plans.needs_patches)
-    for text in statistics.warnings(sums, found.sites, basis, given.total):
-        warn(naming_arguments(text))
-    collected = replace(collected, sums=sums, patches=plans.needs_patches)
-    return replace(collected, bases=solve(model, found.sites, sums, basis, run.seed, world))
-
-
-def _surveyed(model: nn.Module, image: Tensor) -> Survey:
-    try:
-        return survey(model, image)
-    except RuntimeError as error:
-        raise BatchesError(
-            f"the network does not take batches of (n, {', '.join(map(str, image.shape[1:]))}): {error}"
-        ) from error
-
-
-def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
-    """This rank's part of the images to solve from, and to judge by; they are numbered again."""
-    pixels, places = given.evenly(settings.calibrate_images)
-    if settings.mirrored and pixels.dim() != 4:
-        raise ConfigError(f"--mirrored: images are {tuple(pixels.shape[1:])}, expected (channels, height, width)")
-    return Calibration(pixels, places, torch.clone, given.size, settings.mirrored)
-
-
-def _require_labels(given: Kept, everything: Survey) -> None:
-    """Labels that are used must be outputs of the network."""
-    highest, classes = max(int(batch.labels.max()) for batch in given.batches), everything.classes
-    if everything.positions > 1:
-        raise StatisticsError(
-            f"method gradient: labels are of images, and the network has outputs at {everything.positions} "
-            f"positions of each; expected another method"
-        )
-    if highest >= classes:
-        raise StatisticsError(
-            f"labels in batches go up to {highest}, the network's {classes} outputs to {classes - 1}"
-        )
-
-
-@dataclass(frozen=True)
-class _Shown(Passes):
-    """Passes over the images with a bar."""
-
-    batches: int
-    progress: bool | None
-    world: World
-
-    def watch(self, batches: Iterable[T], _sums: Mapping[str, Sums]) -> Iterable[T]:
-        """See `Passes`."""
-        with bar(self.batches, "statistics", "batch", self.progress, self.world.is_first) as step:
-            for batch in batches:
-                yield batch
-                step()
-
-
-# ── from statistics to a network, for each budget ──────────────────────────────────────────────────────────
-
-
 def _compress(collected: Collected, ranks: str, world: World) -> Compression:
-    model, found, basis = collected.model, collected.found, collected.run.compression.basis
-    plans, unit = collected.planner(ranks, world), unit_of(basis)
-    plans.check()
+    plans, basis = collected.planner(ranks, world), collected.run.compression.basis
     if plans.needs_patches and not collected.patches:
         raise ConfigError(
             f"--ranks {ranks}: needs other forms than the statistics were collected for; begin with a budget"
         )
-    forms, damping = plans.projected_forms, basis.damping
-    nested = nested_of(model, found.sites, forms, collected.bases, collected.sums, damping, world)
-    spectra = with_exact_losses(
-        spectra_of(collected.bases, basis, nested),
-        model,
-        found.sites,
-        collected.bases,
-        nested,
-        collected.sums,
-        collected.given.open,
-        world,
-        basis,
-        collected.run.seed,
-    )
+    if collected.channels is None:
+        plans.check()
+    nested, spectra = directions(collected, plans, world)
+    source, kept, widths, dense, lost = collected, tuple[KeptChannels, ...](), "", plans.before, 0.0
+    if collected.channels is not None:
+        choice = chosen_widths(collected, collected.channels, plans, spectra, world)
+        if choice.kept:
+            source, kept, lost = narrowed(collected, choice.network, world), choice.kept, choice.loss
+            widths = format_widths(kept, source.everything.macs / dense.macs, choice.loss) + "\n"
+            plans = plans.within(source.found)
+        plans.check()
+        if choice.kept:
+            nested, spectra = directions(source, plans, world)
     plan = world.from_first(lambda: plans.plan(spectra))
-    network = project(model, found.sites, collected.bases, plan, basis.side, nested).eval()
-    before, after = _corrected(collected, network, world)
-    cost = release(network, collected.image)
-    network = unanswering(network, collected.given_model)
+    network = project(source.model, source.found.sites, source.bases, plan, basis.side, nested).eval()
+    before, after = _corrected(collected, source, kept, network, world)
+    cost, unit = release(network, collected.image), unit_of(basis)
     world.broadcast_(*network.state_dict().values())  # equal already, but for processors of several kinds
-    dense, table = Cost(found.macs, found.params), plans.format_table(plan, {}, unit)
-    return Compression(
-        network, plan, dense, cost, plan.loss, unit, collected.judge, before, after, table, collected
-    )
+    network = unanswering(network, collected.given_model)
+    table = widths + plans.format_table(plan, {}, unit)
+    predicted = None if plan.loss is None else plan.loss + lost
+    judged = collected.judge
+    return Compression(network, plan, dense, cost, predicted, unit, judged, before, after, kept, table, collected)
 
 
-def _corrected(collected: Collected, network: nn.Module, world: World) -> tuple[float, float]:
+def _corrected(
+    collected: Collected, source: Collected, kept: Sequence[KeptChannels], network: nn.Module, world: World
+) -> tuple[float, float]:
     """Correct the compressed network in place, if that is wanted; the held-out loss before and after."""
     model, images, run = collected.model, collected.images, collected.run
     if run.correction.correct == "none":
         with evaluating(model), evaluating(network):
             before = divergence(network, holdout_logits(model, images), images.prepare, world, collected.judge)
         return before, before
-    sites = correction.solvable(network, collected.everything, run.correction)
+    sites = correction.solvable(network, source.everything, run.correction)
     count = len(sites) * len(run.correction.dampings)
     with bar(count, "correction", "layer", collected.progress, world.is_first) as step:
         result = correction.correct(
             model,
             network,
-            collected.everything,
+            source.everything,
             images,
             run.correction,
             run.seed,
             world,
+            source=source.model,
+            kept=kept,
             loss=collected.judge,
             after_site=lambda _: step(),
         )

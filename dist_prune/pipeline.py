@@ -24,7 +24,7 @@ from dist_prune.run.prepare import prepare, show_plan
 from dist_prune.run.resume import opened
 from dist_prune.run.stage import stage_images
 from dist_prune.run.train import last_tuning, load_dense, tune
-from dist_prune.run.width import remove_channels
+from dist_prune.run.width import collect_of_the_rest, remove_channels
 from dist_prune.utils.files import require_writable
 
 
@@ -77,9 +77,10 @@ def stages(job: Job) -> Iterator[Stage]:
         yield "statistics", collect_statistics
         return
     yield "baseline", evaluate_dense
-    if config.compression.width:
-        yield "width", remove_channels
     yield "statistics", collect_statistics
+    if config.compression.width == "on":
+        yield "width", remove_channels
+        yield "statistics of the rest", collect_of_the_rest
     yield "projection", plan_and_project
     yield from rounds(job)
     yield "projected", evaluate("projected")

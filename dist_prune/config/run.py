@@ -190,9 +190,9 @@ class CompressionConfig:
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
     round_to: int = 0
     """Ranks are multiples of this; 0: 8 on CUDA, on the CPU 16 where latency is the budget, else 1."""
-    width: float = 0.0
-    """With --ranks budget:macs=B: first remove hidden channels until B^W of the MACs are left, then factor layers
-    for the rest; 0: remove none, 1: remove nothing but channels."""
+    width: Literal["on", "off"] = "off"
+    """on: within a budget of MACs or parameters, hidden channels can go, too, where that loses less than lower
+    ranks; with fisher."""
     measure_sites: bool = False
     """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
 
@@ -216,16 +216,15 @@ class CompressionConfig:
                 f"--forms {self.forms}: --method {method} on --side {self.basis.side} does not compare forms; use "
                 f"{' or '.join(COMPARABLE)} on --side output",
             )
-        _require(0 <= self.width <= 1, f"--width {self.width:g}: expected 0 to 1")
         _require(
-            not self.width or (rule.kind, rule.of) == ("budget", "macs"),
-            f"--width {self.width:g} with --ranks {self.ranks}: channels are removed for a budget of MACs; use "
-            f"--ranks budget:macs=RATIO, or --width 0",
+            self.width == "off" or (rule.kind == "budget" and rule.of != "latency"),
+            f"--width on with --ranks {self.ranks}: channels are removed for a budget of MACs or parameters; use "
+            f"--ranks budget:macs=RATIO, or --width off",
         )
         _require(
-            not self.width or self.basis.statistics is None,
-            f"--statistics with --width {self.width:g}: they are of the network without the channels that are "
-            f"removed first; leave --statistics out",
+            self.width == "off" or (method == "fisher" and self.basis.side == "output"),
+            f"--width on with --method {method} on --side {self.basis.side}: what channels lose compares with "
+            f"losses of fisher on --side output; use that, or --width off",
         )
 
     @property

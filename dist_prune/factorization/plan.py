@@ -254,16 +254,21 @@ def require_reachable(
 
 
 def _within(budget: Budget, spectra: Spectra, repair: float) -> list[Choice]:
-    """The ranks of least predicted loss; see `knapsack.solve`.
+    """The ranks of least predicted loss; see `knapsack.solve`."""
+    menus = budget.menus
+    counts = repair_counts(len(menus), repair)
+    pruned = [menu.pruned(n, spectra) for n, menu in zip(counts, menus, strict=True)]
+    chosen = knapsack.solve([options for _, options in pruned], budget.for_sites)
+    return [_chosen(menu, option) for (menu, _), option in zip(pruned, chosen, strict=True)]
+
+
+def repair_counts(sites: int, repair: float) -> list[float]:
+    """How much the loss of each of so many sites counts, in execution order.
 
     A site that is solved again repairs part of what those before it lost, above all what reaches it on a shortcut:
     a loss counts exp(−repair · the share of sites still to come).
     """
-    menus = budget.menus
-    counts = [math.exp(-repair * (len(menus) - place) / len(menus)) for place in range(len(menus))]
-    pruned = [menu.pruned(n, spectra) for n, menu in zip(counts, menus, strict=True)]
-    chosen = knapsack.solve([options for _, options in pruned], budget.for_sites)
-    return [_chosen(menu, option) for (menu, _), option in zip(pruned, chosen, strict=True)]
+    return [math.exp(-repair * (sites - place) / sites) for place in range(sites)]
 
 
 def _chosen(menu: Menu, option: int) -> Choice:

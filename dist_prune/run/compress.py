@@ -17,7 +17,7 @@ from dist_prune.distributed.fingerprint import digest, fingerprint
 from dist_prune.factorization import layers
 from dist_prune.factorization.bases import Basis, solve
 from dist_prune.factorization.losses import with_exact_losses
-from dist_prune.factorization.nested import Nested, nested_of
+from dist_prune.factorization.nested import nested_of
 from dist_prune.factorization.plan import Plan, cost
 from dist_prune.factorization.project import balance, project, rebuild, unfold
 from dist_prune.factorization.schedule import shrunk_sites, still_factored
@@ -27,6 +27,7 @@ from dist_prune.network.published import options_of
 from dist_prune.network.sites import Site
 from dist_prune.run.checkpointing import Resumable
 from dist_prune.run.job import Job, Stage, calibration, probe, share_bits, statistics_split, watched_validation
+from dist_prune.run.state import Directions
 from dist_prune.run.train import train
 from dist_prune.statistics import collect as statistics
 from dist_prune.statistics.collect import Statistics
@@ -57,7 +58,7 @@ def rounds_of(job: Job) -> list[Plan]:
 def collect_statistics(job: Job) -> None:
     """Collect the statistics the method needs into the run's directory, unless they are given."""
     method, sites, seed = job.config.compression.basis, job.survey.sites, job.config.seed
-    if method.method in DATA_FREE or method.statistics is not None:
+    if method.method in DATA_FREE or statistics_file(job) == method.statistics:
         return
     with job.report.phase("statistics"):
         if folder := job.config.unlabelled_statistics:
@@ -71,7 +72,9 @@ def collect_statistics(job: Job) -> None:
 
 
 def statistics_file(job: Job) -> Path:
-    """Where the statistics are: in the run's directory, or in that of an earlier run."""
+    """Where the statistics are: in the run's directory, or, of the dense network, in that of an earlier run."""
+    if job.state.narrow is not None:
+        return job.folder / "statistics-narrow.safetensors"
     return job.config.compression.basis.statistics or job.folder / "statistics.safetensors"
 
 
@@ -95,23 +98,26 @@ def plan_and_project(job: Job) -> None:
         job.state.network = rebuild(narrowed(untrained, job.state.kept), job.state.plan).to(job.world.device)
         keep_layers(job, {})
         return
-    gathered = Statistics()
-    if method.method not in DATA_FREE:
-        patches, device = job.planner.needs_patches, job.world.device
-        gathered = statistics.load(statistics_file(job), sites, made_of(job, job.state.source), device, patches)
-    bases, nested, spectra = directions(job, job.state.source, sites, gathered)
-    spectra = losses_that_hold(job, job.state.source, bases, nested, gathered, spectra)
-    job.state.target = decide(job, spectra)
+    found, job.state.directions = job.state.directions or directions_with_losses(job, load_statistics(job)), None
+    job.state.target = decide(job, found.spectra)
     job.state.plan, *later = rounds_of(job)
     if later:
         job.report.say(f"{len(later) + 1} rounds to get there, --step {config.iteration.step}")
-    keep_layers(job, bases)
+    keep_layers(job, found.bases)
     with job.report.phase("projection"):
-        job.state.network = projected(job, job.state.source, sites, bases, job.state.plan, nested)
+        job.state.network = projected(job, job.state.source, sites, found, job.state.plan)
     if config.iteration.is_iterative:
         if config.correction.correct != "none":
             job.report.say(f"--correct {config.correction.correct} is left out: training comes in between")
         tell_plan(job, 1)
+
+
+def load_statistics(job: Job) -> Statistics:
+    """Those that `collect_statistics` left."""
+    if job.config.compression.basis.method in DATA_FREE:
+        return Statistics()
+    patches, device = job.planner.needs_patches, job.world.device
+    return statistics.load(statistics_file(job), job.survey.sites, made_of(job, job.state.source), device, patches)
 
 
 def passes_of(job: Job) -> Resumable:
@@ -126,46 +132,37 @@ def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
     job.report.layers(found, job.state.chosen)
 
 
-def directions(
-    job: Job, model: nn.Module, sites: Sequence[Site], gathered: Statistics
-) -> tuple[dict[str, Basis], dict[str, dict[str, Nested]], Spectra | None]:
+def directions_with_losses(job: Job, gathered: Statistics) -> Directions:
+    """Of all sites of the network whose layers are factored."""
+    found = directions(job, job.state.source, job.survey.sites, gathered)
+    return replace(found, spectra=losses_that_hold(job, job.state.source, gathered, found))
+
+
+def directions(job: Job, model: nn.Module, sites: Sequence[Site], gathered: Statistics) -> Directions:
     """The bases of these sites of the network, the chains of other forms, and what all of these are worth."""
     method, forms = job.config.compression.basis, job.planner.projected_forms
     with job.report.phase("bases"):
         bases = solve(model, sites, gathered, method, job.config.seed, job.world)
         nested = nested_of(model, sites, forms, bases, gathered, method.damping, job.world)
-    return bases, nested, spectra_of(bases, method, nested)
+    return Directions(bases, nested, spectra_of(bases, method, nested))
 
 
-def projected(
-    job: Job,
-    source: nn.Module,
-    sites: Sequence[Site],
-    bases: Mapping[str, Basis],
-    plan: Plan,
-    nested: Mapping[str, Mapping[str, Nested]],
-) -> nn.Module:
+def projected(job: Job, source: nn.Module, sites: Sequence[Site], found: Directions, plan: Plan) -> nn.Module:
     """`source` projected, with the same bits on all ranks."""
-    return share_bits(job, project(source, sites, bases, plan, job.config.compression.basis.side, nested))
+    side = job.config.compression.basis.side
+    return share_bits(job, project(source, sites, found.bases, plan, side, found.nested))
 
 
-def losses_that_hold(
-    job: Job,
-    model: nn.Module,
-    bases: Mapping[str, Basis],
-    nested: Mapping[str, Mapping[str, Nested]],
-    gathered: Statistics,
-    spectra: Spectra | None,
-) -> Spectra | None:
+def losses_that_hold(job: Job, model: nn.Module, gathered: Statistics, found: Directions) -> Spectra | None:
     """The spectra of all sites with exact losses, where the method has such."""
     passes, method = passes_of(job), job.config.compression.basis
     with job.report.phase("losses"):
         return with_exact_losses(
-            spectra,
+            found.spectra,
             model,
             job.survey.sites,
-            bases,
-            nested,
+            found.bases,
+            found.nested,
             gathered,
             passes.open,
             job.world,
@@ -204,8 +201,8 @@ def shrink(job: Job, number: int, plan: Plan) -> None:
     sites = shrunk_sites(plan, job.state.plan, job.survey)
     source = unfold(job.state.compressed, [site.name for site in sites])
     with job.report.phase(f"round {number}: projection"):
-        bases, nested, _ = directions(job, source, sites, gathered_from(job, source, sites))
-        job.state.network = projected(job, source, sites, bases, plan, nested)
+        found = directions(job, source, sites, gathered_from(job, source, sites))
+        job.state.network = projected(job, source, sites, found, plan)
     job.state.plan = plan
     tell_plan(job, number)
 
@@ -230,11 +227,11 @@ def project_again(job: Job, number: int) -> None:
     sites, side = job.survey.sites, job.config.compression.basis.side
     with job.report.phase(f"alternation {number}: projection"):
         gathered = gathered_from(job, job.state.compressed, sites)
-        bases, nested, spectra = directions(job, job.state.compressed, sites, gathered)
-        spectra = losses_that_hold(job, job.state.compressed, bases, nested, gathered, spectra)
+        found = directions(job, job.state.compressed, sites, gathered)
+        spectra = losses_that_hold(job, job.state.compressed, gathered, found)
         wanted = job.world.from_first(lambda: job.planner.plan(spectra))
         plan = still_factored(wanted, job.state.chosen, job.survey, job.planner.round_to, side)
-        job.state.network = projected(job, job.state.compressed, sites, bases, plan, nested)
+        job.state.network = projected(job, job.state.compressed, sites, found, plan)
     job.state.plan, job.state.unfolded = plan, False
     tell_plan(job, len(rounds_of(job)) + number)
     tell_round(job, len(rounds_of(job)) + number)

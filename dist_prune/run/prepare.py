@@ -21,7 +21,7 @@ from dist_prune.data.verdicts import is_known_sound, keep_sound
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World
-from dist_prune.factorization.planner import planner, timed_planner
+from dist_prune.factorization.planner import Planner, planner, timed_planner
 from dist_prune.network import models
 from dist_prune.network.errors import ModelError
 from dist_prune.network.memory_format import lay_out
@@ -40,7 +40,7 @@ from dist_prune.training.dry_step import format_unreached, unreached
 from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils import files
-from dist_prune.width.choose import require_reachable_widths
+from dist_prune.width.choose import costs_within, removable_groups, require_reachable_widths
 from dist_prune.width.groups import find_groups
 from dist_prune.width.listing import format_groups
 
@@ -92,10 +92,7 @@ def begin(config: Run, world: World, report: Report, folder: Path, flag: Flag, g
     """
     found = given.everything.select(config.compression.sites)
     ranks = timed_planner(config, given.dense, found, world, probe(config, world, 1))
-    if share := config.compression.width:  # what ranks can reach then follows from the widths
-        require_reachable_widths(given.dense, probe(config, world, 2), ranks.rule.amount**share, ranks.round_to)
-    else:
-        ranks.check()
+    require_reachable(config, given.dense, ranks, world)
     require_calibration(config, given.unlabelled or given.dataset.train)
     if config.correction.correct != "none":
         require_deterministic(given.dense, probe(config, world, 2), world)
@@ -131,6 +128,20 @@ def begin(config: Run, world: World, report: Report, folder: Path, flag: Flag, g
         assert len(stream), "streams refuse to share fewer images than ranks"
     world.from_first(lambda: check_files_of(job))
     return job
+
+
+def require_reachable(config: Run, dense: nn.Module, ranks: Planner, world: World) -> None:
+    """Refuse a budget before any work is done for it.
+
+    Raises:
+        PlanError, WidthError: out of reach; the least is named.
+    """
+    if config.compression.width == "off":
+        ranks.check()
+        return
+    groups = removable_groups(dense, ranks.survey.sites, probe(config, world, 2))
+    costs = costs_within(dense, groups, ranks, None, probe(config, world, 1))
+    require_reachable_widths(groups, costs, ranks.rule.amount, ranks.round_to)
 
 
 def require_trainable(config: Run, dense: nn.Module, world: World) -> list[str]:
@@ -327,6 +338,7 @@ def show_plan(config: Run, world: World, report: Report) -> None:
     dense, everything = load_network(config, world, report.say, read=False)
     found = everything.select(config.compression.sites)
     known = planner(config, found, world)
+    require_reachable(config, dense, known, world)
     plan, note = known.foreseen()
     report.say(known.format_table(plan, time_sites(dense, found.sites, probe(config, world, 4))))
     for more in filter(None, (note, known.way(plan, config.iteration), pretrained_images.adopted(config))):

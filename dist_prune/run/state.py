@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from dist_prune.factorization.bases import Basis
+from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild, unfold
+from dist_prune.factorization.spectra import Spectra
 from dist_prune.training.evaluate import Metrics
 from dist_prune.width.narrowing import KeptChannels, narrowed
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What sites can be reduced to: their bases, chains of other forms, and what all of these are worth."""
+
+    bases: Mapping[str, Basis]
+    nested: Mapping[str, Mapping[str, Nested]]
+    spectra: Spectra | None
 
 
 @dataclass
@@ -28,6 +41,7 @@ class State:
         narrow: the dense network without those, if any were removed.
         network: the compressed one, as soon as there is one.
         unfolded: whether its pairs are, for the moment, multiplied back to dense layers.
+        directions: of the dense network, where one stage leaves them to the next; a checkpoint does not hold them.
     """
 
     dense: nn.Module
@@ -40,6 +54,7 @@ class State:
     narrow: nn.Module | None = None
     network: nn.Module | None = None
     unfolded: bool = False
+    directions: Directions | None = None
 
     @property
     def chosen(self) -> Plan:

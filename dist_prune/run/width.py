@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from dist_prune.correction import correct as correction
-from dist_prune.network.sites import evaluating
+from dist_prune.correction.channels import channels_of
+from dist_prune.run.compress import collect_statistics, directions_with_losses, load_statistics
 from dist_prune.run.job import Job, probe, unlabelled_stream
-from dist_prune.width.choose import choose_widths
+from dist_prune.width.choose import choose_widths, costs_within, removable_groups
 from dist_prune.width.listing import format_widths
 
 
 def remove_channels(job: Job) -> None:
     """Choose widths, in closed form from the calibration images, and narrow the network."""
     config, planner = job.config, job.dense_planner
-    with job.report.phase("width"), evaluating(job.dense):
+    groups = removable_groups(job.dense, job.survey.sites, probe(config, job.world, 2))
+    gathered = load_statistics(job)
+    found = directions_with_losses(job, gathered)
+    with job.report.phase("width"):
         images = correction.decode(unlabelled_stream(job), config.correction.mirrored)
-        judges = correction.holdout_logits(job.dense, images)
-        found = choose_widths(
-            job.dense,
-            probe(config, job.world, 2),
-            images.prepared,
-            lambda network: correction.divergence(network, judges, images.prepare, job.world),
-            budget=planner.rule.amount**config.compression.width,
-            round_to=planner.round_to,
-            seed=config.seed,
-            world=job.world,
-        )
-    job.state.kept, job.state.narrow = found.kept, found.network
-    job.report.say(format_widths(found.kept, found.macs / job.dense_survey.macs, found.loss))
+        channels = channels_of(job.dense, groups, images, gathered.curvature, config.seed, job.world)
+        costs = costs_within(job.dense, groups, planner, found.spectra, probe(config, job.world, 1))
+        choice = choose_widths(job.dense, channels, costs, planner.rule.amount, planner.round_to, job.world)
+    if not choice.kept:
+        job.state.directions = found
+        job.report.say("no channels are removed: lower ranks lose less")
+        return
+    job.state.kept, job.state.narrow = choice.kept, choice.network
+    job.report.say(format_widths(choice.kept, job.everything.macs / job.dense_survey.macs, choice.loss))
     job.planner.check()
+
+
+def collect_of_the_rest(job: Job) -> None:
+    """Statistics of the network that is left, if channels were removed."""
+    if job.state.narrow is not None:
+        collect_statistics(job)

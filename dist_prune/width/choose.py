@@ -1,49 +1,61 @@
 """Which channels of a network go, for a budget: eliminated group by group, weighed by what each really costs.
 
 The Fisher metric predicts the shape of a group's losses well and their size badly, by a factor that differs
-from group to group (2 to 160 on EfficientNet-Lite0). So each group is also narrowed by itself, to three
-quarters and to a half, and its curve is scaled by what the images held out say: the mean of the two ratios, of
-their logarithms.
+from group to group (2 to 160 on EfficientNet-Lite0), and that grows as channels go. So each group is also narrowed
+by itself, to three quarters, a half and a quarter, and its curve is scaled by what the images held out say, in
+between by what the logarithms of the ratios interpolate to. That is the loss itself, of images not solved from: a
+layer with more channels than there were images is not free.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
-from dist_prune.factorization.knapsack import Floats
-from dist_prune.network.sites import View, describe, evaluating
+from dist_prune.factorization.budget import options_of
+from dist_prune.factorization.knapsack import Floats, Ints
+from dist_prune.factorization.plan import repair_counts
+from dist_prune.factorization.planner import Planner
+from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.sites import Site, View, describe, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.width.allocation import allocate
-from dist_prune.width.costs import WidthCosts, width_costs
+from dist_prune.width.costs import WidthCosts, forms_of, width_costs
 from dist_prune.width.elimination import Elimination, Prediction, eliminate, predict
 from dist_prune.width.groups import Consumer, Group, find_groups
 from dist_prune.width.moments import ChannelMoments, collect_channel_moments, term_of
 from dist_prune.width.narrowing import KeptChannels, narrowed
 
-TRIED = (0.75, 0.5)  # shares of each group's channels, at which it is measured
-SMALLEST = 1e-9  # nats: a smaller loss is none
+TRIED = (0.25, 0.5, 0.75)  # shares of each group's channels, at which it is measured
+SMALLEST, LARGEST = 1e-9, 1e3  # nats: a smaller loss is none, a larger one all
 RIDGE = 1e-3  # of the channels' mean variance
+MOST_RANKS = 96  # of a form that are looked at while widths are chosen
 
 
 @dataclass(frozen=True)
 class GroupLosses:
-    """One group: in which order its channels go, and its measured size over its predicted one."""
+    """One group: in which order its channels go, and, at some widths, its measured loss over its predicted one."""
 
     group: Group
     elimination: Elimination
-    scale: float = 1.0
+    ratios: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def losses(self) -> Floats:
-        """At each width, (c + 1,), nats per image."""
-        scaled: Floats = self.elimination.losses * self.scale
+        """At each width, (c + 1,), nats per image; never rising with the width."""
+        predicted = self.elimination.losses
+        if not self.ratios:
+            return predicted
+        known = sorted(self.ratios)
+        logarithms = np.interp(np.arange(len(predicted)), known, [math.log(self.ratios[w]) for w in known])
+        scaled: Floats = np.maximum.accumulate((predicted * np.exp(logarithms))[::-1])[::-1]
         return scaled
 
     def kept(self, width: int) -> KeptChannels:
@@ -52,72 +64,133 @@ class GroupLosses:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """The channels that can be removed and what that loses: all that does not depend on a budget."""
+
+    groups: tuple[GroupLosses, ...]
+    moments: Mapping[str, ChannelMoments]
+
+
+@dataclass(frozen=True)
 class WidthChoice:
     """The groups that become narrower, what that is predicted to lose, and the network without them."""
 
     kept: tuple[KeptChannels, ...]
     loss: float
-    macs: int
     network: nn.Module
 
 
-def choose_widths(
+def removable_groups(model: nn.Module, sites: Iterable[Site], images: Tensor) -> list[Group]:
+    """The groups between chosen layers without which the network still runs.
+
+    Some code has a number of channels written into it.
+
+    Args:
+        model: the dense network.
+        sites: the layers that may change.
+        images: (2, …), any that it takes.
+    """
+    chosen = {site.name for site in sites}
+    found = find_groups(model, images).groups
+    between = [g for g in found if chosen >= {*g.producers, *(c.name for c in g.consumers)}]
+    return [group for group in between if _runs(model, group, images)]
+
+
+def weigh_channels(
     model: nn.Module,
-    images: Tensor,
+    groups: Sequence[Group],
     batches: Callable[[], Iterable[Batch]],
     holdout_kl: Callable[[nn.Module], float],
-    budget: float,
-    round_to: int,
-    seed: int,
+    metrics: Mapping[str, Tensor],
+    objective: Objective,
     world: World,
-) -> WidthChoice:
-    """Take channels out of the network until it fits the budget; the given network stays as it is.
+) -> Channels:
+    """In which order channels go, and what is lost at every width.
 
     Args:
         model: the dense network, on the world's device, in evaluation mode.
-        images: (2, …), any that it takes.
+        groups: of it.
         batches: opens this rank's images to solve from, labels unused.
         holdout_kl: KL of a network to the dense one on images held out, nats per image, over all ranks.
-        budget: a fraction of the dense network's multiply-adds.
+        metrics: Fisher metrics of layers' outputs, (1, c, c), as far as they are known.
+        objective: whose gradients give the others.
+        world: the ranks, which all get the same.
+
+    Raises:
+        StatisticsError: NaN or infinity, or no images.
+    """
+    consumers = [consumer for group in groups for consumer in group.consumers]
+    moments = collect_channel_moments(model, consumers, (b.images for b in batches()), world)
+    unknown = [consumer for consumer in consumers if consumer.name not in metrics]
+    known = {**metrics, **_metrics(model, unknown, batches, objective, world)}
+    found = [_eliminated(model, group, moments, known, world) for group in groups]
+    return Channels(tuple(measured(model, each, moments, holdout_kl) for each in found), moments)
+
+
+def choose_widths(
+    model: nn.Module, channels: Channels, costs: WidthCosts, budget: float, round_to: int, world: World
+) -> WidthChoice:
+    """The widths that go with a budget; the given network stays as it is.
+
+    Args:
+        model: the dense network, on the world's device.
+        channels: of it.
+        costs: of it, at every width of these groups.
+        budget: a fraction of the dense network's cost.
         round_to: widths are multiples of this, or full.
-        seed: of labels drawn.
         world: the ranks, which all end with the same network.
 
     Raises:
         WidthError: out of reach.
-        StatisticsError: NaN or infinity, or no images.
     """
-    groups, costs = require_reachable_widths(model, images, budget, round_to)
-    consumers = [consumer for group in groups for consumer in group.consumers]
-    moments = collect_channel_moments(model, consumers, (b.images for b in batches()), world)
-    metrics = _metrics(model, consumers, batches, seed, world)
-    found = [_eliminated(model, group, moments, metrics, world) for group in groups]
-    scaled = [measured(model, each, moments, holdout_kl) for each in found]
-    widths = world.from_first(lambda: allocate(costs, [each.losses for each in scaled], budget, round_to))
-    kept = tuple(each.kept(w) for each, w in zip(scaled, widths, strict=True) if w < each.group.width)
-    network = narrowed(model, kept, predictions(kept, moments))
+    groups = channels.groups
+    widths = world.from_first(lambda: allocate(costs, [each.losses for each in groups], budget, round_to))
+    kept = tuple(each.kept(w) for each, w in zip(groups, widths, strict=True) if w < each.group.width)
+    network = narrowed(model, kept, predictions(kept, channels.moments))
     world.broadcast_(*network.state_dict().values())
-    loss = math.fsum(float(each.losses[w]) for each, w in zip(scaled, widths, strict=True))
-    return WidthChoice(kept, loss, costs.macs(widths), network)
+    loss = math.fsum(float(each.losses[w]) for each, w in zip(groups, widths, strict=True))
+    return WidthChoice(kept, loss, network)
 
 
-def require_reachable_widths(
-    model: nn.Module, images: Tensor, budget: float, round_to: int
-) -> tuple[list[Group], WidthCosts]:
-    """The groups that can become narrower, and what each width costs; arguments as in `choose_widths`.
+def costs_within(
+    model: nn.Module, groups: Sequence[Group], plans: Planner, spectra: Spectra | None, image: Tensor
+) -> WidthCosts:
+    """What widths cost under a budget, where layers are in the forms that go with it.
+
+    Args:
+        model: the dense network.
+        groups: of it.
+        plans: the budget and its forms.
+        spectra: losses of the forms; None: nothing loses anything.
+        image: (1, …), any that it takes.
+    """
+    sites, forms = plans.survey.sites, {}
+    for site, count in zip(sites, repair_counts(len(sites), plans.repair), strict=True):
+        options = [
+            (name, ranks)
+            for name, columns in options_of(View(site, plans.side), plans.round_to, plans.forms).items()
+            for ranks in zip(*(_few(column).tolist() for column in columns), strict=True)
+        ]
+        losses = spectra.of_options(site, options) if spectra is not None else np.zeros(len(options))
+        known = np.isfinite(losses)
+        named = [option for option, is_known in zip(options, known, strict=True) if is_known]
+        if named:
+            forms[site.name] = forms_of(site, named, count * losses[known], plans.rule.of)
+    return width_costs(model, groups, image, plans.rule.of, forms)
+
+
+def _few(column: Ints) -> Ints:
+    """Of many ranks, some at equal steps."""
+    return column[:: -(-len(column) // MOST_RANKS)] if len(column) > MOST_RANKS else column
+
+
+def require_reachable_widths(groups: Sequence[Group], costs: WidthCosts, budget: float, round_to: int) -> None:
+    """Refuse a budget before any work is done for it.
 
     Raises:
-        WidthError: not even the smallest widths meet the budget.
+        WidthError: not even the smallest widths and ranks meet it.
     """
-    groups = that_run(model, find_groups(model, images).groups, images)
-    costs = width_costs(model, groups, images[:1])
-    allocate(costs, [_none(g) for g in groups], budget, round_to)
-    return groups, costs
-
-
-def that_run(model: nn.Module, groups: Sequence[Group], images: Tensor) -> list[Group]:
-    """The groups without which the network still runs: some code has a number of channels written into it."""
-    return [group for group in groups if _runs(model, group, images)]
+    allocate(costs, [np.zeros(group.width + 1) for group in groups], budget, round_to)
 
 
 def _runs(model: nn.Module, group: Group, images: Tensor) -> bool:
@@ -132,22 +205,19 @@ def _runs(model: nn.Module, group: Group, images: Tensor) -> bool:
     return True
 
 
-def _none(group: Group) -> Floats:
-    losses: Floats = torch.zeros(group.width + 1, dtype=torch.float64).numpy()
-    return losses
-
-
 def _metrics(
     model: nn.Module,
     consumers: Sequence[Consumer],
     batches: Callable[[], Iterable[Batch]],
-    seed: int,
+    objective: Objective,
     world: World,
 ) -> Mapping[str, Tensor]:
     """Of the consumers' outputs; where no gradient reaches one, all its outputs count alike."""
+    if not consumers:
+        return {}
     views = [View(describe(c.name, model.get_submodule(c.name), 1)) for c in consumers]
     try:
-        return collect_curvature(model, views, batches(), world, STEPS["fisher"], Objective("kl", 1, seed))
+        return collect_curvature(model, views, batches(), world, STEPS["fisher"], objective)
     except NoGradientError:
         return {v.site.name: torch.eye(v.width, dtype=torch.float64, device=world.device)[None] for v in views}
 
@@ -175,14 +245,14 @@ def measured(
     holdout_kl: Callable[[nn.Module], float],
 ) -> GroupLosses:
     """Scaled by what the images held out say of the group alone."""
-    ratios = []
+    ratios = {}
     for share in TRIED:
         width = max(1, round(share * each.group.width))
         kept = [each.kept(width)]
         real = holdout_kl(narrowed(model, kept, predictions(kept, moments), shared=True))
-        expected = float(each.elimination.losses[width])
-        ratios.append(math.log(max(real, SMALLEST) / max(expected, SMALLEST)))
-    return replace(each, scale=math.exp(math.fsum(ratios) / len(ratios)))
+        real = min(max(real, SMALLEST), LARGEST) if math.isfinite(real) else LARGEST
+        ratios[width] = real / max(float(each.elimination.losses[width]), SMALLEST)
+    return replace(each, ratios=ratios)
 
 
 def predictions(kept: Iterable[KeptChannels], moments: Mapping[str, ChannelMoments]) -> dict[str, Prediction]:

@@ -1,19 +1,34 @@
-"""What a network costs at every width of its groups: exact, without building it."""
+"""What a network costs at every width of its groups and in every form of its layers: exact, none is built."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_prune.network.sites import evaluating
-from dist_prune.width.groups import Group
+from dist_prune.factorization.forms import FORMS, Ranks
+from dist_prune.factorization.knapsack import Floats, Ints
+from dist_prune.network.sites import Site, evaluating
+from dist_prune.width.groups import Consumer, Group
 
-Widths = Sequence[int]  # one of each group
+Total = int | Ints  # an array where several widths are compared
+Widths = Sequence[Total]  # one of each group
+DENSE = -1  # the option to leave a layer as it is
+
+
+@dataclass(frozen=True, eq=False)
+class Forms:
+    """What a layer can become besides a dense one: (n,) losses, and costs that are linear in its widths."""
+
+    losses: Floats
+    per_input: Ints
+    per_output: Ints
+    fixed: Ints
 
 
 @dataclass(frozen=True)
@@ -24,60 +39,126 @@ class _Side:
     group: int | None = None
     repeat: int = 1
 
-    def at(self, widths: Widths) -> int:
+    def at(self, widths: Widths) -> Total:
         return self.size if self.group is None else widths[self.group] * self.repeat
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer that some group makes narrower: it costs `unit` for each output and input."""
+class Layer:
+    """A layer that costs `unit` for each output and input, and `each` for each output; or is in one of `forms`."""
 
-    unit: int
     outputs: _Side
     inputs: _Side
+    unit: int
+    each: int = 0
+    forms: Forms | None = None
+
+    def cost(self, widths: Widths, option: int = DENSE) -> Total:
+        """Left dense, or in that form."""
+        outputs, inputs = self.outputs.at(widths), self.inputs.at(widths)
+        if option == DENSE or self.forms is None:
+            return (self.unit * inputs + self.each) * outputs
+        forms = self.forms
+        first, last = int(forms.per_input[option]), int(forms.per_output[option])
+        return first * inputs + last * outputs + int(forms.fixed[option])
+
+    def values(self, widths: Widths, price: float) -> Floats:
+        """Loss + price · cost of each option, the dense layer last, (n + 1,), or (m, n + 1) at m widths."""
+        dense = price * np.asarray(self.cost(widths), np.float64)[..., None]
+        if self.forms is None:
+            return dense
+        outputs, inputs = (np.asarray(side.at(widths))[..., None] for side in (self.outputs, self.inputs))
+        costs = self.forms.per_input * inputs + self.forms.per_output * outputs + self.forms.fixed
+        options = self.forms.losses + price * costs
+        return np.concatenate([options, np.broadcast_to(dense, (*options.shape[:-1], 1))], -1)
+
+    def best(self, widths: Sequence[int], price: float) -> int:
+        """The option of least loss + price · cost."""
+        option = int(self.values(widths, price).argmin())
+        return DENSE if self.forms is None or option == len(self.forms.losses) else option
 
 
 @dataclass(frozen=True)
 class WidthCosts:
-    """Multiply-adds of one image, as a function of the widths of all groups.
+    """Multiply-adds of one image, or parameters, as a function of the widths of all groups and of layers' forms.
 
-    A layer between two groups costs the product of their widths; all else is fixed.
+    A layer between two groups costs the product of their widths; what is in none of `layers` is `fixed`.
     """
 
-    layers: tuple[_Layer, ...]
+    layers: tuple[Layer, ...]
     full: tuple[int, ...]
+    fixed: int
     total: int
 
-    def macs(self, widths: Widths) -> int:
-        """Of the whole network."""
-        return self.total + self._narrow(widths) - self._narrow(self.full)
+    def at(self, widths: Sequence[int], options: Sequence[int] | None = None) -> int:
+        """Of the whole network; without `options` all layers are dense."""
+        chosen = options or [DENSE] * len(self.layers)
+        return self.fixed + sum(int(layer.cost(widths, o)) for layer, o in zip(self.layers, chosen, strict=True))
 
-    def _narrow(self, widths: Widths) -> int:
-        return sum(layer.unit * layer.outputs.at(widths) * layer.inputs.at(widths) for layer in self.layers)
-
-    def per_channel(self, widths: Widths) -> list[int]:
-        """What one channel more of each group costs, all other widths as they are."""
-        slopes = [0] * len(self.full)
-        for layer in self.layers:
-            for side, other in ((layer.outputs, layer.inputs), (layer.inputs, layer.outputs)):
-                if side.group is not None:
-                    slopes[side.group] += layer.unit * side.repeat * other.at(widths)
-        return slopes
+    @cached_property
+    def of_group(self) -> tuple[tuple[Layer, ...], ...]:
+        """For each group, the layers that its width changes."""
+        return tuple(
+            tuple(layer for layer in self.layers if place in (layer.outputs.group, layer.inputs.group))
+            for place in range(len(self.full))
+        )
 
 
-def width_costs(model: nn.Module, groups: Sequence[Group], image: Tensor) -> WidthCosts:
+def width_costs(
+    model: nn.Module,
+    groups: Sequence[Group],
+    image: Tensor,
+    of: str = "macs",
+    forms: Mapping[str, Forms] | None = None,
+) -> WidthCosts:
     """Run one image through the network and count.
 
     Args:
         model: the dense network; left as it is.
         groups: of the network.
         image: (1, …), on the network's device.
+        of: `macs` or `params`.
+        forms: layer's name → what it can become.
     """
+    forms = forms or {}
     made = {n: place for place, g in enumerate(groups) for n in (*g.producers, *g.between)}
     taken = {c.name: (place, c) for place, g in enumerate(groups) for c in g.consumers}
-    modules = {
-        n: m for n, m in model.named_modules() if n in {*made, *taken} and isinstance(m, nn.Conv2d | nn.Linear)
-    }
+    modules = {n: m for n, m in model.named_modules() if n in {*made, *taken, *forms}}
+    values, macs = _counted(model, modules, image)
+    layers = [
+        _layer(module, values[n], made.get(n), taken.get(n), of, forms.get(n)) for n, module in modules.items()
+    ]
+    full = tuple(group.width for group in groups)
+    now = sum(int(layer.cost(full)) for layer in layers)
+    if of == "macs":
+        return WidthCosts(tuple(layers), full, macs - now, macs)
+    params = sum(p.numel() for p in model.parameters())
+    given = sum(len(modules[n].weight) for n in taken if modules[n].bias is None)  # a consumer gets a bias
+    return WidthCosts(tuple(layers), full, params + given - now, params)
+
+
+def _layer(
+    module: nn.Module,
+    values: int,
+    made: int | None,
+    taken: tuple[int, Consumer] | None,
+    of: str,
+    forms: Forms | None,
+) -> Layer:
+    if not isinstance(module, nn.Conv2d | nn.Linear):  # batch norm and the like: entries alone
+        entries = sum(p.numel() // len(p) for p in module.parameters())
+        return Layer(_Side(0, made), _Side(0), 0, entries if of == "params" else 0)
+    outputs, inputs = module.weight.shape[:2]
+    area = module.weight[0, 0].numel()
+    side = _Side(inputs, taken[0], taken[1].repeat) if taken else _Side(inputs)
+    if of == "macs":
+        return Layer(_Side(outputs, made), side, values // outputs * area, 0, forms)
+    biased = module.bias is not None or taken is not None
+    return Layer(_Side(outputs, made), side, area, int(biased), forms)
+
+
+def _counted(model: nn.Module, modules: Mapping[str, nn.Module], image: Tensor) -> tuple[Counter[str], int]:
+    """How many values each module gives, and the multiply-adds of the whole."""
     values: Counter[str] = Counter()
 
     def count(name: str, _module: nn.Module, _inputs: object, y: Tensor) -> None:
@@ -90,14 +171,23 @@ def width_costs(model: nn.Module, groups: Sequence[Group], image: Tensor) -> Wid
     finally:
         for hook in hooks:
             hook.remove()
-    layers = []
-    for name, module in modules.items():
-        outputs, inputs = module.weight.shape[:2]
-        unit = values[name] // outputs * module.weight[0, 0].numel()
-        sides = [_Side(outputs, made.get(name)), _Side(inputs)]
-        if name in taken:
-            place, consumer = taken[name]
-            sides[1] = _Side(inputs, place, consumer.repeat)
-        layers.append(_Layer(unit, *sides))
-    full = tuple(group.width for group in groups)
-    return WidthCosts(tuple(layers), full, counter.get_total_flops() // 2)
+    return values, counter.get_total_flops() // 2
+
+
+def forms_of(site: Site, options: Sequence[tuple[str, Ranks]], losses: Floats, of: str) -> Forms:
+    """A layer's forms.
+
+    Args:
+        site: the dense layer.
+        options: forms with ranks.
+        losses: of each.
+        of: `macs` or `params`.
+    """
+    rows = []
+    for name, ranks in options:
+        form = FORMS[name]
+        parts = form.layer_macs(site, ranks) if of == "macs" else form.weights(site, ranks)
+        bias = int(of == "params")  # the last layer has one
+        rows.append((parts[0] // site.channels, parts[-1] // site.outputs + bias, sum(parts[1:-1])))
+    per_input, per_output, fixed = np.array(rows, np.int64).reshape(-1, 3).T
+    return Forms(losses, per_input, per_output, fixed)

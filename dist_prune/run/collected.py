@@ -1,0 +1,225 @@
+"""What is known of a network at hand, from batches at hand: all that a choice of ranks begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_prune.config.arguments import naming_arguments
+from dist_prune.config.correction import CorrectionConfig
+from dist_prune.config.flags import ConfigError
+from dist_prune.config.run import Run
+from dist_prune.correction.channels import channels_of
+from dist_prune.correction.correct import Calibration, require_deterministic
+from dist_prune.data.batches import BatchesError, Kept
+from dist_prune.distributed.fingerprint import fingerprint
+from dist_prune.distributed.world import World
+from dist_prune.factorization.bases import Basis, solve
+from dist_prune.factorization.losses import with_exact_losses
+from dist_prune.factorization.nested import Nested, nested_of
+from dist_prune.factorization.planner import Planner, timed_planner
+from dist_prune.factorization.spectra import Spectra, spectra_of
+from dist_prune.network.outputs import Outputs, answering
+from dist_prune.network.replacing import with_replaced
+from dist_prune.network.sites import Survey, survey
+from dist_prune.statistics import collect as statistics
+from dist_prune.statistics.collect import Passes, Statistics
+from dist_prune.statistics.moments import StatisticsError, Sums
+from dist_prune.utils.caller import bar, warn
+from dist_prune.width.choose import (
+    Channels,
+    WidthChoice,
+    choose_widths,
+    costs_within,
+    removable_groups,
+    require_reachable_widths,
+)
+
+T = TypeVar("T")
+Judge = Literal["kl", "mse"]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything that does not depend on the ranks.
+
+    Attributes:
+        run: settings.
+        given_model: the network as it was given.
+        model: the network whose layers are factored; it returns what counts of what the given one does.
+        everything: all its sites.
+        found: those that are chosen.
+        sums: its statistics.
+        bases: the sites' directions.
+        given: the batches.
+        images: those to correct from.
+        image: (1, …), of rank 0.
+        progress: whether there is a bar.
+        patches: whether the statistics tell of patches.
+        channels: what can be removed; None if that was not asked for.
+    """
+
+    run: Run
+    given_model: nn.Module
+    model: nn.Module
+    everything: Survey
+    found: Survey
+    sums: Statistics
+    bases: Mapping[str, Basis]
+    given: Kept
+    images: Calibration
+    image: Tensor
+    progress: bool | None
+    patches: bool = False
+    channels: Channels | None = None
+
+    @property
+    def judge(self) -> Judge:
+        """What the outputs' changes are measured by."""
+        return "mse" if self.run.compression.basis.loss == "mse" else "kl"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.image.device
+
+    def planner(self, ranks: str, world: World) -> Planner:
+        """For a rule as `--ranks` has it."""
+        run = replace(self.run, compression=replace(self.run.compression, ranks=ranks))
+        return timed_planner(run, self.model, self.found, world, self.image)
+
+
+def collect(
+    run: Run, given_model: nn.Module, outputs: Outputs | None, given: Kept, world: World, progress: bool | None
+) -> Collected:
+    """One pass over the batches, and one more for channels.
+
+    Raises:
+        ValueError: in its many kinds, see `api.compress`.
+    """
+    basis, settings = run.compression.basis, run.correction
+    model = given_model if outputs is None else answering(given_model, outputs)
+    world.require_same("the networks", fingerprint(model))
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        model = with_replaced(model)  # gradients need ordinary tensors
+    pair = given.batches[0].images[:2].to(given.device)
+    everything = world.from_first(lambda: _surveyed(model, pair[:1]))
+    if basis.loss != "mse":
+        everything.require_classes()
+    if everything.concern and basis.loss != "mse" and outputs is None:
+        warn(naming_arguments(everything.concern))
+    images = _calibration(given, settings)
+    found = everything.select(run.compression.sites)
+    image = pair[:1].clone()
+    world.broadcast_(image)
+    collected = Collected(
+        run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
+    )
+    plans = collected.planner(run.compression.ranks, world)
+    groups = removable_groups(model, found.sites, pair) if run.compression.width == "on" else []
+    if groups:
+        costs = costs_within(model, groups, plans, None, image)
+        require_reachable_widths(groups, costs, plans.rule.amount, plans.round_to)
+    else:
+        plans.check()
+    if basis.method == "gradient":
+        world.on_all(lambda: _require_labels(given, everything))
+    if settings.correct != "none":
+        require_deterministic(model, pair, world)
+    collected = _with_statistics(collected, plans.needs_patches, world)
+    if not groups:
+        return collected
+    channels = channels_of(model, groups, images, collected.sums.curvature, run.seed, world, collected.judge)
+    return replace(collected, channels=channels)
+
+
+def _with_statistics(collected: Collected, patches: bool, world: World) -> Collected:
+    """Of the network that is there."""
+    run, model, found, given = collected.run, collected.model, collected.found, collected.given
+    basis, passes = run.compression.basis, _Shown(len(given.batches), collected.progress, world)
+    sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed, passes, patches)
+    for text in statistics.warnings(sums, found.sites, basis, given.total):
+        warn(naming_arguments(text))
+    bases = solve(model, found.sites, sums, basis, run.seed, world)
+    return replace(collected, sums=sums, bases=bases, patches=patches)
+
+
+def _surveyed(model: nn.Module, image: Tensor) -> Survey:
+    try:
+        return survey(model, image)
+    except RuntimeError as error:
+        raise BatchesError(
+            f"the network does not take batches of (n, {', '.join(map(str, image.shape[1:]))}): {error}"
+        ) from error
+
+
+def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
+    """This rank's part of the images to solve from, and to judge by; they are numbered again."""
+    pixels, places = given.evenly(settings.calibrate_images)
+    if settings.mirrored and pixels.dim() != 4:
+        raise ConfigError(f"--mirrored: images are {tuple(pixels.shape[1:])}, expected (channels, height, width)")
+    return Calibration(pixels, places, torch.clone, given.size, settings.mirrored)
+
+
+def _require_labels(given: Kept, everything: Survey) -> None:
+    """Labels that are used must be outputs of the network."""
+    highest, classes = max(int(batch.labels.max()) for batch in given.batches), everything.classes
+    if everything.positions > 1:
+        raise StatisticsError(
+            f"method gradient: labels are of images, and the network has outputs at {everything.positions} "
+            f"positions of each; expected another method"
+        )
+    if highest >= classes:
+        raise StatisticsError(
+            f"labels in batches go up to {highest}, the network's {classes} outputs to {classes - 1}"
+        )
+
+
+@dataclass(frozen=True)
+class _Shown(Passes):
+    """Passes over the images with a bar."""
+
+    batches: int
+    progress: bool | None
+    world: World
+
+    def watch(self, batches: Iterable[T], _sums: Mapping[str, Sums]) -> Iterable[T]:
+        """See `Passes`."""
+        with bar(self.batches, "statistics", "batch", self.progress, self.world.is_first) as step:
+            for batch in batches:
+                yield batch
+                step()
+
+
+def directions(
+    collected: Collected, plans: Planner, world: World
+) -> tuple[dict[str, dict[str, Nested]], Spectra | None]:
+    """The chains of other forms than `output`, and what each rank of all forms loses."""
+    model, sites, sums = collected.model, collected.found.sites, collected.sums
+    bases, run = collected.bases, collected.run
+    basis = run.compression.basis
+    nested = nested_of(model, sites, plans.projected_forms, bases, sums, basis.damping, world)
+    known, images = spectra_of(bases, basis, nested), collected.given.open
+    return nested, with_exact_losses(known, model, sites, bases, nested, sums, images, world, basis, run.seed)
+
+
+def chosen_widths(
+    collected: Collected, channels: Channels, plans: Planner, spectra: Spectra | None, world: World
+) -> WidthChoice:
+    """The widths that go with the budget."""
+    model, groups = collected.model, [each.group for each in channels.groups]
+    costs = costs_within(model, groups, plans, spectra, collected.image)
+    return choose_widths(model, channels, costs, plans.rule.amount, plans.round_to, world)
+
+
+def narrowed(collected: Collected, network: nn.Module, world: World) -> Collected:
+    """The same of a network from which channels were removed."""
+    everything = world.from_first(lambda: _surveyed(network, collected.image))
+    found = everything.select(collected.run.compression.sites)
+    narrow = replace(collected, model=network, everything=everything, found=found, channels=None)
+    return _with_statistics(narrow, collected.patches, world)
