@@ -91,7 +91,9 @@ class Planner:
             note += "; what can be reached follows from times that a run measures on its device"
         elif self.rule.kind == "budget":
             least = budget_of(self.rule, self.survey, self.round_to, self.side, forms=self.forms).least
-            note += f"; the least that ranks alone can reach is {least} of the dense network's {self.rule.of}"
+            note += (
+                f"; the least that can be reached is {least} of the dense network's {self.rule.of} by ranks alone"
+            )
         return undecided(self.survey), note
 
     def rounds(self, target: Plan, step: float) -> list[Plan]:

@@ -27,7 +27,7 @@ from dist_prune.network.published import options_of
 from dist_prune.network.sites import Site
 from dist_prune.run.checkpointing import Resumable
 from dist_prune.run.job import Job, Stage, calibration, probe, share_bits, statistics_split, watched_validation
-from dist_prune.run.state import Directions
+from dist_prune.run.state import SiteDirections
 from dist_prune.run.train import train
 from dist_prune.statistics import collect as statistics
 from dist_prune.statistics.collect import Statistics
@@ -132,28 +132,28 @@ def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:
     job.report.layers(found, job.state.chosen)
 
 
-def directions_with_losses(job: Job, gathered: Statistics) -> Directions:
+def directions_with_losses(job: Job, gathered: Statistics) -> SiteDirections:
     """Of all sites of the network whose layers are factored."""
     found = directions(job, job.state.source, job.survey.sites, gathered)
     return replace(found, spectra=losses_that_hold(job, job.state.source, gathered, found))
 
 
-def directions(job: Job, model: nn.Module, sites: Sequence[Site], gathered: Statistics) -> Directions:
+def directions(job: Job, model: nn.Module, sites: Sequence[Site], gathered: Statistics) -> SiteDirections:
     """The bases of these sites of the network, the chains of other forms, and what all of these are worth."""
     method, forms = job.config.compression.basis, job.planner.projected_forms
     with job.report.phase("bases"):
         bases = solve(model, sites, gathered, method, job.config.seed, job.world)
         nested = nested_of(model, sites, forms, bases, gathered, method.damping, job.world)
-    return Directions(bases, nested, spectra_of(bases, method, nested))
+    return SiteDirections(bases, nested, spectra_of(bases, method, nested))
 
 
-def projected(job: Job, source: nn.Module, sites: Sequence[Site], found: Directions, plan: Plan) -> nn.Module:
+def projected(job: Job, source: nn.Module, sites: Sequence[Site], found: SiteDirections, plan: Plan) -> nn.Module:
     """`source` projected, with the same bits on all ranks."""
     side = job.config.compression.basis.side
     return share_bits(job, project(source, sites, found.bases, plan, side, found.nested))
 
 
-def losses_that_hold(job: Job, model: nn.Module, gathered: Statistics, found: Directions) -> Spectra | None:
+def losses_that_hold(job: Job, model: nn.Module, gathered: Statistics, found: SiteDirections) -> Spectra | None:
     """The spectra of all sites with exact losses, where the method has such."""
     passes, method = passes_of(job), job.config.compression.basis
     with job.report.phase("losses"):

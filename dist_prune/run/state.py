@@ -18,7 +18,7 @@ from dist_prune.width.narrowing import KeptChannels, narrowed
 
 
 @dataclass(frozen=True)
-class Directions:
+class SiteDirections:
     """What sites can be reduced to: their bases, chains of other forms, and what all of these are worth."""
 
     bases: Mapping[str, Basis]
@@ -54,7 +54,7 @@ class State:
     narrow: nn.Module | None = None
     network: nn.Module | None = None
     unfolded: bool = False
-    directions: Directions | None = None
+    directions: SiteDirections | None = None
 
     @property
     def chosen(self) -> Plan:

@@ -49,14 +49,19 @@ class GroupLosses:
 
     @property
     def losses(self) -> Floats:
-        """At each width, (c + 1,), nats per image; never rising with the width."""
+        """At each width, (c + 1,), nats per image; never rising with the width, and as measured where it was."""
         predicted = self.elimination.losses
         if not self.ratios:
             return predicted
-        known = sorted(self.ratios)
-        logarithms = np.interp(np.arange(len(predicted)), known, [math.log(self.ratios[w]) for w in known])
-        scaled: Floats = np.maximum.accumulate((predicted * np.exp(logarithms))[::-1])[::-1]
-        return scaled
+        places, known = np.arange(len(predicted)), np.array(sorted(self.ratios))
+        floored = predicted.clip(min=SMALLEST)
+        ratios = np.array([self.ratios[width] for width in known])
+        real = np.maximum.accumulate((floored[known] * ratios)[::-1])[::-1]
+        scaled = floored * np.exp(np.interp(places, known, np.log(ratios)))
+        most = np.append(np.inf, real)[np.searchsorted(known, places, "right")]  # between two that were measured
+        least = np.append(real, 0.0)[np.searchsorted(known, places)]
+        scaled = np.append(scaled.clip(least, most)[:-1], 0.0)
+        return np.maximum.accumulate(scaled[::-1])[::-1]
 
     def kept(self, width: int) -> KeptChannels:
         """The channels that stay at a width."""

@@ -44,7 +44,7 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCosts:
     """A layer that costs `unit` for each output and input, and `each` for each output; or is in one of `forms`."""
 
     outputs: _Side
@@ -85,7 +85,7 @@ class WidthCosts:
     A layer between two groups costs the product of their widths; what is in none of `layers` is `fixed`.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCosts, ...]
     full: tuple[int, ...]
     fixed: int
     total: int
@@ -96,7 +96,7 @@ class WidthCosts:
         return self.fixed + sum(int(layer.cost(widths, o)) for layer, o in zip(self.layers, chosen, strict=True))
 
     @cached_property
-    def of_group(self) -> tuple[tuple[Layer, ...], ...]:
+    def of_group(self) -> tuple[tuple[LayerCosts, ...], ...]:
         """For each group, the layers that its width changes."""
         return tuple(
             tuple(layer for layer in self.layers if place in (layer.outputs.group, layer.inputs.group))
@@ -144,17 +144,17 @@ def _layer(
     taken: tuple[int, Consumer] | None,
     of: str,
     forms: Forms | None,
-) -> Layer:
+) -> LayerCosts:
     if not isinstance(module, nn.Conv2d | nn.Linear):  # batch norm and the like: entries alone
         entries = sum(p.numel() // len(p) for p in module.parameters())
-        return Layer(_Side(0, made), _Side(0), 0, entries if of == "params" else 0)
+        return LayerCosts(_Side(0, made), _Side(0), 0, entries if of == "params" else 0)
     outputs, inputs = module.weight.shape[:2]
     area = module.weight[0, 0].numel()
     side = _Side(inputs, taken[0], taken[1].repeat) if taken else _Side(inputs)
     if of == "macs":
-        return Layer(_Side(outputs, made), side, values // outputs * area, 0, forms)
+        return LayerCosts(_Side(outputs, made), side, values // outputs * area, 0, forms)
     biased = module.bias is not None or taken is not None
-    return Layer(_Side(outputs, made), side, area, int(biased), forms)
+    return LayerCosts(_Side(outputs, made), side, area, int(biased), forms)
 
 
 def _counted(model: nn.Module, modules: Mapping[str, nn.Module], image: Tensor) -> tuple[Counter[str], int]:

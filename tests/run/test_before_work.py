@@ -125,7 +125,6 @@ def test_statistics_of_a_network_that_is_trained_first_can_be_taken(bench: Bench
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ({"width": 0.5, "ranks": "budget:macs=0.8"}, "--statistics with --width 0.5"),
         ({"ranks": "budget:macs=0.8", "forms": "all"}, "has no patch moments of 0"),
     ],
 )
