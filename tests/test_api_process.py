@@ -151,8 +151,8 @@ def test_forms_are_part_of_a_plan() -> None:
 def test_one_collection_serves_several_budgets() -> None:
     first = compress(model(), [images()], 0.7)
     for ranks in (0.5, "uniform:0.5", {"2": 4}):
-        again, anew = first.replan(ranks), compress(model(), [images()], ranks)
-        assert again.plan.ranks == anew.plan.ranks and again.kl == pytest.approx(anew.kl, rel=1e-3)
+        again, fresh = first.replan(ranks), compress(model(), [images()], ranks)
+        assert again.plan.ranks == fresh.plan.ranks and again.kl == pytest.approx(fresh.kl, rel=1e-3)
     plain = compress(model(), [images()], "uniform:0.5")
     with pytest.raises(ConfigError, match="other forms than the statistics were collected for"):
         plain.replan(0.5)
@@ -250,8 +250,8 @@ def test_networks_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Pat
     found.save(tmp_path / "sound")
     found.model[5].expand.bias.data[0] = float("nan")
     with pytest.raises(dist_prune.UnsoundError, match=r"1 of 9 tensors.*5\.expand\.bias"):
-        found.save(tmp_path / "spoilt")
-    assert not (tmp_path / "spoilt").exists()
+        found.save(tmp_path / "not-finite")
+    assert not (tmp_path / "not-finite").exists()
 
 
 def test_the_figures_of_a_compression_are_printed_as_a_table() -> None:

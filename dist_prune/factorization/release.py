@@ -47,10 +47,10 @@ def require_finite(network: nn.Module) -> None:
         UnsoundError: one holds NaN or infinity; up to three are named.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
-    spoilt = [name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())]
-    if spoilt:
-        named = ", ".join(spoilt[:3]) + (", …" if len(spoilt) > 3 else "")
+    not_finite = [name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())]
+    if not_finite:
+        named = ", ".join(not_finite[:3]) + (", …" if len(not_finite) > 3 else "")
         raise UnsoundError(
-            f"{len(spoilt)} of {len(tensors)} tensors of the compressed network hold NaN or infinity: {named}; "
-            f"leave these layers out with --sites, or keep more ranks"
+            f"{len(not_finite)} of {len(tensors)} tensors of the compressed network hold NaN or infinity: "
+            f"{named}; leave these layers out with --sites, or keep more ranks"
         )

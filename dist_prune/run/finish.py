@@ -42,7 +42,7 @@ def finish(job: Job) -> None:
     result = outcome(job, after)
     job.world.from_first(lambda: draw(job, result))
     job.world.from_first(lambda: files.write_text(job.folder / "result.json", files.to_json(result)))
-    job.report.say(told_outcome(job, result))
+    job.report.say(format_outcome(job, result))
     if job.report.curves is not None:
         job.report.curves.settings(*to_compare(job, result))
 
@@ -91,7 +91,7 @@ def to_compare(job: Job, result: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     return settings, {"final/top1": last.top1, "final/kl": last.kl or 0.0, "final/loss": last.loss} | shares
 
 
-def told_outcome(job: Job, result: dict[str, Any]) -> str:
+def format_outcome(job: Job, result: dict[str, Any]) -> str:
     """The summary: accuracy at every stage, cost, and where everything is."""
     rows = [
         [stage, f"{m.top1:.2f} %", f"{m.top5:.2f} %", f"{m.loss:.4f}", "" if m.kl is None else f"{m.kl:.4f}"]

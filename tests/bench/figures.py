@@ -38,14 +38,14 @@ class Figure:
 
     def cells(self) -> list[str]:
         """For the table."""
-        value = NOT_MEASURED if self.value is None else _told(self.value, self.unit)
+        value = NOT_MEASURED if self.value is None else _formatted(self.value, self.unit)
         bounds = "" if self.low is None or self.high is None else f"{self.low:.3g}–{self.high:.3g}"
         sign = "≥" if self.at_least else "≤"
         target = "" if self.target is None else f"{sign} {self.target:.2f} {self.verdict}".rstrip()
         return [self.name, value, bounds, target]
 
 
-def _told(value: float, unit: str) -> str:
+def _formatted(value: float, unit: str) -> str:
     number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{number} {unit}".rstrip()
 

@@ -42,12 +42,12 @@ def networks(kind: type[nn.Module] = CifarResNet) -> tuple[nn.Module, nn.Module]
     """A network, and one with statistics far off."""
     dense = seeded(lambda: kind(20, 5))
     reestimate_as_reference(dense)
-    spoilt = copy.deepcopy(dense)
+    shifted = copy.deepcopy(dense)
     with torch.no_grad():
-        for norm in norms(spoilt).values():
+        for norm in norms(shifted).values():
             norm.running_mean += 0.5 * norm.running_var.sqrt()
             norm.running_var *= 1.5
-    return dense, spoilt
+    return dense, shifted
 
 
 def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -84,15 +84,15 @@ def reestimate_as_reference(model: nn.Module) -> None:
 def test_in_the_end_every_layer_has_the_statistics_of_what_reaches_it(
     kind: type[nn.Module], memory: int, world: World
 ) -> None:
-    dense, spoilt = networks(kind)
-    result = reestimate(dense, spoilt, calibration(), memory, world)
+    dense, shifted = networks(kind)
+    result = reestimate(dense, shifted, calibration(), memory, world)
     assert result.kept and result.layers == len(norms(dense)) == 19
-    for name, rows in reaching(spoilt).items():
-        norm = norms(spoilt)[name]
+    for name, rows in reaching(shifted).items():
+        norm = norms(shifted)[name]
         torch.testing.assert_close(norm.running_mean.double(), rows.mean(1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm.running_var.double(), rows.var(1), rtol=1e-4, atol=1e-6)
-    for name, tensor in dense.state_dict().items():  # which had them before it was spoilt
-        torch.testing.assert_close(spoilt.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    for name, tensor in dense.state_dict().items():  # which had them before it was shifted
+        torch.testing.assert_close(shifted.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_what_does_not_help_is_not_kept(world: World) -> None:
@@ -105,8 +105,8 @@ def test_what_does_not_help_is_not_kept(world: World) -> None:
 
 
 def share(world: World) -> tuple[Reestimation, dict[str, Tensor]]:
-    dense, spoilt = networks()
-    return reestimate(dense, spoilt, calibration(world.rank, world.size), PLENTY, world), spoilt.state_dict()
+    dense, shifted = networks()
+    return reestimate(dense, shifted, calibration(world.rank, world.size), PLENTY, world), shifted.state_dict()
 
 
 @pytest.mark.parametrize("size", [2, 3])

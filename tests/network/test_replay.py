@@ -204,10 +204,10 @@ def same() -> nn.Module:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_correction_is_that_of_a_traced_network_with_plain_targets(size: int) -> None:
-    for (plain, text), (again, told_again) in run_ranks(both_ways, size, same):
-        assert [o.chosen for o in text] == [o.chosen for o in told_again]
+    for (plain, text), (again, text_again) in run_ranks(both_ways, size, same):
+        assert [o.chosen for o in text] == [o.chosen for o in text_again]
         assert any(o.chosen != "kept" for o in text)
-        for first, second in zip(text, told_again, strict=True):
+        for first, second in zip(text, text_again, strict=True):
             assert first.tried == pytest.approx(second.tried, rel=1e-9)
         for name, tensor in plain.items():
             torch.testing.assert_close(again[name], tensor, rtol=1e-9, atol=1e-12)

@@ -16,7 +16,7 @@ from dist_prune.config.recipes import RECIPES, parse
 from dist_prune.config.run import Method, to_dict
 from dist_prune.reporting.html.account import METHODS, account
 from dist_prune.reporting.html.charts import axis_of, plot, scatter
-from dist_prune.reporting.html.page import told_time
+from dist_prune.reporting.html.page import format_time
 from tests.browser import Browser
 from tests.commands import PROGRAM, Done
 from tests.runs import SITES, WHOLE, Bench, copied, result_of
@@ -295,7 +295,7 @@ def test_what_did_not_run_is_not_told() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2 s"), (65, "1:05"), (3723.4, "1:02:03")])
 def test_times(seconds: float, text: str) -> None:
-    assert told_time(seconds) == text
+    assert format_time(seconds) == text
 
 
 def test_charts_are_in_per_cent_downwards_and_skip_what_is_no_number() -> None:

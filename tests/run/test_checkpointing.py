@@ -19,7 +19,7 @@ from dist_prune.run.resume import place_of
 from tests.commands import Done
 from tests.runs import CLASSES, SITES, STAGES, TRAIN, Bench, content, copied, curves, points, result_of
 
-# ── leaving off and coming back ────────────────────────────────────────────────────────────────────────────
+# ── checkpointing and resuming ──────────────────────────────────────────────────────────────────────────────
 
 TUNED = 5  # the first checkpoint of fine-tuning, after those of four stages
 EPOCHS = 40  # enough that a run killed after its first epoch has not ended when the signal arrives

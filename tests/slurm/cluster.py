@@ -246,7 +246,7 @@ def processes(*variables: str) -> list[int]:
 
 def wait_for(holds: Callable[[], object], deadline_s: float, what: str) -> None:
     """Poll until it holds; AssertionError after the deadline."""
-    assert with_patience(holds, deadline_s), f"waited {deadline_s:g} s in vain for {what}"
+    assert with_patience(holds, deadline_s), f"timed out after {deadline_s:g} s: {what}"
 
 
 def with_patience(holds: Callable[[], object], deadline_s: float) -> bool:

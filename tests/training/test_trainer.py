@@ -283,7 +283,7 @@ def test_distillation_is_hinton_s_loss() -> None:
     assert not found.requires_grad
 
 
-def test_a_taught_network_comes_closer_to_its_teacher(world: World) -> None:
+def test_a_distilled_network_comes_closer_to_its_teacher(world: World) -> None:
     """Labels are worthless here: what is learned, is learned from the dense network."""
     torch.manual_seed(3)
     dense, share = network(1, norm=False).eval(), batches(100, 16)

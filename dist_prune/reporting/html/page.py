@@ -113,11 +113,11 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"si": si, "time": told_time, "cell": lambda text: str(text).replace("|", "\\|")}
+    found.filters |= {"si": si, "time": format_time, "cell": lambda text: str(text).replace("|", "\\|")}
     return found
 
 
-def told_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Such as 1:02:03, 2:03, or 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
