@@ -141,6 +141,8 @@ def test_statistics_that_lack_what_later_stages_need_are_refused_at_once(
 
 def as_nobody(*words: str) -> int:
     """The program for a user who may read everything, and write little."""
+    import encodings.idna  # noqa: F401  for host names: Python itself may lie where only root can read
+
     from dist_prune.cli.main import main
 
     if os.geteuid() == 0:
