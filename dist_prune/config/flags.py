@@ -58,11 +58,13 @@ FORMS = ("output", "input", "vertical", "horizontal", "tucker")  # what a site c
 def parse_forms(text: str) -> tuple[str, ...]:
     """Read a list of forms: `all`, or names separated by commas; `dense` may be among them, as sites may stay so.
 
+    `dense` alone is no form at all.
+
     Raises:
-        ConfigError: unknown names, close ones are offered; or none.
+        ConfigError: unknown names, close ones are offered; or no names.
     """
-    if text == "all":
-        return FORMS
+    if text in ("all", "dense"):
+        return FORMS if text == "all" else ()
     names = [name.strip() for name in text.split(",") if name.strip() not in ("", "dense")]
     require(bool(names), f"--forms {text}: expected auto, all, or some of {', '.join(FORMS)}")
     for name in names:

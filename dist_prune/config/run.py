@@ -184,7 +184,7 @@ class CompressionConfig:
     forms: str = "auto"
     """What a site can become where ranks come from a budget: all, or some of output (k×k → 1×1), input (1×1 →
     k×k), vertical (k×1 → 1×k), horizontal (1×k → k×1), tucker (1×1 → k×k → 1×1), comma-separated. auto: all with
-    fisher and pca and a budget, else output."""
+    fisher and pca and a budget, else output; dense, with --width on: nothing but narrower."""
     sites: str = "*"
     """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
@@ -205,6 +205,10 @@ class CompressionConfig:
         )
         _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
         if self.forms != "auto":
+            _require(
+                bool(parse_forms(self.forms)) or self.width == "on",
+                f"--forms {self.forms} with --width off: nothing would be compressed; use auto, or --width on",
+            )
             others = [form for form in parse_forms(self.forms) if form != "output"]
             _require(
                 not others or rule.kind == "budget",

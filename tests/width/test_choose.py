@@ -68,6 +68,14 @@ def test_parameters_can_be_the_budget() -> None:
     assert found.compressed.params == sum(p.numel() for p in found.model.parameters())
 
 
+def test_channels_alone() -> None:
+    found = compress(wasteful(), images(), "budget:macs=0.5", width="on", forms="dense", correct="none")
+    assert found.kept and not found.plan.factored
+    assert 0.45 * found.dense.macs < found.compressed.macs <= 0.5 * found.dense.macs
+    with pytest.raises(ConfigError, match="nothing would be compressed"):
+        compress(wasteful(), images(), "budget:macs=0.5", forms="dense")
+
+
 def test_only_chosen_layers_lose_channels() -> None:
     model = wasteful()
     found = removable_groups(model, survey(model, images()[0][:1]).select("second,head").sites, images()[0][:2])

@@ -1,5 +1,8 @@
 """The greedy order and its losses, against solving every candidate from the start in float64."""
 
+import time
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -74,3 +77,21 @@ def test_prediction_is_the_regression_on_the_channels_kept() -> None:
     inputs = torch.cat([rows[:, [0, 2, 3]], torch.ones(100, 1, dtype=torch.float64)], 1)
     solution = torch.linalg.lstsq(inputs, rows).solution
     torch.testing.assert_close(rows[:, [0, 2, 3]] @ found.weights.T + found.offset, inputs @ solution)
+
+
+@pytest.mark.slow
+def test_4096_channels_take_less_than_20_seconds_of_one_core() -> None:
+    """An MLP's hidden units: 1,024 outputs, more rows than channels."""
+    count, threads = 4096, torch.get_num_threads()
+    rows = torch.randn(5000, count, dtype=torch.float64)
+    weight = torch.randn(1024, count, dtype=torch.float64)
+    term = Term(rows.mT @ rows / len(rows), weight.mT @ weight)
+    torch.set_num_threads(1)
+    try:
+        begun = time.process_time()
+        found = eliminate([term], 1e-3)
+        spent = time.process_time() - begun
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(found.order) == list(range(count))
+    assert spent < 20, f"{spent:.1f} s"
