@@ -55,6 +55,21 @@ def test_the_ranks_of_a_group_end_with_what_one_process_finds_in_all_their_image
             assert all(torch.equal(tensor, everywhere[0][3][name]) for name, tensor in state.items())
 
 
+def narrowed_on_ranks(world: World) -> tuple[dict[str, tuple[int, ...]], float, dict[str, Tensor]]:
+    found = compress(model(), share(world), 0.5, width="on", forms="dense", calibrate_images=40)
+    return {each.group.name: each.channels for each in found.kept}, found.kl or 0.0, found.model.state_dict()
+
+
+def test_the_ranks_of_a_group_remove_the_same_channels_as_one_process() -> None:
+    (alone,) = run_ranks(narrowed_on_ranks, 1)
+    assert alone[0]
+    for size in (2, 3):
+        everywhere = run_ranks(narrowed_on_ranks, size)
+        for kept, kl, state in everywhere:
+            assert kept == alone[0] and kl == pytest.approx(alone[1], rel=1e-2)
+            assert all(torch.equal(tensor, everywhere[0][2][name]) for name, tensor in state.items())
+
+
 def astray(world: World, kind: str) -> None:
     network, batches = model(), share(world)
     if world.rank == 1:

@@ -87,6 +87,9 @@ def uniform(network: nn.Module, image: Tensor, budget: float, step: float = 0.00
 
 WAYS: dict[str, Way] = {
     "ours": by_budget,
+    "ours, width and forms": partial(by_budget, width="on"),
+    "ours, width alone": partial(by_budget, width="on", forms="dense"),
+    "ours, width and forms, not corrected": partial(by_budget, width="on", correct="none"),
     "ours, output form only": partial(by_budget, forms="output"),
     "ours, not corrected": partial(by_budget, correct="none"),
     "PCA, uniform": uniform_pca,
@@ -100,7 +103,7 @@ def read(folder: Path, spec: ImageSpec, count: int) -> Batches:
     split = list_unlabelled(folder)
     split = split.subset(count, 0) if count else split
     with joined("cpu") as world:
-        stream = evaluation_stream(split, spec, world, 25, 2)
+        stream = evaluation_stream(split, spec, world, 10, 2)  # each with its graph in memory
         names = [Path(name).name for name in split.files]
         classes = torch.tensor([int(name.partition("-")[0]) for name in names])
         return [(batch.images.cpu(), classes[batch.indices.cpu()]) for batch in stream if len(batch.images)]

@@ -85,6 +85,16 @@ def test_a_killed_run_resumes_to_the_very_same_network(bench: Bench, both: Path,
     assert result_of(folder)["parameter_hash"] == result_of(both)["parameter_hash"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [{"step": 0.7}, {"alternate": 1}])
+def test_rounds_begin_with_the_narrow_network(bench: Bench, tmp_path: Path, way: dict[str, object]) -> None:
+    flags = {**NARROW, "ranks": "budget:macs=0.3", "correct": "none", "distill_steps": None, "tune_epochs": 1}
+    bench.commands.succeed(*bench.words(tmp_path / "run", **flags, **way), ranks=2)
+    result = result_of(tmp_path / "run")
+    assert kept(tmp_path / "run") and result["macs"]["compressed"] <= 0.3 * result["macs"]["dense"]
+    assert digest(load_compressed(tmp_path / "run")) == result["parameter_hash"]
+
+
 @pytest.mark.parametrize("form", ["onnx", "torch-export", "state-dict", "python"])
 def test_exports_compute_the_same(bench: Bench, both: Path, tmp_path: Path, form: str) -> None:
     """What is written is read back and compared; a difference is an error."""

@@ -1,6 +1,7 @@
 """Which channels can be removed, and why the others stay."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -137,6 +138,7 @@ def test_what_cannot_be_followed_stays_with_the_reason() -> None:
         ("vgg11_bn", 32, 10),
         ("mobilenet_v2", 32, 20),
         ("vit_b_16", 224, 12),  # the hidden units of each block
+        ("swin_t", 64, 12),
     ],
 )
 def test_torchvision(name: str, size: int, expected: int) -> None:
@@ -144,6 +146,17 @@ def test_torchvision(name: str, size: int, expected: int) -> None:
     assert len(found.groups) == expected
     names = [n for g in found.groups for n in g.producers]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224"]
+)
+def test_hidden_units_of_transformers_in_timm(name: str) -> None:
+    """Linear, activation, dropout, linear: one group for each block."""
+    found = groups_of(timm.create_model(name), 3, 224, 224)
+    assert [
+        (g.name.endswith("mlp.fc1"), [c.name.endswith("mlp.fc2") for c in g.consumers]) for g in found.groups
+    ] == [(True, [True])] * 12
 
 
 def test_people_see_groups_and_reasons() -> None:
