@@ -53,7 +53,8 @@ require_on_every_node() {
 # this shell only has to outlive the signals, and a wait that a trap broke off is taken up again.
 run_ranks() {
     trap : TERM USR1 USR2
-    srun --kill-on-bad-exit=1 --ntasks-per-node="${SLURM_TASKS_PER_NODE%%(*}" \
+    # Neighbouring ranks on one socket, as their GPUs are; SLURM's own default deals them out in turns.
+    srun --kill-on-bad-exit=1 --distribution=block:block --ntasks-per-node="${SLURM_TASKS_PER_NODE%%(*}" \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" </dev/null &
     local ranks=$! status=0
     wait "$ranks" || status=$?

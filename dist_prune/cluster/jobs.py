@@ -140,7 +140,12 @@ def parameters(
         "signal_delay_s": min(WARNING_S, shape.minutes * 20),
         "array_parallelism": shape.parallel,
         "setup": setup,
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={shape.cpus}", "--open-mode=append"],
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            "--distribution=block:block",
+            f"--cpus-per-task={shape.cpus}",
+            "--open-mode=append",
+        ],
         "additional_parameters": {"requeue": True, **site.sbatch},
     }
     if dependency:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from dist_prune.config.run import Augment, ImageSpec
 from dist_prune.data.dali_errors import cause_of, explain
 from dist_prune.data.dataset import Split
+from dist_prune.data.in_flight import InFlight, aboard
 from dist_prune.data.listing import DataError
 from dist_prune.data.shards import COMPONENT, DIGITS, positions_of, write_reader_index
 
@@ -69,8 +71,14 @@ class Batch:
 
 def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
     """(N, 3, H, W) uint8 → (N, 3, H, W) float32: (pixels/255 − mean)/std, on the device of `pixels`."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (spec.mean, spec.std))
+    mean, std = _constants(spec, pixels.device)
     return pixels.div(255).sub_(mean).div_(std)  # in place: new pages cost more than the arithmetic
+
+
+@functools.cache  # a copy to a GPU waits for it
+def _constants(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
+    return mean, std
 
 
 @dataclass(eq=False)
@@ -99,6 +107,7 @@ class Stream:
         self._labels = torch.tensor(self.split.labels)
         archive = self.split.archive
         self._order = range(len(self.split)) if archive is None else archive.stored_order().tolist()
+        self._in_flight = InFlight()
         self._position = 0  # batches of this epoch already delivered
         self._checkpoint: str | None = None
         self._iterator: Any = None
@@ -258,7 +267,8 @@ class Stream:
             raise explain(error, self.split, self.spec, self._remaining()) from error
         found, device = parts["indices"], self.world.device
         indices = found.flatten().long() if self.split.archive is None else positions_of(found)
-        return Batch(parts["pixels"], self._labels[indices].to(device), indices.to(device))
+        self._in_flight.keep(list(parts.values()))
+        return Batch(parts["pixels"], aboard(self._labels[indices], device), aboard(indices, device))
 
     def _remaining(self) -> list[int]:
         """Positions that this rank may read, those that it is about to read first; training shards move about."""

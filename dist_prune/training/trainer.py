@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from dist_prune.config.flags import ConfigError, Distillation
 from dist_prune.config.training import TrainingConfig
@@ -63,7 +63,7 @@ class Trainer:
         trained = _synchronised(model) if settings.bn == "sync" else model
         self.replica = world.replicate(trained, broadcast_buffers=False)
         self.forward = torch.compile(self.replica) if settings.compile else self.replica
-        self.average = _running_average(model, settings.ema) if settings.ema else None
+        self.average = _RunningAverage(model, settings.ema) if settings.ema else None
         self.steps = steps
         self.loss = loss or (lambda logits, batch: cross_entropy(logits, batch, settings.label_smoothing))
         self.step = 0
@@ -258,10 +258,32 @@ def _synchronised(model: nn.Module) -> nn.Module:
     return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(twin))  # type: ignore[no-untyped-call]
 
 
-def _running_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Of all parameters and of batch norm's running statistics, which belong to them."""
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+class _RunningAverage(AveragedModel):
+    """Of all parameters and of batch norm's running statistics, which belong to them; counts are the model's.
+
+    PyTorch's own copies a number to the GPU for each type, which waits for it, and averages counts one by one.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move by 1 − decay towards the model, the first time all the way."""
+        both = list(zip(*map(_tensors, (self.module, model)), strict=True))
+        numbers = [pair for pair in both if pair[0].is_floating_point()]
+        counts = [pair for pair in both if not pair[0].is_floating_point()]
+        share = 1 - self.decay if self.n_averaged else 1.0
+        if numbers:
+            torch._foreach_lerp_([own for own, _ in numbers], [new for _, new in numbers], share)
+        if counts:
+            torch._foreach_copy_([own for own, _ in counts], [new for _, new in counts])
+        self.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 class _Window:

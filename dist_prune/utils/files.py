@@ -19,6 +19,7 @@ from torch import nn
 from dist_prune.utils import text as text_files
 
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # what file systems say that flush no folders
 
 
 class CheckpointError(RuntimeError):
@@ -55,6 +56,9 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNFLUSHABLE or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

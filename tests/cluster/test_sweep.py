@@ -116,7 +116,7 @@ def test_the_example_of_a_site_reaches_the_batch_script(tmp_path: Path) -> None:
         assert f"#SBATCH --{flag}" in lines
     assert "#SBATCH --array=0-1%1" in lines and "#SBATCH --requeue" in lines
     (srun,) = (line for line in lines if line.startswith("srun"))
-    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=3" in srun
+    assert "--kill-on-bad-exit=1" in srun and "--distribution=block:block" in srun and "--cpus-per-task=3" in srun
     assert "apptainer exec --nv /images/dist_prune.sif python -u -m submitit" in srun
     assert lines.index("module load cuda/12.8") < lines.index(srun)
     assert f"require_on_every_node {tmp_path}/code/COMMIT /images/train /images/val || exit" in lines

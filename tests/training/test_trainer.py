@@ -244,6 +244,28 @@ def test_the_running_average_is_what_is_left_at_the_end(world: World) -> None:
         assert not torch.equal(tensor, seen[-1][name])
 
 
+def test_the_running_average_copies_nothing_and_takes_two_operations_a_step(world: World) -> None:
+    """Whatever the number of layers: on a GPU each copy would be waited for, and each operation is a launch."""
+    from torch.profiler import ProfilerActivity, profile
+
+    trainer = Trainer(network(), TrainingConfig(epochs=1, batch_size=8, ema=0.9), 2, world)
+    assert trainer.average is not None
+    trainer.average.update_parameters(trainer.model)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        trainer.average.update_parameters(trainer.model)
+    names = [event.name for event in seen.events() if event.cpu_parent is None]
+    assert sorted(set(names) - {"aten::detach", "detach"}) == [
+        "aten::_foreach_copy_",
+        "aten::_foreach_lerp_",
+        *KEPT,
+    ]
+    counts = [b for b in trainer.average.buffers() if not b.is_floating_point()]
+    assert all(int(count) in (0, int(trainer.average.n_averaged)) for count in counts)
+
+
+KEPT = ["aten::add_", "aten::is_nonzero"]  # of the number of steps, which lies on the CPU
+
+
 def running(world: World, decay: float) -> list[torch.Tensor]:
     settings = TrainingConfig(epochs=1, batch_size=4, lr=1e-9, ema=decay)
     trainer = Trainer(network(), settings, 3, world)
