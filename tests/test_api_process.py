@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import dist_prune
 from dist_prune import BatchesError, CheckpointError, ConfigError, Plan, RankError, compress, load_compressed
 from dist_prune.distributed.world import World
+from dist_prune.factorization.losses import with_exact_losses
 from dist_prune.network.factored import Factored
+from dist_prune.run import collected
 from tests.ranks import RanksFailed, run_ranks
 
 
@@ -171,6 +173,22 @@ def test_one_collection_serves_several_budgets() -> None:
     plain = compress(model(), [images()], "uniform:0.5")
     with pytest.raises(ConfigError, match="other forms than the statistics were collected for"):
         plain.replan(0.5)
+
+
+def test_exact_losses_are_measured_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[object] = []
+
+    def counted(*arguments: Any) -> Any:
+        passes.append(arguments)
+        return with_exact_losses(*arguments)
+
+    monkeypatch.setattr(collected, "with_exact_losses", counted)
+    first = compress(model(), [images()], 0.6)
+    later = [first.replan(share) for share in (0.5, 0.4)]
+    assert len(passes) == 1
+    for share, found in zip((0.5, 0.4), later, strict=True):
+        alone = compress(model(), [images()], share)
+        assert found.plan == alone.plan and torch.equal(found.model(images(2)), alone.model(images(2)))
 
 
 def test_options_of_correction_and_statistics_reach_their_places() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal, TypeVar
 
@@ -42,6 +42,7 @@ from dist_prune.width.choose import (
 
 T = TypeVar("T")
 Judge = Literal["kl", "mse"]
+Directions = tuple[dict[str, dict[str, Nested]], Spectra | None]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Collected:
         progress: whether there is a bar.
         patches: whether the statistics tell of patches.
         channels: what can be removed; None if that was not asked for.
+        measured: what `directions` found for earlier choices of ranks, by the forms that they allowed.
     """
 
     run: Run
@@ -77,6 +79,7 @@ class Collected:
     progress: bool | None
     patches: bool = False
     channels: Channels | None = None
+    measured: dict[frozenset[str], Directions] = field(default_factory=dict, compare=False)
 
     @property
     def judge(self) -> Judge:
@@ -146,7 +149,7 @@ def _with_statistics(collected: Collected, patches: bool, world: World) -> Colle
     for text in statistics.warnings(sums, found.sites, basis, given.total):
         warn(naming_arguments(text))
     bases = solve(model, found.sites, sums, basis, run.seed, world)
-    return replace(collected, sums=sums, bases=bases, patches=patches)
+    return replace(collected, sums=sums, bases=bases, patches=patches, measured={})
 
 
 def _surveyed(model: nn.Module, image: Tensor) -> Survey:
@@ -196,10 +199,18 @@ class _Shown(Passes):
                 step()
 
 
-def directions(
-    collected: Collected, plans: Planner, world: World
-) -> tuple[dict[str, dict[str, Nested]], Spectra | None]:
-    """The chains of other forms than `output`, and what each rank of all forms loses."""
+def directions(collected: Collected, plans: Planner, world: World) -> Directions:
+    """The chains of other forms than `output`, and what each rank of all forms loses.
+
+    Exact losses take a pass over the images: they are measured once for all choices of ranks with the same forms.
+    """
+    forms = frozenset(plans.projected_forms)
+    if forms not in collected.measured:
+        collected.measured[forms] = _directions(collected, plans, world)
+    return collected.measured[forms]
+
+
+def _directions(collected: Collected, plans: Planner, world: World) -> Directions:
     model, sites, sums = collected.model, collected.found.sites, collected.sums
     bases, run = collected.bases, collected.run
     basis = run.compression.basis
