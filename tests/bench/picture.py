@@ -36,8 +36,9 @@ class Curve:
 
 
 CURVES = (
-    Curve("this, from 512 images", "… corrected, 512 images", "#2f81f7", "o"),
-    Curve("this, with label-free distillation", "… distilled, 4096 images", "#3fb950", "s"),
+    Curve("this, all forms, from 512 images", "all forms, corrected, 512 images", "#2f81f7", "o"),
+    Curve("this, k×k → 1×1 alone, from 512 images", "… corrected, 512 images", "#39c5cf", "P"),
+    Curve("… with label-free distillation", "… distilled, 4096 images", "#3fb950", "s"),
     Curve("BALF", "BALF", "#d29922", "^"),
     Curve("PCA, the same share of every layer", "PCA, uniform", "#a371f7", "D"),
     Curve("structured pruning, best of 3", PRUNING, "#f85149", "v"),
@@ -54,7 +55,7 @@ def points(rows: Iterable[Mapping[str, Any]], curve: Curve, tuning: str = "") ->
     """
     best: dict[float, tuple[float, float, float]] = {}
     for row in rows:
-        if row["way"].startswith(curve.begins):
+        if row["way"].startswith(curve.begins) and (not tuning or tuning in row["tuned"]):
             drop, deviation = row["tuned"][tuning][:2] if tuning else (row["drop"], row["drop_std"])
             budget = round(row["macs"], 1)  # 0.6 and 0.3: ways meet a budget to within a per cent
             best[budget] = min(best.get(budget, (0, float("inf"), 0)), (row["macs"], drop, deviation), key=_drop)
@@ -82,7 +83,9 @@ def draw(rows: Sequence[Mapping[str, Any]], text: str, grid: str) -> Figure:
 
 def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], tuning: str) -> None:
     for curve in CURVES:
-        macs, drops, deviations = zip(*points(rows, curve, tuning), strict=True)
+        if len(found := points(rows, curve, tuning)) == 1:
+            continue  # not tuned
+        macs, drops, deviations = zip(*found, strict=True)
         axes.errorbar(
             macs, [-drop for drop in drops], deviations, label=curve.label, color=curve.color, marker=curve.marker
         )
