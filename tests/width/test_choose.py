@@ -21,8 +21,10 @@ from dist_prune.width.groups import Consumer, Group, find_groups
 from dist_prune.width.moments import collect_channel_moments, term_of
 from dist_prune.width.narrowing import narrowed
 from tests.networks import NETWORKS, seeded
+from tests.width.test_groups import Block
 
-SLOW = [name for name in NETWORKS if name != "resnet20"]
+FAMILIES = {"gated": (Block, 16), **NETWORKS}
+SLOW = list(NETWORKS)
 
 
 class Wasteful(nn.Module):
@@ -122,9 +124,9 @@ def test_channels_that_too_few_images_can_tell_apart_are_not_free(world: World) 
     assert weighed.losses[24] > 0.3 * real > 100 * weighed.elimination.losses[24]
 
 
-@pytest.mark.parametrize("name", ["resnet20", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
-def test_the_budget_is_met_and_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
-    make, size = NETWORKS[name]
+@pytest.mark.parametrize("name", ["gated", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_the_budget_is_met_and_what_is_saved_or_exported_is_the_same(name: str, tmp_path: Path) -> None:
+    make, size = FAMILIES[name]
     x = torch.randn(48, 3, size, size, generator=torch.Generator().manual_seed(0))
     model = seeded(make)
     found = compress(model, x.split(16), 0.5, width="on", calibrate_images=24)
@@ -133,6 +135,8 @@ def test_the_budget_is_met_and_what_is_saved_is_loaded(name: str, tmp_path: Path
     again = load_compressed(tmp_path / "saved", seeded(make))
     with torch.no_grad():
         assert torch.equal(again(x[:4]), found.model(x[:4]))
+        exported = torch.export.export(found.model, (x[:4],)).module()
+        torch.testing.assert_close(exported(x[:4]), found.model(x[:4]))
 
 
 def test_without_a_budget_of_macs_or_out_of_reach_it_is_refused() -> None:
