@@ -16,8 +16,9 @@ from dist_prune.data.pack import folders_to_pack, pack
 class Packing:
     """Write the images of a folder into tar shards with an index, for --data or --calibrate-data.
 
-    Packs DATA/train and DATA/val, or DATA itself where neither is there, in a random order and byte by byte. Begun
-    before, it goes on: shards that are written are kept.
+    Packs DATA/train and DATA/val, or DATA itself where neither is there, in a random order.
+
+    Packing that was ended goes on: shards that are written are kept.
 
     Example: dist-prune pack /imagenet /imagenet-packed
     """
