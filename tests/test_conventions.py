@@ -39,6 +39,7 @@ NOT_OURS = {
     "--nproc-per-node",
     "--max-restarts",
     "--master-addr",
+    "--packed",  # of tests.bench.loading
     "--rdzv-backend",
     "--rdzv-endpoint",
     "--signals-to-handle",
