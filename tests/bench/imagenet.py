@@ -182,10 +182,15 @@ def main() -> None:
         for row in rows(name, network, options, images_of(options)):
             found.append(row)
             print(show(found), flush=True)
-    before = json.loads(options.output.read_text())["rows"] if options.output.is_file() else []
-    measured = {(row.network, row.way, row.budget) for row in found}
-    kept = [row for row in before if (row["network"], row["way"], row["budget"]) not in measured]
-    write_json(options.output, heading(COMMAND) | {"rows": [*kept, *map(asdict, found)]})
+            keep(options.output, row)
+
+
+def keep(output: Path, row: Row) -> None:
+    """Write the row beside those of other networks, ways and budgets."""
+    before = json.loads(output.read_text())["rows"] if output.is_file() else []
+    same = row.network, row.way, row.budget
+    kept = [other for other in before if (other["network"], other["way"], other["budget"]) != same]
+    write_json(output, heading(COMMAND) | {"rows": [*kept, asdict(row)]})
 
 
 def parsed() -> argparse.Namespace:
