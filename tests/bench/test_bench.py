@@ -53,6 +53,19 @@ def test_the_curvature_comparison_runs(tmp_path: Path) -> None:
     assert len(names) == 6
 
 
+@pytest.mark.slow
+def test_the_start_with_many_files_runs(tmp_path: Path) -> None:
+    """The second start finds the files sound and opens none."""
+    save(tmp_path / "data" / "x.jpg", picture(240, 230, 0))
+    output = tmp_path / "startup.json"
+    sizes = ["--files", "3000", "--ranks", "2", "--output", str(output)]
+    words = ["tests.bench.startup", "--images", str(tmp_path / "data"), *sizes]
+    subprocess.run([sys.executable, "-m", *words], check=True, timeout=280)
+    found = json.loads(output.read_text())
+    assert list(found["first"]["seconds"]) == ["joined", "listed", "checked", "first batch"]
+    assert found["second"]["read"] < 10_000 < found["first"]["read"] <= 3000 * 8192
+
+
 def test_the_comparison_of_loaders_runs(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for i in range(5):
