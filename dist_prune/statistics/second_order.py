@@ -68,6 +68,8 @@ class Sample:
 class SecondOrder:
     """What one pass found: the curve of each family, and the samples of the sites that they were wanted of.
 
+    Sites that the loss does not depend on have no sample.
+
     `crosses` has, of each site with two families that are used together, the mean product of what is left out of
     the first and of the second, (r₁ + 1, r₂ + 1): with both left out, ½E(s₁ + s₂)² = loss₁ + loss₂ + cross.
     """
@@ -237,11 +239,11 @@ class _Sampled(_Site):
         rows = output_rows(self.site, y).permute(1, 2, 0).double().cpu()
         return rows.reshape(-1, self.site.groups, self.site.width)
 
-    def sample(self, world: World) -> Sample:
-        """The rows of all ranks, in the images' order."""
+    def sample(self, world: World) -> Sample | None:
+        """The rows of all ranks, in the images' order; None if the loss of none depends on the site."""
         parts = [part for each in world.gather(self.parts) for part in each]
         if not parts:
-            raise StatisticsError(f"{self.site.name}: no image reaches it; is the statistics split empty?")
+            return None
         images = torch.cat([part.images for part in parts])
         order = images.argsort(stable=True)
         rows, g = torch.cat([p.rows for p in parts]), torch.cat([p.gradients for p in parts], 1)
@@ -301,7 +303,7 @@ def collect_losses(
     world.sum_(images, *crosses.values(), *(t for each in found.values() for t in (each.squares, each.fourths)))
     if not images:
         raise StatisticsError("no images for the exact losses; is the statistics split empty?")
-    samples = {each.site.name: each.sample(world) for each in kept}
+    samples = {each.site.name: sample for each in kept if (sample := each.sample(world)) is not None}
     curves = {key: _curve(family, images) for key, family in found.items()}
     sums = {key.site: curve.loss.sum() for key, curve in curves.items()}
     sums |= {name: sample.rows.sum() + sample.gradients.sum() for name, sample in samples.items()}
