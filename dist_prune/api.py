@@ -26,13 +26,13 @@ from dist_prune.factorization.spectra import unit_of
 from dist_prune.network.layers import unwrapped
 from dist_prune.network.outputs import Outputs, unanswering
 from dist_prune.network.sites import evaluating
-from dist_prune.run.collected import Collected, Judge, chosen_widths, collect, directions, narrowed
+from dist_prune.run.collected import Collected, Measure, chosen_widths, collect, directions, narrowed
 from dist_prune.utils.caller import bar, undisturbed, warn
 from dist_prune.width.listing import format_widths
 from dist_prune.width.narrowing import KeptChannels
 
 Correct = Literal["none", "refit", "regression"]
-UNITS: dict[Judge, str] = {"kl": "KL", "mse": "½·squared change"}  # as `unit_of` has them
+UNITS: dict[Measure, str] = {"kl": "KL", "mse": "½·squared change"}  # as `unit_of` has them
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +42,7 @@ class Compression:
     `dense` and `compressed` are the networks' own multiply-adds, of one image, and parameters, as counted in them.
     `predicted` is the loss that the plan expects, in `unit`, of all sites together; None where the method does not
     predict. `lost_projected` and `lost` are what the images held out, every eighth one, lose before and after
-    correction: KL(dense ‖ compressed) of the softmax, nats per image, or where `judged` is `mse` half the squared
+    correction: KL(dense ‖ compressed) of the softmax, nats per image, or where `measure` is `mse` half the squared
     change of the outputs, summed over channels; the mean over positions, where there are several. `kept` are the
     groups of channels that became narrower, with the channels that stay.
     """
@@ -53,7 +53,7 @@ class Compression:
     compressed: Cost
     predicted: float | None
     unit: str
-    judged: Judge
+    measure: Measure
     lost_projected: float
     lost: float
     kept: tuple[KeptChannels, ...]
@@ -62,18 +62,18 @@ class Compression:
 
     @property
     def kl_projected(self) -> float | None:
-        """Before correction; None where KL does not judge."""
-        return self.lost_projected if self.judged == "kl" else None
+        """Before correction; None where the measure is another."""
+        return self.lost_projected if self.measure == "kl" else None
 
     @property
     def kl(self) -> float | None:
-        """`lost`; None where KL does not judge."""
-        return self.lost if self.judged == "kl" else None
+        """`lost`; None where the measure is another."""
+        return self.lost if self.measure == "kl" else None
 
     def __repr__(self) -> str:
-        steps = [f"{self.predicted:.4g} predicted"] if self.unit == UNITS[self.judged] else []
+        steps = [f"{self.predicted:.4g} predicted"] if self.unit == UNITS[self.measure] else []
         steps += [f"{self.lost_projected:.4g} projected", f"{self.lost:.4g} in the end"]
-        return f"{self.table}\nheld-out {UNITS[self.judged]} to the dense network: {', '.join(steps)}"
+        return f"{self.table}\nheld-out {UNITS[self.measure]} to the dense network: {', '.join(steps)}"
 
     def replan(self, ranks: Ranks) -> Compression:
         """The same network at other ranks, from the same statistics, on every rank; otherwise as `compress`."""
@@ -234,8 +234,8 @@ def _compress(collected: Collected, ranks: str, world: World) -> Compression:
     network = unanswering(network, collected.given_model)
     table = widths + plans.format_table(plan, {}, unit)
     predicted = None if plan.loss is None else plan.loss + lost
-    judged = collected.judge
-    return Compression(network, plan, dense, cost, predicted, unit, judged, before, after, kept, table, collected)
+    measure = collected.measure
+    return Compression(network, plan, dense, cost, predicted, unit, measure, before, after, kept, table, collected)
 
 
 def _corrected(
@@ -245,7 +245,7 @@ def _corrected(
     model, images, run = collected.model, collected.images, collected.run
     if run.correction.correct == "none":
         with evaluating(model), evaluating(network):
-            before = divergence(network, holdout_logits(model, images), images.prepare, world, collected.judge)
+            before = divergence(network, holdout_logits(model, images), images.prepare, world, collected.measure)
         return before, before
     sites = correction.solvable(network, source.everything, run.correction)
     count = len(sites) * len(run.correction.dampings)
@@ -260,7 +260,7 @@ def _corrected(
             world,
             source=source.model,
             kept=kept,
-            loss=collected.judge,
+            loss=collected.measure,
             after_site=lambda _: step(),
         )
     for text in result.notes:

@@ -73,7 +73,7 @@ def divergence(dense: Tensor, other: Tensor) -> float:
 # ── several positions ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_segmentation_is_judged_by_the_mean_divergence_of_its_positions() -> None:
+def test_a_segmentation_is_measured_by_the_mean_divergence_of_its_positions() -> None:
     model, given = network(), images()
     with pytest.warns(UserWarning, match="logits of 5 classes at each of 144 positions"):
         found = compress(model, given, 0.5)
@@ -94,7 +94,7 @@ def test_all_directions_of_a_segmentation_are_the_identity() -> None:
 @pytest.mark.parametrize(("kind", "loss"), [(Segmenter, "kl"), (Segmenter, "mse"), (Regressor, "mse")])
 def test_what_is_lost_is_predicted_within_a_factor_of_two(kind: type[nn.Module], loss: Any) -> None:
     found = compress(network(kind), images(256), 0.8, loss=loss, correct="none", draws=4)
-    assert found.judged == loss
+    assert found.measure == loss
     assert found.predicted is not None and 0.5 < found.predicted / found.lost < 2
 
 
@@ -123,7 +123,7 @@ def test_a_segmentation_depends_on_no_number_of_ranks(size: int) -> None:
 # ── features and regressions ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_regression_is_judged_by_half_the_squared_change() -> None:
+def test_a_regression_is_measured_by_half_the_squared_change() -> None:
     model, given = network(Regressor), images()
     found = compress(model, given, 0.5, loss="mse")
     x = held_out(given)

@@ -38,9 +38,9 @@ def channels_of(
         StatisticsError: NaN or infinity, or no images.
     """
     with evaluating(dense):
-        judges = holdout_logits(dense, images)
+        holdout = holdout_logits(dense, images)
 
         def holdout_kl(network: nn.Module) -> float:
-            return divergence(network, judges, images.prepare, world, loss)
+            return divergence(network, holdout, images.prepare, world, loss)
 
         return weigh_channels(dense, groups, images.prepared, holdout_kl, metrics, Objective(loss, 1, seed), world)

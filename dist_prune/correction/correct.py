@@ -158,7 +158,7 @@ def correct(
         state: how far it had come before.
         source: the dense network without the channels that were removed, from which the compressed one was made.
         kept: the channels of the groups that lost some.
-        loss: of the outputs, `kl` or `mse`, see `probes.LOSSES`: what judges, and the metric is of.
+        loss: of the outputs, `kl` or `mse`, see `probes.LOSSES`: measured on the holdout, and the metric is of it.
         after_site: called after each site; the correction may be left there.
 
     Raises:

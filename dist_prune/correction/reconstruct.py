@@ -71,7 +71,7 @@ class Correction:
 
     `metrics` are the Fisher metrics of the sites' outputs, (g, c, c). `dense` is the network that `compressed` was
     made from: where channels were removed before, without those, and `outputs` says which are left of a site's.
-    `loss` judges.
+    `loss` is that of the holdout.
     """
 
     program: Route

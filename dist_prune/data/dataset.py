@@ -174,8 +174,8 @@ def _no_images(found: FolderListing) -> str:
 def _choose_classes(train: FolderListing, val: FolderListing, outputs: int, labelled: bool) -> tuple[str, ...]:
     own = tuple(train.folders) or tuple(val.folders)
     every = tuple(sorted({*map(_spelling, own), *map(_spelling, val.folders)}))
-    judged = [] if labelled else [tuple(val.folders)]  # whose labels alone are used
-    for names in (*judged, own, every):
+    measured = [] if labelled else [tuple(val.folders)]  # whose labels alone are used
+    for names in (*measured, own, every):
         if len(names) == outputs:
             return names
     return own

@@ -41,7 +41,7 @@ from dist_prune.width.choose import (
 )
 
 T = TypeVar("T")
-Judge = Literal["kl", "mse"]
+Measure = Literal["kl", "mse"]
 Directions = tuple[dict[str, dict[str, Nested]], Spectra | None]
 
 
@@ -82,7 +82,7 @@ class Collected:
     measured: dict[frozenset[str], Directions] = field(default_factory=dict, compare=False)
 
     @property
-    def judge(self) -> Judge:
+    def measure(self) -> Measure:
         """What the outputs' changes are measured by."""
         return "mse" if self.run.compression.basis.loss == "mse" else "kl"
 
@@ -137,7 +137,7 @@ def collect(
     collected = _with_statistics(collected, plans.needs_patches, world)
     if not groups:
         return collected
-    channels = channels_of(model, groups, images, collected.sums.curvature, run.seed, world, collected.judge)
+    channels = channels_of(model, groups, images, collected.sums.curvature, run.seed, world, collected.measure)
     return replace(collected, channels=channels)
 
 
@@ -162,7 +162,7 @@ def _surveyed(model: nn.Module, image: Tensor) -> Survey:
 
 
 def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
-    """This rank's part of the images to solve from, and to judge by; they are numbered again."""
+    """This rank's part of the images to solve from, and of the holdout; they are numbered again."""
     pixels, places = given.evenly(settings.calibrate_images)
     if settings.mirrored and pixels.dim() != 4:
         raise ConfigError(f"--mirrored: images are {tuple(pixels.shape[1:])}, expected (channels, height, width)")

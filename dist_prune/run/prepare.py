@@ -270,7 +270,7 @@ def require_classes(config: Run, dataset: Dataset) -> None:
 
 
 def require_calibration(config: Run, split: Split) -> None:
-    """Some of the images to correct from judge, the others are solved from: there must be both.
+    """Some of the images to correct from are held out, the others are solved from: there must be both.
 
     Raises:
         ConfigError: there are too few.
@@ -280,7 +280,7 @@ def require_calibration(config: Run, split: Split) -> None:
         where = "--calibrate-data" if config.correction.calibrate_data else "--data"
         raise ConfigError(
             f"{where}: {len(split)} images in {split.root} to correct from, expected at least {FEWEST}, better "
-            f"hundreds: every eighth judges; or use --correct none"
+            f"hundreds: every eighth is held out; or use --correct none"
         )
 
 
