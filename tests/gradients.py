@@ -1,5 +1,7 @@
 """Gradients of single images by a layer's weight, by torch.func: what second-order losses are checked against."""
 
+import gc
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -39,3 +41,9 @@ def output_gradients(model: nn.Module, site: Site, batch: Batch, seed: int, purp
     (sums,) = torch.autograd.grad(signed(model(batch.images), batch.indices, "kl", seed, purpose), shift)
     handle.remove()
     return sums
+
+
+def tensors_alive() -> int:
+    """Tensors of this process."""
+    gc.collect()
+    return sum(type(thing) is Tensor for thing in gc.get_objects())

@@ -111,7 +111,7 @@ def classes(output: dict[str, Tensor]) -> Tensor:
     return output["classes"]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_segmentation_depends_on_no_number_of_ranks(size: int) -> None:
     ((alone, weights),) = run_ranks(shared_out, 1)
     for lost, there in run_ranks(shared_out, size):

@@ -149,7 +149,7 @@ class _Sum:
         output = output if output.requires_grad else output.requires_grad_() + 0  # the graph begins here
         self.reachable = True
         x, y = call_of(self.view.site, args, kwargs, output)
-        source = self.view.source(x, y).detach()
+        source, shape = self.view.source(x, y).detach(), y.shape  # a hook that held y would keep it, and be kept
         version = source._version
         self.calls += 1
 
@@ -159,7 +159,7 @@ class _Sum:
                     f"{self.view.site.name}: its {self.view.side} is changed in place before the backward pass; "
                     f"write the network's in-place operation out of place, or leave the layer out with --sites"
                 )
-            self.pending.append((source, gradient.view(y.shape)))
+            self.pending.append((source, gradient.view(shape)))
             if len(self.pending) == self.calls:
                 self.add()
 

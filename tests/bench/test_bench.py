@@ -96,6 +96,7 @@ def test_the_comparison_of_solves_and_pass_runs(tmp_path: Path) -> None:
     assert few["ratio"] == pytest.approx(128.1167 * eight["ratio"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cost_of_planning_is_put_together_for_a_run(tmp_path: Path) -> None:
     output = tmp_path / "planning.json"
     words = [sys.executable, "-m", "tests.bench.planning", "--quick", "--output", str(output)]

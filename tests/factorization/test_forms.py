@@ -253,7 +253,8 @@ def test_the_list_of_forms() -> None:
     with pytest.raises(ConfigError, match=r"unknown form 'vertikal'; did you mean vertical\?"):
         parse_forms("output,vertikal")
     with pytest.raises(ConfigError, match="expected auto, all, or some of"):
-        parse_forms("dense")
+        parse_forms(", ")
+    assert parse_forms("dense") == ()
 
 
 def test_a_budget_takes_the_form_that_loses_least() -> None:

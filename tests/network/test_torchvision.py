@@ -121,7 +121,9 @@ def correct(
     outcomes = list(walk.run(sites))
     assert [o.site for o in outcomes] == [n for n in program.stops if n in {o.site for o in outcomes}]
     assert outcomes
-    assert all(min(o.tried.values()) == o.tried[o.chosen] for o in outcomes)
+    for outcome in outcomes:  # the best of those solved, unless the present one is clearly better
+        best = min(value for name, value in outcome.tried.items() if name != "kept")
+        assert outcome.tried[outcome.chosen] in (best, min(outcome.tried.values()))
 
 
 @pytest.mark.parametrize("name", LIGHT)

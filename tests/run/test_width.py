@@ -102,7 +102,7 @@ def test_exports_compute_the_same(bench: Bench, both: Path, tmp_path: Path, form
     bench.commands.succeed("export", folder, "--format", form, ranks=0, function=PROGRAM)
 
 
-@pytest.mark.parametrize("command", ["speed", "report", "compare"])
+@pytest.mark.parametrize("command", [pytest.param("speed", marks=pytest.mark.slow), "report", "compare"])
 def test_a_run_with_fewer_channels_is_read_like_any_other(
     bench: Bench, both: Path, narrow: dict[int, Path], tmp_path: Path, command: str
 ) -> None:

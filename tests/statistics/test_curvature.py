@@ -12,6 +12,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.sites import View, input_rows, output_rows, survey
 from dist_prune.statistics.curvature import STEPS, Objective, collect_curvature, hessian_step
 from dist_prune.statistics.moments import StatisticsError, collect_moments
+from tests.gradients import tensors_alive
 from tests.ranks import run_ranks
 
 IMAGES, CLASSES = 11, 4
@@ -322,3 +323,17 @@ def test_draws_at_several_positions_have_the_hessian_of_their_mean_loss(loss: st
         hessian = own.diag() - own.outer(own) if loss == "kl" else torch.eye(3, dtype=torch.float64)
         torch.testing.assert_close(here.T @ here / count, hessian / 2, rtol=0, atol=1e-2)
     torch.testing.assert_close(g[:, :, 0].T @ g[:, :, 1] / count, torch.zeros_like(p @ p.T), rtol=0, atol=1e-2)
+
+
+def test_no_activation_outlives_its_batch(world: World) -> None:
+    """A hook that holds its own tensor keeps it for ever: no collector sees the circle through autograd."""
+    model = network()
+    found = views(model)
+
+    def kept(batches: int) -> int:
+        step, many = STEPS["fisher"], [batch()] * batches
+        before = tensors_alive()
+        collect_curvature(model, found, many, world, step, Objective("kl"))
+        return tensors_alive() - before
+
+    assert kept(1) == kept(5) == 0

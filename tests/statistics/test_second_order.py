@@ -14,7 +14,7 @@ from dist_prune.network.sites import Site, View, survey, weight_of
 from dist_prune.statistics.moments import StatisticsError, collect_moments
 from dist_prune.statistics.second_order import Family, SecondOrder, collect_losses, signed
 from dist_prune.statistics.terms import ChainTerms, Directions, Terms, offset_of
-from tests.gradients import output_gradients, per_image
+from tests.gradients import output_gradients, per_image, tensors_alive
 from tests.ranks import run_ranks
 
 IMAGES, CLASSES, DRAWS = 11, 4, 3
@@ -250,3 +250,17 @@ def test_gradients_that_are_no_numbers_are_refused(world: World) -> None:
 def test_no_images_are_refused(world: World) -> None:
     with pytest.raises(StatisticsError, match="no images"):
         collected(world, network(), [batch(4, 4)])
+
+
+def test_no_activation_outlives_its_batch(world: World) -> None:
+    """See the test of the same name of the curvature."""
+    model = network()
+
+    def kept(batches: int) -> int:
+        _, families = collected(world, model, [batch()])
+        means = means_of(model, tuple(families), "output", world)
+        many, before = [batch()] * batches, tensors_alive()
+        collect_losses(model, families, means, many, world)
+        return tensors_alive() - before
+
+    assert kept(1) == kept(5) == 0
