@@ -22,7 +22,7 @@ from dist_prune.distributed.world import World
 from dist_prune.factorization.plan import Cost, Plan
 from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
-from dist_prune.factorization.spectra import unit_of
+from dist_prune.factorization.spectra import UNITS, unit_of
 from dist_prune.network.layers import unwrapped
 from dist_prune.network.outputs import Outputs, unanswering
 from dist_prune.network.sites import evaluating
@@ -32,7 +32,6 @@ from dist_prune.width.listing import format_widths
 from dist_prune.width.narrowing import KeptChannels
 
 Correct = Literal["none", "refit", "regression"]
-UNITS: dict[Measure, str] = {"kl": "KL", "mse": "½·squared change"}  # as `unit_of` has them
 
 
 @dataclass(frozen=True, repr=False)
@@ -171,6 +170,8 @@ def compress(
         StatisticsError: NaN or infinity, labels missing or too high, or gradients that do not reach a layer.
         UnsoundError: the compressed network would not be finite.
         RankError: another rank failed, or holds another network.
+
+    Layers with fewer rows than dimensions are warned of. See launch/README.md for the methods.
     """
     with arguments_named():
         require_one_of("method", method, [name for name in get_args(Method) if name != "random-init"])

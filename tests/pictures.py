@@ -10,6 +10,7 @@ from PIL import Image
 
 from dist_prune.config.run import ImageSpec
 from dist_prune.data.dataset import Split, list_images
+from dist_prune.data.loader import Stream
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class One:
 
     def report_trouble(self, text: str) -> None:
         pass
+
+
+def take(stream: Stream, count: int) -> list[torch.Tensor]:
+    """The pixels of its next batches, over as many epochs as that takes."""
+    taken: list[torch.Tensor] = []
+    while len(taken) < count:
+        for batch in stream.raw():
+            taken.append(batch.images)
+            if len(taken) == count:
+                break
+    return taken
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -160,7 +160,7 @@ def test_the_one_tensor_that_can_be_meant_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "shapes"),
     [
         (
             {"a": torch.zeros(2, 3), "b": torch.zeros(2)},
@@ -172,8 +172,8 @@ def test_the_one_tensor_that_can_be_meant_is_found() -> None:
         ("logits", "str"),
     ],
 )
-def test_otherwise_what_was_returned_is_listed(output: Any, told: str) -> None:
-    with pytest.raises(ModelError, match=f"returned {told}.*`outputs`"):
+def test_otherwise_what_was_returned_is_listed(output: Any, shapes: str) -> None:
+    with pytest.raises(ModelError, match=f"returned {shapes}.*`outputs`"):
         logits_of(output)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from dist_prune.distributed.launch_env import LaunchEnv
+from dist_prune.distributed.watchdog import RendezvousStore
 
 POLL_S = 1e-4  # while a GPU works
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -24,14 +24,6 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CP
 
 class DeviceError(ValueError):
     """The device asked for is not there."""
-
-
-class RendezvousStore(Protocol):
-    """What the ranks can write on before they are connected: torch's rendezvous store."""
-
-    def add(self, key: str, amount: int, /) -> int: ...
-    def set(self, key: str, value: str, /) -> None: ...
-    def wait(self, keys: list[str], /) -> None: ...
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

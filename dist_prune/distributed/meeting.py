@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from dist_prune.distributed.launch_env import LaunchEnv
-from dist_prune.distributed.watchdog import Board
+from dist_prune.distributed.watchdog import RendezvousStore
 
 POLL_S = 0.01
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -35,7 +35,7 @@ class Meeting:
     addresses: tuple[str, ...]
 
 
-def meet(store: Board, place: LaunchEnv, timeout_s: float) -> Meeting:
+def meet(store: RendezvousStore, place: LaunchEnv, timeout_s: float) -> Meeting:
     """Find the other ranks of this start at a store that earlier starts may have written on.
 
     A launcher's store outlives the ranks, some of which may have died before they joined: counting does not tell
@@ -68,7 +68,7 @@ def _key(place: LaunchEnv, what: str) -> str:
     return f"start{place.restart}/{what}"  # ranks of a start before, if they still live, are not even answered
 
 
-def _gather(store: Board, place: LaunchEnv, name: str, timeout_s: float) -> None:
+def _gather(store: RendezvousStore, place: LaunchEnv, name: str, timeout_s: float) -> None:
     """Answer every token until each rank was seen under the name: an old token may lie where a new one is due."""
     absent = set(range(1, place.size))
 

@@ -19,13 +19,14 @@ HEARD_S = 3.0  # how long a failing rank stays, so that the others still find it
 GRACE_S = 5.0  # how long a rank may take to raise another's error by itself, before its process is ended
 
 
-class Board(Protocol):
+class RendezvousStore(Protocol):
     """What the ranks can write on and read, whatever state their connections are in: torch's rendezvous store."""
 
     def add(self, key: str, amount: int, /) -> int: ...
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
+    def wait(self, keys: list[str], /) -> None: ...
     def compare_set(self, key: str, expected: str, wanted: str, /) -> bytes: ...
 
 
@@ -51,7 +52,9 @@ def describe(error: BaseException) -> str:
 class Alarm:
     """Carries the first error of any rank to all, through the rendezvous store and past any collective."""
 
-    def __init__(self, store: Board, watched: Board, place: LaunchEnv, where: Whereabouts) -> None:
+    def __init__(
+        self, store: RendezvousStore, watched: RendezvousStore, place: LaunchEnv, where: Whereabouts
+    ) -> None:
         """Begin to watch; `watched` is another connection to the store: the main thread may block in its own."""
         self.store = store
         self.place = place
@@ -86,7 +89,7 @@ class Alarm:
         except RuntimeError:
             return self.verdict or (self._store_is_gone() if broken else own)
 
-    def _died(self, ranks: Sequence[int], store: Board | None = None) -> str:
+    def _died(self, ranks: Sequence[int], store: RendezvousStore | None = None) -> str:
         """The error for ranks that left no message, with the trouble that one of them was last seen in."""
         board = store or self.store
         seen = [board.get(f"at/{rank}").decode() for rank in ranks if board.check([f"at/{rank}"])]
@@ -110,7 +113,7 @@ class Alarm:
             while self.store.add("heard", 0) < self.place.size > 1 and time.monotonic() < deadline:
                 time.sleep(POLL_S / 10)
 
-    def _beats(self, store: Board, rank: int) -> int:
+    def _beats(self, store: RendezvousStore, rank: int) -> int:
         return store.add(f"beats/{rank}", 0)
 
     def _silent_ranks(self) -> list[int]:
@@ -126,7 +129,7 @@ class Alarm:
     def _is_orphan(self) -> bool:
         return self.launcher not in (0, os.getppid())
 
-    def _watch(self, store: Board) -> None:
+    def _watch(self, store: RendezvousStore) -> None:
         """Show that this rank lives, watch over the next, and let an error of any rank end this one."""
         following = (self.place.rank + 1) % self.place.size
         beats, since = 0, time.monotonic()

@@ -14,6 +14,8 @@ from dist_prune.factorization.knapsack import Floats
 from dist_prune.factorization.nested import Nested
 from dist_prune.network.sites import Site
 
+UNITS = {"kl": "KL", "mse": "½·squared change"}  # of losses of a network's outputs, by `--loss`
+
 
 @dataclass(frozen=True)
 class Spectra:
@@ -87,7 +89,7 @@ def unit_of(method: MethodConfig) -> str:
         return ""
     if method.method != "fisher":
         return "relative loss"
-    return "KL" if method.loss.startswith("kl") else "½·squared change"
+    return UNITS["kl" if method.loss.startswith("kl") else method.loss]
 
 
 def spectra_of(

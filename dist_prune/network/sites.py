@@ -288,10 +288,10 @@ def output_rows(site: Site, y: Tensor) -> Tensor:
 
     Args:
         site: the layer.
-        y: what its module returned: (N, C, H, W) or (N, …, C).
+        y: what its module returned, (N, C, H, W) or (N, …, C); or what it was given, whose channels lie alike.
     """
     if site.kind == "linear":
-        return y.reshape(y.shape[0], -1, site.outputs).permute(2, 0, 1)
+        return y.reshape(y.shape[0], -1, y.shape[-1]).permute(2, 0, 1)
     return y.flatten(2).transpose(0, 1)
 
 

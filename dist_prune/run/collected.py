@@ -126,8 +126,7 @@ def collect(
     plans = collected.planner(run.compression.ranks, world)
     groups = removable_groups(model, found.sites, pair) if run.compression.width == "on" else []
     if groups:
-        costs = costs_within(model, groups, plans, None, image)
-        require_reachable_widths(groups, costs, plans.rule.amount, plans.round_to)
+        require_reachable_widths(model, groups, plans, image)
     else:
         plans.check()
     if basis.method == "gradient":

@@ -40,7 +40,7 @@ from dist_prune.training.dry_step import format_unreached, unreached
 from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils import files
-from dist_prune.width.choose import costs_within, removable_groups, require_reachable_widths
+from dist_prune.width.choose import removable_groups, require_reachable_widths
 from dist_prune.width.groups import find_groups
 from dist_prune.width.listing import format_groups
 
@@ -140,8 +140,7 @@ def require_reachable(config: Run, dense: nn.Module, ranks: Planner, world: Worl
         ranks.check()
         return
     groups = removable_groups(dense, ranks.survey.sites, probe(config, world, 2))
-    costs = costs_within(dense, groups, ranks, None, probe(config, world, 1))
-    require_reachable_widths(groups, costs, ranks.rule.amount, ranks.round_to)
+    require_reachable_widths(dense, groups, ranks, probe(config, world, 1))
 
 
 def require_trainable(config: Run, dense: nn.Module, world: World) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from dist_prune.network.sites import Site, padded
+from dist_prune.network.sites import Site, output_rows, padded
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Directions:
     def given(self, site: Site, call: Call) -> Tensor:
         """See `Terms`."""
         rows, gradients = (call.x, call.back) if self.needs_back else (call.y, call.gradients)
-        along = _along(self.encode, _columns(site, rows))
+        along = _along(self.encode, output_rows(site, rows))
         return torch.stack(
-            [(along * _along(self.decode.mT, _columns(site, one))).sum((0, 3)).mT for one in gradients]
+            [(along * _along(self.decode.mT, output_rows(site, one))).sum((0, 3)).mT for one in gradients]
         )
 
 
@@ -115,13 +115,6 @@ class ChainTerms:
         back = conv2d_input(size, weight, g.flatten(0, 1), *how)  # type: ignore[no-untyped-call]
         given = torch.einsum("nrhw,dnrhw->dnr", t, back.reshape(len(g), *t.shape))
         return given.reshape(*given.shape[:2], first.groups, -1).sum(2)
-
-
-def _columns(site: Site, tensor: Tensor) -> Tensor:
-    """(N, k, H, W) or (N, …, k) as (k, N, positions)."""
-    if site.kind == "linear":
-        return tensor.flatten(1, -2).permute(2, 0, 1) if tensor.dim() > 2 else tensor.mT[..., None]
-    return tensor.flatten(2).transpose(0, 1)
 
 
 def _along(directions: Tensor, columns: Tensor) -> Tensor:

@@ -189,13 +189,14 @@ def _few(column: Ints) -> Ints:
     return column[:: -(-len(column) // MOST_RANKS)] if len(column) > MOST_RANKS else column
 
 
-def require_reachable_widths(groups: Sequence[Group], costs: WidthCosts, budget: float, round_to: int) -> None:
-    """Refuse a budget before any work is done for it.
+def require_reachable_widths(model: nn.Module, groups: Sequence[Group], plans: Planner, image: Tensor) -> None:
+    """Refuse a budget before any work is done for it; arguments as `costs_within`.
 
     Raises:
         WidthError: not even the smallest widths and ranks meet it.
     """
-    allocate(costs, [np.zeros(group.width + 1) for group in groups], budget, round_to)
+    costs = costs_within(model, groups, plans, None, image)
+    allocate(costs, [np.zeros(group.width + 1) for group in groups], plans.rule.amount, plans.round_to)
 
 
 def _runs(model: nn.Module, group: Group, images: Tensor) -> bool:

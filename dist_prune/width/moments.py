@@ -15,12 +15,9 @@ from dist_prune.network.sites import evaluating
 from dist_prune.statistics.moments import (
     Accumulator,
     Moments,
-    Sums,
     Tally,
-    Watch,
     full_float32,
     sum_moments,
-    unwatched,
 )
 from dist_prune.width.elimination import Term
 from dist_prune.width.groups import Consumer
@@ -45,8 +42,6 @@ def collect_channel_moments(
     consumers: Iterable[Consumer],
     batches: Iterable[Tensor],
     world: World,
-    watch: Watch = unwatched,
-    bf16: bool = False,
 ) -> dict[str, ChannelMoments]:
     """Moments of all consumers' channels from one forward pass over this rank's batches, summed over the ranks.
 
@@ -55,8 +50,6 @@ def collect_channel_moments(
         consumers: of all groups.
         batches: images (N, …) of this rank; N may be 0 and may differ between ranks.
         world: the ranks to sum over.
-        watch: hands over the batches.
-        bf16: run the network in bfloat16 autocast.
 
     Returns:
         consumer's name → moments, equal on all ranks.
@@ -65,14 +58,12 @@ def collect_channel_moments(
         StatisticsError: NaN or infinity, or no rows at all.
     """
     watching = {c.name: _Watching(model.get_submodule(c.name), c, world.device) for c in consumers}
-    sums = {name: part for w in watching.values() for name, part in w.sums().items()}
     with ExitStack() as stack, evaluating(model), full_float32():
         for each in watching.values():
             stack.callback(each.module.register_forward_pre_hook(each.hook).remove)
-        for images in watch(batches, sums):
+        for images in batches:
             if len(images):
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                    model(images)
+                model(images)
     summed = sum_moments({name: each.channels.moments() for name, each in watching.items()}, world)
     world.sum_(*(tensor for each in watching.values() for tensor in each.places.tensors.values()))
     return {name: ChannelMoments(summed[name], _covariance(each.places)) for name, each in watching.items()}
@@ -97,10 +88,6 @@ class _Watching:
         self.channels = Accumulator(1, self.width, device)
         shapes = {"count": (), "total": (self.width, places), "outer": (places, places)}
         self.places = Tally({n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
-
-    def sums(self) -> dict[str, Sums]:
-        """By name."""
-        return {self.consumer.name: self.channels, f"{self.consumer.name}/places": self.places}
 
     @torch.no_grad()
     def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +30,12 @@ from dist_prune.factorization.bases import solve
 from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.losses import with_exact_losses
 from dist_prune.factorization.nested import nested_of
-from dist_prune.factorization.plan import Plan, make_plan
+from dist_prune.factorization.plan import make_plan
 from dist_prune.factorization.project import project
 from dist_prune.factorization.spectra import spectra_of
 from dist_prune.network.models import build
 from dist_prune.network.sites import Survey, survey
-from dist_prune.statistics.collect import Statistics, collect
+from dist_prune.statistics.collect import collect
 from tests.bench.speed import forward
 from tests.bench.timing import Row, command_line, report, seconds, table, write_json
 
@@ -42,6 +44,7 @@ RUN = 512  # images that statistics, exact losses and correction see
 METHOD = MethodConfig(method="fisher", loss_images=RUN)
 BUDGET = 0.5
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Bench:
     model: nn.Module
     images: Tensor
 
-    @property
+    @cached_property
     def found(self) -> Survey:
         return survey(self.model, self.images[:1])
 
@@ -84,8 +87,8 @@ def measure(arch: str, images: int, size: int, rounds: int) -> list[Row]:
         statistics.median(part) for part in zip(*([p.of(RUN) for p in parts] for parts in taken), strict=True)
     ]
     names = ("statistics pass", "exact losses", "decompositions", "choice", "forward pass", "correction")
-    told = ", ".join(f"{name} {seconds:.4g}" for name, seconds in zip(names, shares, strict=True))
-    detail = f"{arch} at {size}², {images} images, for {RUN}: CPU seconds: {told}"
+    listed = ", ".join(f"{name} {seconds:.4g}" for name, seconds in zip(names, shares, strict=True))
+    detail = f"{arch} at {size}², {images} images, for {RUN}: CPU seconds: {listed}"
     return [
         Row("planning ÷ statistics pass", statistics.median(planning), min(planning), max(planning), 3, detail),
         Row(
@@ -101,35 +104,27 @@ def measure(arch: str, images: int, size: int, rounds: int) -> list[Row]:
 
 def one_round(bench: Bench) -> tuple[Work, ...]:
     """Statistics pass, exact losses, decompositions, choice, forward pass, correction."""
-    model, world, images = bench.model, bench.world, len(bench.images)
-    found, kept = bench.found, list[Statistics]()
-    whole = clocked(
-        lambda: kept.append(collect(model, found.sites, bench.batches, world, METHOD, 0, patches=True))
-    )
-    bases = solve(model, found.sites, kept[0], METHOD, 0, world)
-    bases_s = clocked(lambda: solve(model, found.sites, kept[0], METHOD, 0, world))
-    nested = nested_of(model, found.sites, FORMS, bases, kept[0], METHOD.damping, world)
-    nested_s = clocked(lambda: nested_of(model, found.sites, FORMS, bases, kept[0], METHOD.damping, world))
+    model, world, images, sites = bench.model, bench.world, len(bench.images), bench.found.sites
+    passed, kept = clocked(lambda: collect(model, sites, bench.batches, world, METHOD, 0, patches=True))
+    solved, bases = clocked(lambda: solve(model, sites, kept, METHOD, 0, world))
+    chained, nested = clocked(lambda: nested_of(model, sites, FORMS, bases, kept, METHOD.damping, world))
     spectra = spectra_of(bases, METHOD, nested)
-    exact = partial(
-        with_exact_losses, spectra, model, found.sites, bases, nested, kept[0], bench.batches, world, METHOD, 0
+    measured, losses = clocked(
+        lambda: with_exact_losses(spectra, model, sites, bases, nested, kept, bench.batches, world, METHOD, 0)
     )
-    losses_s, losses = clocked(exact), exact()
-    rule, plans = parse_rule(f"budget:macs={BUDGET}"), list[Plan]()
-    choice_s = clocked(
-        lambda: plans.append(make_plan(rule, found, 1, spectra=losses, repair=2, forms=tuple(FORMS.values())))
-    )
-    forward_s = clocked(lambda: forward(model, [batch.images for batch in bench.batches()]))
-    compressed = project(model, found.sites, bases, plans[0], METHOD.side, nested)
-    correction = [corrected(bench, compressed, count) for count in (images // 2, images)]
-    slope = (correction[1] - correction[0]) / (images - images // 2)
+    rule, forms = parse_rule(f"budget:macs={BUDGET}"), tuple(FORMS.values())
+    planned, plan = clocked(lambda: make_plan(rule, bench.found, 1, spectra=losses, repair=2, forms=forms))
+    forwarded, _ = clocked(lambda: forward(model, [batch.images for batch in bench.batches()]))
+    compressed = project(model, sites, bases, plan, METHOD.side, nested)
+    half, whole = (corrected(bench, compressed, count) for count in (images // 2, images))
+    slope = (whole - half) / (images - images // 2)
     return (
-        Work(whole / images),
-        Work(losses_s / images),
-        Work(0, bases_s + nested_s),
-        Work(0, choice_s),
-        Work(forward_s / images),
-        Work(slope, max(0.0, correction[1] - slope * images)),
+        Work(passed / images),
+        Work(measured / images),
+        Work(0, solved + chained),
+        Work(0, planned),
+        Work(forwarded / images),
+        Work(slope, max(0.0, whole - slope * images)),
     )
 
 
@@ -138,16 +133,16 @@ def corrected(bench: Bench, compressed: nn.Module, count: int) -> float:
     spec = ImageSpec(0, bench.images.shape[-1])
     pixels = torch.randint(0, 256, (count, *bench.images.shape[1:]), dtype=torch.uint8)
     calibration = Calibration(pixels, torch.arange(count), partial(normalise, spec=spec), 16, mirrored=False)
-    copied = copy.deepcopy(compressed)
+    copied, everything = copy.deepcopy(compressed), bench.found
     return clocked(
-        lambda: correct(bench.model, copied, bench.found, calibration, CorrectionConfig(), 0, bench.world)
-    )
+        lambda: correct(bench.model, copied, everything, calibration, CorrectionConfig(), 0, bench.world)
+    )[0]
 
 
-def clocked(function: object) -> float:
-    """CPU seconds of one call."""
-    assert callable(function)
-    return seconds(function, CPU, "cpu")
+def clocked(function: Callable[[], T]) -> tuple[float, T]:
+    """CPU seconds of one call, and what it returned."""
+    kept = list[T]()
+    return seconds(lambda: kept.append(function()), CPU, "cpu"), kept[0]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What DALI fails of is told apart: only for an image the files are looked through, and not for long."""
+"""Causes of DALI's failures: only for an image the files are looked through, and not for long."""
 
 import time
 from dataclasses import dataclass, field

@@ -15,7 +15,7 @@ from dist_prune.data.damage import check_files
 from dist_prune.data.dataset import Split, list_images
 from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Stream, evaluation_stream, normalise, training_stream
-from tests.pictures import SMALL, One, flat, jpeg_bytes, picture, save
+from tests.pictures import SMALL, One, flat, jpeg_bytes, picture, save, take
 
 AUGMENT = Augment()
 
@@ -230,15 +230,6 @@ def test_training_resumes_where_it_stood(tmp_path: Path, steps: int) -> None:
 
     def stream() -> Stream:
         return training_stream(split, SMALL, One(0, 1), 4, 1, seed=3, augment=AUGMENT)
-
-    def take(source: Stream, count: int) -> list[torch.Tensor]:
-        taken: list[torch.Tensor] = []
-        while len(taken) < count:
-            for batch in source.raw():
-                taken.append(batch.images)
-                if len(taken) == count:
-                    break
-        return taken
 
     whole = take(stream(), 24)
     before, after = stream(), stream()

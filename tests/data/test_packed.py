@@ -15,7 +15,7 @@ from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Stream, evaluation_stream, training_stream
 from dist_prune.data.pack import pack
 from dist_prune.data.shards import is_packed
-from tests.pictures import SMALL, One, flat, picture, save
+from tests.pictures import SMALL, One, flat, picture, save, take
 
 AUGMENT = Augment()
 
@@ -134,15 +134,6 @@ def test_training_resumes_where_it_stood(tmp_path: Path, steps: int, ranks: int)
     for i in range(30):
         save(tmp_path / "folder" / f"{i:02d}.png", picture(20, 18, seed=i))
     split = list_images(packed(tmp_path / "folder", tmp_path / "packed"))
-
-    def take(source: Stream, count: int) -> list[torch.Tensor]:
-        taken: list[torch.Tensor] = []
-        while len(taken) < count:
-            for batch in source.raw():
-                taken.append(batch.images)
-                if len(taken) == count:
-                    break
-        return taken
 
     def stream() -> Stream:
         return training_stream(split, SMALL, One(ranks - 1, ranks), 4, 1, seed=3, augment=AUGMENT)
