@@ -216,6 +216,17 @@ def test_what_the_outputs_do_not_depend_on_loses_nothing() -> None:
     assert found.lost < 1.2 * alone.lost  # the layer aside costs next to nothing, too
 
 
+def test_a_traced_network_stays_one_and_cannot_be_given_other_outputs() -> None:
+    given = images()
+    traced = torch.fx.symbolic_trace(network())
+    found = compress(traced, given, 0.5, loss="mse")
+    plain = compress(network(), given, 0.5, loss="mse")
+    torch.testing.assert_close(found.model(given[0]), plain.model(given[0]), rtol=1e-3, atol=1e-4)
+    assert isinstance(found.model, torch.fx.GraphModule)
+    with pytest.raises(ModelError, match=r"torch\.fx\.GraphModule; expected the module that it was traced from"):
+        compress(torch.fx.symbolic_trace(network(TwoHeads)), given, 0.5, outputs=classes)
+
+
 def test_what_cannot_be_done_at_several_positions_is_refused() -> None:
     labelled = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in images()]
     with pytest.raises(

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_prune.network.errors import ModelError
@@ -75,7 +76,15 @@ def answering(model: nn.Module, outputs: Outputs) -> nn.Module:
     """The same layers in a network that returns `outputs` of what it returned; the given one stays as it is.
 
     Layers keep their names, unlike in a wrapper.
+
+    Raises:
+        ModelError: a torch.fx.GraphModule, whose copies are what its graph says and nothing else.
     """
+    if isinstance(model, torch.fx.GraphModule):
+        raise ModelError(
+            "outputs: the network is a torch.fx.GraphModule; expected the module that it was traced from, or a "
+            "graph that returns the tensor that counts"
+        )
 
     def forward(self: nn.Module, images: Tensor) -> Tensor:
         return outputs(kind.forward(self, images))
@@ -87,8 +96,9 @@ def answering(model: nn.Module, outputs: Outputs) -> nn.Module:
 
 
 def unanswering(network: nn.Module, model: nn.Module) -> nn.Module:
-    """A copy of what `answering` made of the model returns again what the model does; changed in place."""
-    network.__class__ = type(model)
+    """A copy of what `answering` made of the model returns again what the model does; others stay as they are."""
+    if isinstance(network, type(model)):
+        network.__class__ = type(model)
     return network
 
 
