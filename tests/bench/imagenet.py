@@ -14,9 +14,9 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -45,7 +45,6 @@ BUDGETS = (0.8, 0.65, 0.5)
 LITE_IMAGES = ImageSpec(0, 224, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
 
 Batches = list[tuple[Tensor, Tensor]]  # images (n, 3, H, W) and their classes (n,)
-Way = Callable[[nn.Module, list[Tensor], float], Compression]
 
 
 @dataclass(frozen=True)
@@ -63,38 +62,53 @@ class Row:
     held_out: float | None = None
 
 
-def by_budget(network: nn.Module, images: list[Tensor], budget: float, **how: object) -> Compression:
-    """Ranks by budget over all layers."""
-    return compress(network, images, f"budget:macs={budget}", **how)  # type: ignore[arg-type]
+def by_budget(budget: float, network: nn.Module, image: Tensor) -> str:
+    """Ranks, and perhaps widths, by budget over all layers."""
+    return f"budget:macs={budget}"
 
 
-def uniform_pca(network: nn.Module, images: list[Tensor], budget: float) -> Compression:
-    """The same share of every layer's outputs, the largest that costs no more than the budget."""
-    return compress(
-        network, images, f"uniform:{uniform(network, images[0][:1], budget)}", method="pca", correct="none"
-    )
-
-
-def uniform(network: nn.Module, image: Tensor, budget: float, step: float = 0.005) -> float:
-    """That share, a multiple of `step`."""
+def uniform(budget: float, network: nn.Module, image: Tensor, step: float = 0.005) -> str:
+    """The same share of every layer's outputs: the largest multiple of `step` that meets the budget."""
     found = survey(network, image)
     for count in range(int(1 / step), 0, -1):
         plan = make_plan(Rule("uniform", count * step), found, 1)
         if plan.ranks and cost(found, plan).macs <= budget * found.macs:
-            return count * step
+            return f"uniform:{count * step}"
     raise PlanError(f"no share of ranks meets a budget of {budget}")
 
 
-WAYS: dict[str, Way] = {
-    "ours": by_budget,
-    "ours, width and forms": partial(by_budget, width="on"),
-    "ours, width alone": partial(by_budget, width="on", forms="dense"),
-    "ours, width and forms, not corrected": partial(by_budget, width="on", correct="none"),
-    "ours, output form only": partial(by_budget, forms="output"),
-    "ours, not corrected": partial(by_budget, correct="none"),
-    "PCA, uniform": uniform_pca,
-    "weight SVD, by budget": partial(by_budget, method="weight-svd", correct="none"),
-    "BALF: whitened SVD, by budget": partial(by_budget, method="whitened-svd", correct="none"),
+@dataclass(frozen=True)
+class Way:
+    """Arguments of `compress`, and how a share of the MACs becomes its `ranks`."""
+
+    how: dict[str, Any] = field(default_factory=dict)
+    ranks: Callable[[float, nn.Module, Tensor], str] = by_budget
+
+    def compressions(
+        self, network: nn.Module, images: list[Tensor], budgets: Sequence[float]
+    ) -> Iterator[tuple[float, Compression]]:
+        """One at each budget that can be met, all from one set of statistics."""
+        found: Compression | None = None
+        for budget in budgets:
+            try:
+                ranks = self.ranks(budget, network, images[0][:1])
+                found = found.replan(ranks) if found else compress(network, images, ranks, **self.how)
+            except PlanError as error:
+                print(f"{self.how}, {budget}: {error}", flush=True)
+                continue
+            yield budget, found
+
+
+WAYS = {
+    "ours": Way(),
+    "ours, width and forms": Way({"width": "on"}),
+    "ours, width alone": Way({"width": "on", "forms": "dense"}),
+    "ours, width and forms, not corrected": Way({"width": "on", "correct": "none"}),
+    "ours, output form only": Way({"forms": "output"}),
+    "ours, not corrected": Way({"correct": "none"}),
+    "PCA, uniform": Way({"method": "pca", "correct": "none"}, uniform),
+    "weight SVD, by budget": Way({"method": "weight-svd", "correct": "none"}),
+    "BALF: whitened SVD, by budget": Way({"method": "whitened-svd", "correct": "none"}),
 }
 
 
@@ -125,18 +139,13 @@ def measure(logits: Tensor, dense: Tensor, classes: Tensor) -> tuple[float, floa
 
 
 def rows(name: str, network: nn.Module, options: argparse.Namespace, spec: ImageSpec) -> Iterator[Row]:
-    """The dense network, then every way at every budget."""
+    """The dense network, then every way at every budget, each way from one set of statistics."""
     seen = [images for images, _ in read(options.photos / "calibrate", spec, options.images)]
     val = read(options.photos / "val", spec, options.images)
     classes, dense = torch.cat([labels for _, labels in val]), answers(network, val)
     yield Row(name, "dense", 1.0, 1.0, *measure(dense, dense, classes))
-    for budget in options.budgets:
-        for way in options.ways:
-            try:
-                found = WAYS[way](network, seen, budget)
-            except PlanError as error:
-                print(f"{way}, {budget}: {error}", flush=True)
-                continue
+    for way in options.ways:
+        for budget, found in WAYS[way].compressions(network, seen, options.budgets):
             print(found, flush=True)
             share = found.compressed.macs / found.dense.macs
             held = found.kl, found.predicted if found.unit == "KL" else None
