@@ -152,6 +152,15 @@ def measure(
     return LatencyTable(whole.dense, timings)
 
 
+def time_share(dense: nn.Module, compressed: nn.Module, images: Tensor) -> float:
+    """What part of the dense network's time the compressed one takes, (N, …) `images` through both in turns."""
+    images = _Like(images.dtype, images.device, layout_of(dense)).laid_out(images)
+    with evaluating(dense), evaluating(compressed):
+        taken = sample_calls([lambda: dense(images), lambda: compressed(images)], images.device, ROUNDS[1])
+    ratios = [after / before for before, after in zip(*taken, strict=True)]
+    return float(median(ratios))
+
+
 @dataclass(frozen=True)
 class _Like:
     """Device, type and memory format of inputs and layers: those of the network and images that are timed."""

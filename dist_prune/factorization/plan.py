@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,13 @@ def choose(site: str, form: str, ranks: Ranks, loss: float | None = None) -> Cho
 
 @dataclass(frozen=True)
 class Plan:
-    """The ordered map site → rank, and every layer kept dense with the reason. Goes with every saved model."""
+    """The ordered map site → rank, and every layer kept dense with the reason. Goes with every saved model.
+
+    `time` is the share of the dense network's time that the planned one took, where that is the budget.
+    """
 
     choices: tuple[Choice, ...]
+    time: float | None = field(default=None, compare=False)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -226,7 +230,7 @@ def with_losses(plan: Plan, survey: Survey, spectra: Spectra) -> Plan:
         loss = float(spectra.of_options(site, [(choice.form, choice.ranks)])[0])
         return replace(choice, loss=None if math.isnan(loss) else loss)
 
-    return Plan(tuple(map(predicted, plan.choices)))
+    return replace(plan, choices=tuple(map(predicted, plan.choices)))
 
 
 def require_reachable(

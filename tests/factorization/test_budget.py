@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from dist_prune.factorization.budget import budget_of
 from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.latency import LatencyTable, Timing
 from dist_prune.factorization.plan import Choice, Plan, PlanError, cost, make_plan, require_reachable
+from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.sites import Skipped, Survey, survey
 from tests.surveys import decaying, site, spectrum, surveyed
@@ -174,3 +176,43 @@ def test_a_time_out_of_reach() -> None:
     with pytest.raises(PlanError, match=r"the least is 0.69 of the dense network's latency"):
         require_reachable(Rule("budget", 0.68, of="latency"), SMALL, 1, latency=TIMES)
     require_reachable(Rule("budget", 0.69, of="latency"), SMALL, 1, latency=TIMES)
+
+
+# ── … of the network as a whole ────────────────────────────────────────────────────────────────────────────
+
+
+def slower_by(factor: float, tried: list[float], share: float) -> Plan:
+    """What is planned for a share of the time where networks take `factor` of what their layers say."""
+
+    def time_of(plan: Plan) -> float:
+        chosen = {name: (choice.form, choice.ranks) for name, choice in plan.factored.items()}
+        tried.append(factor * TIMES.predicted(chosen) / TIMES.whole)
+        return tried[-1]
+
+    spectra = Spectra(
+        {"a": spectrum([5, 3, 1, 1, 0]), "b": spectrum([1, 0, 0, 0]), "c": spectrum([3, 1, 1], [3, 1, 1])}
+    )
+    return Planner(Rule("budget", share, of="latency"), SMALL, 1, "output", 8, TIMES, time_of=time_of).plan(
+        spectra
+    )
+
+
+def test_a_network_that_is_slower_than_its_layers_said_is_planned_again_for_less_time() -> None:
+    tried = list[float]()
+    plan = slower_by(1.1, tried, 0.85)
+    assert tried == pytest.approx([1.1 * 0.85, 1.1 * 0.74])
+    assert (plan.ranks, plan.time) == ({"a": 2, "c": 2}, pytest.approx(1.1 * 0.74))
+
+
+def test_a_network_that_is_as_fast_as_asked_is_timed_once() -> None:
+    tried = list[float]()
+    assert slower_by(1.0, tried, 0.85).ranks == {"a": 2}
+    assert tried == pytest.approx([0.85])
+
+
+def test_where_no_network_is_as_fast_as_asked_the_fastest_is_taken_and_said_to_be() -> None:
+    plan = slower_by(1.5, [], 0.75)
+    assert plan.time is not None and plan.time > 0.75
+    planned = Planner(Rule("budget", 0.75, of="latency"), SMALL, 1, "output", 8, TIMES)
+    assert "no plan that was tried is faster; asked 0.75" in planned.format_table(plan, {})
+    assert "no plan that was tried" not in planned.format_table(replace(plan, time=0.74), {})
