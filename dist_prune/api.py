@@ -23,13 +23,13 @@ from dist_prune.factorization.plan import Cost, Plan
 from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
 from dist_prune.factorization.spectra import UNITS, unit_of
+from dist_prune.network.channels import KeptChannels
 from dist_prune.network.layers import unwrapped
 from dist_prune.network.outputs import Outputs, unanswering
 from dist_prune.network.sites import evaluating
 from dist_prune.run.collected import Collected, Measure, chosen_widths, collect, directions, narrowed
 from dist_prune.utils.caller import bar, undisturbed, warn
 from dist_prune.width.listing import format_widths
-from dist_prune.width.narrowing import KeptChannels
 
 Correct = Literal["none", "refit", "regression"]
 

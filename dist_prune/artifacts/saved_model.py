@@ -18,13 +18,14 @@ from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.factorization.release import UnsoundError, require_finite
 from dist_prune.network import user_code
+from dist_prune.network.channels import KeptChannels
 from dist_prune.network.errors import ModelError
 from dist_prune.network.models import build
 from dist_prune.network.sites import SiteError
 from dist_prune.network.weights import load_state
 from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal, to_json, write_text
 from dist_prune.utils.text import read_text
-from dist_prune.width.narrowing import KeptChannels, narrowed
+from dist_prune.width.narrowing import narrowed
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"

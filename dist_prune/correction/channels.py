@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from dist_prune.correction.correct import Calibration, divergence, holdout_logits
 from dist_prune.distributed.world import World
+from dist_prune.network.channels import Group
 from dist_prune.network.sites import evaluating
 from dist_prune.statistics.curvature import Objective
 from dist_prune.width.choose import Channels, weigh_channels
-from dist_prune.width.groups import Group
 
 
 def channels_of(

@@ -16,6 +16,7 @@ from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, 
 from dist_prune.correction.solver import Solver
 from dist_prune.data.loader import Batch, Stream, normalise
 from dist_prune.distributed.world import World
+from dist_prune.network.channels import KeptChannels
 from dist_prune.network.factored import Factored
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.replacing import with_replaced
@@ -24,7 +25,6 @@ from dist_prune.network.sites import Site, Survey, View, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.statistics.probes import LOSSES
 from dist_prune.utils.tables import table
-from dist_prune.width.narrowing import KeptChannels
 
 HELD = 8  # every eighth image is the holdout
 FEWEST = 8  # images, one of which is held out

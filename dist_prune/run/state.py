@@ -13,8 +13,9 @@ from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild, unfold
 from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.channels import KeptChannels
 from dist_prune.training.evaluate import Metrics
-from dist_prune.width.narrowing import KeptChannels, narrowed
+from dist_prune.width.narrowing import narrowed
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,15 @@ from dist_prune.factorization.knapsack import Floats, Ints
 from dist_prune.factorization.plan import repair_counts
 from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.channels import Consumer, Group, KeptChannels
 from dist_prune.network.sites import Site, View, describe, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.width.allocation import allocate
 from dist_prune.width.costs import WidthCosts, forms_of, width_costs
 from dist_prune.width.elimination import Elimination, Prediction, eliminate, predict
-from dist_prune.width.groups import Consumer, Group, find_groups
+from dist_prune.width.groups import find_groups
 from dist_prune.width.moments import ChannelMoments, collect_channel_moments, term_of
-from dist_prune.width.narrowing import KeptChannels, narrowed
+from dist_prune.width.narrowing import narrowed
 
 TRIED = (0.25, 0.5, 0.75)  # shares of each group's channels, at which it is measured
 SMALLEST, LARGEST = 1e-9, 1e3  # nats: a smaller loss is none, a larger one all

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.factorization.forms import FORMS, Ranks
 from dist_prune.factorization.knapsack import Floats, Ints
+from dist_prune.network.channels import Consumer, Group
 from dist_prune.network.sites import Site, evaluating
-from dist_prune.width.groups import Consumer, Group
 
 Total = int | Ints  # an array where several widths are compared
 Widths = Sequence[Total]  # one of each group

@@ -16,33 +16,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
+from dist_prune.network.channels import Consumer, Group
 from dist_prune.width import channelwise
 from dist_prune.width.graph import GraphError, shape_of, traced_with_shapes
 
 RESIDUAL = "on a residual stream: it is added to another layer's output"
-
-
-@dataclass(frozen=True)
-class Consumer:
-    """A layer that takes the channels; each has `repeat` consecutive inputs, more than one after a flattening."""
-
-    name: str
-    repeat: int = 1
-
-
-@dataclass(frozen=True)
-class Group:
-    """Channels that can be removed together; all names are of modules, in execution order."""
-
-    width: int
-    producers: tuple[str, ...]
-    between: tuple[str, ...]
-    consumers: tuple[Consumer, ...]
-
-    @property
-    def name(self) -> str:
-        """Of its first producer."""
-        return self.producers[0]
 
 
 @dataclass(frozen=True)

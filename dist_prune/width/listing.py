@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import indent
 
+from dist_prune.network.channels import KeptChannels
 from dist_prune.utils.tables import table
 from dist_prune.width.groups import Groups
-from dist_prune.width.narrowing import KeptChannels
 
 NAMED = 3  # members that a cell names
 

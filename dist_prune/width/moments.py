@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
+from dist_prune.network.channels import Consumer
 from dist_prune.network.sites import evaluating
 from dist_prune.statistics.moments import (
     Accumulator,
@@ -20,7 +21,6 @@ from dist_prune.statistics.moments import (
     sum_moments,
 )
 from dist_prune.width.elimination import Term
-from dist_prune.width.groups import Consumer
 
 PATCH_BYTES = 1 << 26  # of patches made at once
 

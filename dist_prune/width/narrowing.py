@@ -4,41 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_prune.network.channels import Consumer, KeptChannels
 from dist_prune.network.replacing import with_replaced
 from dist_prune.width.elimination import Prediction
-from dist_prune.width.groups import Consumer, Group
 from dist_prune.width.moments import channel_weights
 
 _ENTRIES = ("weight", "bias", "running_mean", "running_var")  # of a module that has one for each channel
-
-
-@dataclass(frozen=True)
-class KeptChannels:
-    """The channels of a group that stay, ascending."""
-
-    group: Group
-    channels: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain types, for plan.json."""
-        return {**asdict(self.group), "kept": list(self.channels)}
-
-    @staticmethod
-    def from_json(row: Mapping[str, Any]) -> KeptChannels:
-        """What `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: something else.
-        """
-        consumers = tuple(Consumer(str(c["name"]), int(c["repeat"])) for c in row["consumers"])
-        producers, between = (tuple(map(str, row[key])) for key in ("producers", "between"))
-        return KeptChannels(Group(int(row["width"]), producers, between, consumers), tuple(map(int, row["kept"])))
 
 
 def narrowed(

@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.factorization.forms import FORMS
+from dist_prune.network.channels import KeptChannels
 from dist_prune.network.sites import survey
 from dist_prune.width.allocation import WidthError, allocate
 from dist_prune.width.costs import DENSE, Forms, LayerCosts, WidthCosts, forms_of, width_costs
 from dist_prune.width.groups import find_groups
-from dist_prune.width.narrowing import KeptChannels, narrowed
+from dist_prune.width.narrowing import narrowed
 from tests.networks import NETWORKS, seeded
 
 

@@ -12,12 +12,13 @@ from dist_prune import compress, load_compressed
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import CompressionConfig, MethodConfig
 from dist_prune.distributed.world import World
+from dist_prune.network.channels import Consumer, Group
 from dist_prune.network.sites import survey
 from dist_prune.statistics.probes import kl
 from dist_prune.width.allocation import WidthError
 from dist_prune.width.choose import RIDGE, GroupLosses, measured, predictions, removable_groups
 from dist_prune.width.elimination import Elimination, eliminate
-from dist_prune.width.groups import Consumer, Group, find_groups
+from dist_prune.width.groups import find_groups
 from dist_prune.width.moments import collect_channel_moments, term_of
 from dist_prune.width.narrowing import narrowed
 from tests.networks import NETWORKS, seeded

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from dist_prune.width.groups import RESIDUAL, Consumer, Group, Groups, find_groups
+from dist_prune.network.channels import Consumer, Group
+from dist_prune.width.groups import RESIDUAL, Groups, find_groups
 from dist_prune.width.listing import format_groups
 
 

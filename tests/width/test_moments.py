@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
+from dist_prune.network.channels import Consumer
 from dist_prune.width.elimination import eliminate
-from dist_prune.width.groups import Consumer
 from dist_prune.width.moments import ChannelMoments, channel_weights, collect_channel_moments, term_of
 from tests.networks import seeded
 from tests.ranks import run_ranks

@@ -9,10 +9,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.outputs import logits_of
 from dist_prune.width.elimination import Prediction
-from dist_prune.width.groups import Group, find_groups
-from dist_prune.width.narrowing import KeptChannels, narrowed
+from dist_prune.width.groups import find_groups
+from dist_prune.width.narrowing import narrowed
 from tests.networks import NETWORKS, seeded
 
 TIMM = {

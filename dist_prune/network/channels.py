@@ -1,0 +1,53 @@
+"""Groups of channels of a network that go together, and which of them stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that takes the channels; each has `repeat` consecutive inputs, more than one after a flattening."""
+
+    name: str
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can be removed together; all names are of modules, in execution order."""
+
+    width: int
+    producers: tuple[str, ...]
+    between: tuple[str, ...]
+    consumers: tuple[Consumer, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its first producer."""
+        return self.producers[0]
+
+
+@dataclass(frozen=True)
+class KeptChannels:
+    """The channels of a group that stay, ascending."""
+
+    group: Group
+    channels: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, for plan.json."""
+        return {**asdict(self.group), "kept": list(self.channels)}
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> KeptChannels:
+        """What `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: something else.
+        """
+        consumers = tuple(Consumer(str(c["name"]), int(c["repeat"])) for c in row["consumers"])
+        producers, between = (tuple(map(str, row[key])) for key in ("producers", "between"))
+        return KeptChannels(Group(int(row["width"]), producers, between, consumers), tuple(map(int, row["kept"])))
