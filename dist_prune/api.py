@@ -106,7 +106,7 @@ def compress(
     side: Side = "output",
     sites: str | Sequence[str] = "*",
     forms: str | Sequence[str] = "auto",
-    width: Literal["on", "off"] = CompressionConfig.width,
+    width: Literal["auto", "on", "off"] = CompressionConfig.width,
     correct: Correct = "regression",
     calibrate_images: int = CorrectionConfig.calibrate_images,
     seed: int = 0,
@@ -176,7 +176,7 @@ def compress(
     with arguments_named():
         require_one_of("method", method, [name for name in get_args(Method) if name != "random-init"])
         require_one_of("side", side, get_args(Side))
-        require_one_of("width", width, ("on", "off"))
+        require_one_of("width", width, ("auto", "on", "off"))
         require_one_of("correct", correct, get_args(Correct))
         require_one_of("loss", loss, ("mse", "kl", "kl-reverse"))
         basis = MethodConfig(method=method, side=side, loss=loss, draws=draws, probes=probes, damping=damping)
@@ -214,12 +214,13 @@ def _compress(collected: Collected, ranks: str, world: World) -> Compression:
         raise ConfigError(
             f"--ranks {ranks}: needs other forms than the statistics were collected for; begin with a budget"
         )
-    if collected.channels is None:
+    channels = collected.channels if plans.rule.is_counted else None
+    if channels is None:
         plans.check()
     nested, spectra = directions(collected, plans, world)
     source, kept, widths, dense, lost = collected, tuple[KeptChannels, ...](), "", plans.before, 0.0
-    if collected.channels is not None:
-        choice = chosen_widths(collected, collected.channels, plans, spectra, world)
+    if channels is not None:
+        choice = chosen_widths(collected, channels, plans, spectra, world)
         if choice.kept:
             source, kept, lost = narrowed(collected, choice.network, world), choice.kept, choice.loss
             widths = format_widths(kept, source.everything.macs / dense.macs, choice.loss) + "\n"

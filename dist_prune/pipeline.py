@@ -78,7 +78,7 @@ def stages(job: Job) -> Iterator[Stage]:
         return
     yield "baseline", evaluate_dense
     yield "statistics", collect_statistics
-    if config.compression.width == "on":
+    if config.compression.removes_channels:
         yield "width", remove_channels
         yield "statistics of the rest", collect_of_the_rest
     yield "projection", plan_and_project

@@ -43,6 +43,11 @@ class Rule:
         return self.kind in ("energy", "budget")
 
     @property
+    def is_counted(self) -> bool:
+        """Whether it is a budget of what is counted, not timed: channels can go for it, too."""
+        return self.kind == "budget" and self.of != "latency"
+
+    @property
     def text(self) -> str:
         """As it is given on the command line."""
         if self.kind == "sites":

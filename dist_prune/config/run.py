@@ -184,15 +184,15 @@ class CompressionConfig:
     forms: str = "auto"
     """What a site can become where ranks come from a budget: all, or some of output (k×k → 1×1), input (1×1 →
     k×k), vertical (k×1 → 1×k), horizontal (1×k → k×1), tucker (1×1 → k×k → 1×1), comma-separated. auto: all with
-    fisher and pca and a budget, else output; dense, with --width on: nothing but narrower."""
+    fisher and pca and a budget, else output; dense: nothing but narrower, see --width."""
     sites: str = "*"
     """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
     round_to: int = 0
     """Ranks are multiples of this; 0: 8 on CUDA, on the CPU 16 where latency is the budget, else 1."""
-    width: Literal["on", "off"] = "off"
+    width: Literal["auto", "on", "off"] = "auto"
     """on: within a budget of MACs or parameters, hidden channels can go, too, where that loses less than lower
-    ranks; with fisher."""
+    ranks; with fisher. auto: where that can be."""
     measure_sites: bool = False
     """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
 
@@ -206,8 +206,8 @@ class CompressionConfig:
         _require(self.round_to >= 0, f"--round-to {self.round_to}: expected 0 or more")
         if self.forms != "auto":
             _require(
-                bool(parse_forms(self.forms)) or self.width == "on",
-                f"--forms {self.forms} with --width off: nothing would be compressed; use auto, or --width on",
+                bool(parse_forms(self.forms)) or self.removes_channels,
+                f"--forms {self.forms} with --width {self.width}: nothing is compressed; use auto, or --width on",
             )
             others = [form for form in parse_forms(self.forms) if form != "output"]
             _require(
@@ -221,15 +221,24 @@ class CompressionConfig:
                 f"{' or '.join(COMPARABLE)} on --side output",
             )
         _require(
-            self.width == "off" or (rule.kind == "budget" and rule.of != "latency"),
+            self.width != "on" or rule.is_counted,
             f"--width on with --ranks {self.ranks}: channels are removed for a budget of MACs or parameters; use "
             f"--ranks budget:macs=RATIO, or --width off",
         )
         _require(
-            self.width == "off" or (method == "fisher" and self.basis.side == "output"),
+            self.width != "on" or self._compares_channels,
             f"--width on with --method {method} on --side {self.basis.side}: what channels lose compares with "
             f"losses of fisher on --side output; use that, or --width off",
         )
+
+    @property
+    def removes_channels(self) -> bool:
+        """Whether hidden channels can go."""
+        return self.width != "off" and parse_rule(self.ranks).is_counted and self._compares_channels
+
+    @property
+    def _compares_channels(self) -> bool:
+        return self.basis.method == "fisher" and self.basis.side == "output"
 
     @property
     def allowed_forms(self) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def collect(
         run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
     )
     plans = collected.planner(run.compression.ranks, world)
-    groups = removable_groups(model, found.sites, pair) if run.compression.width == "on" else []
+    groups = removable_groups(model, found.sites, pair) if run.compression.removes_channels else []
     if groups:
         require_reachable_widths(model, groups, plans, image)
     else:

@@ -134,9 +134,9 @@ def require_reachable(config: Run, dense: nn.Module, ranks: Planner, world: Worl
     """Refuse a budget before any work is done for it.
 
     Raises:
-        PlanError, WidthError: out of reach; the least is named.
+        PlanError: out of reach; the least is named.
     """
-    if config.compression.width == "off":
+    if not config.compression.removes_channels:
         ranks.check()
         return
     groups = removable_groups(dense, ranks.survey.sites, probe(config, world, 2))

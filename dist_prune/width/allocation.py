@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_prune.factorization.knapsack import Floats, Ints
+from dist_prune.factorization.plan import PlanError
 from dist_prune.width.costs import Total, WidthCosts
 
 TURNS = 20  # of all groups, at one price
@@ -26,7 +27,7 @@ PRICES = -60.0, 10.0  # logarithms, of nats for each multiply-add or parameter
 MOST = 128  # widths of a group that are compared at a price
 
 
-class WidthError(ValueError):
+class WidthError(PlanError):
     """A budget that widths cannot meet."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
 from dist_prune.network.channels import Consumer
-from dist_prune.network.sites import evaluating
+from dist_prune.network.sites import evaluating, given_to
 from dist_prune.statistics.moments import (
     Accumulator,
     Moments,
@@ -60,7 +61,7 @@ def collect_channel_moments(
     watching = {c.name: _Watching(model.get_submodule(c.name), c, world.device) for c in consumers}
     with ExitStack() as stack, evaluating(model), full_float32():
         for each in watching.values():
-            stack.callback(each.module.register_forward_pre_hook(each.hook).remove)
+            stack.callback(each.module.register_forward_pre_hook(each.hook, with_kwargs=True).remove)
         for images in batches:
             if len(images):
                 model(images)
@@ -90,9 +91,9 @@ class _Watching:
         self.places = Tally({n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
 
     @torch.no_grad()
-    def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the consumer."""
-        x = inputs[0].detach()
+        x = given_to(args, kwargs).detach()
         with torch.autocast(x.device.type, enabled=False):  # the network's, not ours
             self.channels.add(self._channels(x))
             if len(self.places.tensors["outer"]) > 1 and x.numel():

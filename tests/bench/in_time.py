@@ -5,12 +5,13 @@
 DIR is a folder of JPEGs of 32² and ten classes, FILE a state dict of `--arch`, a ResNet-20. Networks are
 compressed as `compress` does it, from unlabelled training images, on one thread of the CPU; dense and compressed
 then run in turns. Two networks take different times, so `output` alone is read off between its shares, at the time
-that all forms took.
+that all forms took. Rows of other networks stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,18 +28,20 @@ from dist_prune.factorization.plan import PlanError
 from dist_prune.network.memory_format import channels_last
 from dist_prune.utils.tables import table
 from tests.bench.ground import Ground, ground
-from tests.bench.timing import command_line, heading, write_json
+from tests.bench.timing import heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "in_time.json"
 FORMS = ("auto", "output")
+COMMAND = "uv run python -m tests.bench.in_time --data DIR --weights FILE"
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 BATCH = 64  # images of a pass: `--eval-batch-size`'s default, which budgets are timed with
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network: the share of the time asked for, what it took, `low` and `high` by round, and what it lost."""
+    """One plan: the share of the time asked for, what it took, `low` and `high` by round, and what it lost."""
 
+    network: str
     forms: str
     asked: float
     time: float
@@ -49,7 +52,7 @@ class Row:
     kl: float
 
 
-def rows(at: Ground, forms: str, shares: Sequence[float], images: int, seed: int) -> Iterator[Row]:
+def rows(at: Ground, arch: str, forms: str, shares: Sequence[float], images: int, seed: int) -> Iterator[Row]:
     """The networks at all shares that can be reached, from one set of statistics."""
     dense = channels_last(at.dense)
     batches = [channels_last_batch(batch.images) for batch in at.stream(at.training(images, seed), BATCH)]
@@ -64,7 +67,7 @@ def rows(at: Ground, forms: str, shares: Sequence[float], images: int, seed: int
         (taken,) = timed_passes("channels-last", dense, found.model, [batches[0]])
         lost = at.measure(found.model)
         times = (1 / taken.speedup, 1 / taken.fastest, 1 / taken.slowest)
-        yield Row(forms, share, *times, found.compressed.macs / found.dense.macs, lost.top1, lost.kl or 0.0)
+        yield Row(arch, forms, share, *times, found.compressed.macs / found.dense.macs, lost.top1, lost.kl or 0.0)
 
 
 def channels_last_batch(images: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ def channels_last_batch(images: Tensor) -> Tensor:
 
 def at_time(rows: Sequence[Row], time: float) -> float | None:
     """KL between the two networks whose times are next to this one, by linear interpolation; None beyond them."""
-    known = sorted({row.time: row.kl for row in [*rows, Row("dense", 1, 1, 1, 1, 1, 0, 0)]}.items())
+    known = sorted({row.time: row.kl for row in [*rows, Row("", "dense", 1, 1, 1, 1, 1, 0, 0)]}.items())
     for (before, more), (after, less) in pairwise(known):
         if before <= time <= after:
             return more + (less - more) * (time - before) / (after - before)
@@ -94,8 +97,8 @@ def show(found: Sequence[Row]) -> str:
                 f"{row.time:.3f} ({row.low:.3f}–{row.high:.3f})",
                 f"{row.macs:.3f}",
                 f"{row.top1:.2f}",
-                f"{row.kl:.4f}",
-                "" if other is None else f"{other:.4f}",
+                f"{row.kl:.3g}",
+                "" if other is None else f"{other:.3g}",
             ]
         )
     heads = ["forms", "asked", "measured time (range)", "MACs", "top-1, %", "KL", "KL of output in this time"]
@@ -119,11 +122,12 @@ def main() -> None:
         warnings.simplefilter("ignore")
         at = ground(options.data, options.weights, options.arch, world)
         for forms in FORMS:
-            for row in rows(at, forms, options.shares, options.images, options.seed):
+            for row in rows(at, options.arch, forms, options.shares, options.images, options.seed):
                 found.append(row)
                 print(show(found), flush=True)
-    content = heading(command_line("tests.bench.in_time")) | {"rows": [asdict(row) for row in found]}
-    write_json(options.output, content)
+    known = json.loads(options.output.read_text())["rows"] if options.output.is_file() else []
+    others = [row for row in known if row["network"] != options.arch]
+    write_json(options.output, heading(COMMAND) | {"rows": [*others, *map(asdict, found)]})
 
 
 if __name__ == "__main__":

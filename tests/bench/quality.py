@@ -112,29 +112,34 @@ def plain_way(method: str, share: float, name: str) -> Way:
     return Way((*budget, "--statistics-images", str(SEEN)), {"projected": name})
 
 
-def own_way(share: float, images: int, forms: str, *more: str) -> Way:
-    """Ranks by budget, closed-form correction, perhaps label-free distillation; `forms` as `--forms`."""
+def own_way(share: float, images: int, options: str, *more: str) -> Way:
+    """What `OPTIONS` allows, by budget, closed-form correction, perhaps label-free distillation."""
     budget = ("--sites", "*", "--method", "fisher", "--draws", "0", "--ranks", f"budget:macs={share}")
     seen = ("--statistics-images", str(SEEN), "--calibrate-images", str(images))
     stages = {"projected": "by budget", "corrected": "corrected", "distilled": "distilled"}
-    named = {stage: f"{FORMS[forms]}, {what}, {images} images" for stage, what in stages.items()}
-    return Way((*budget, *seen, "--forms", forms, "--mirrored", "--eval-batch-size", "64", *more), named)
+    named = {stage: f"{options}, {what}, {images} images" for stage, what in stages.items()}
+    return Way((*budget, *seen, *OPTIONS[options], "--mirrored", "--eval-batch-size", "64", *more), named)
 
 
 DISTILLED = ("--distill-steps", "300", "--distill-images", "8192", "--pad", "0")
 RATIOS = {0.584: 0.5, 0.346: 0.28}  # share of the MACs → uniform ratio that costs as much or less
 BUDGETS = (*RATIOS, 0.2)
-FORMS = {"all": "all forms", "output": "k×k → 1×1 alone"}
+OPTIONS = {  # what the budget is spent on → flags
+    "all forms and widths": ("--forms", "all", "--width", "on"),
+    "all forms": ("--forms", "all", "--width", "off"),
+    "widths alone": ("--forms", "dense", "--width", "on"),
+    "k×k → 1×1 alone": ("--forms", "output", "--width", "off"),
+}
 
 
 def ways(share: float, options: argparse.Namespace) -> Iterator[Way | Peer]:
     """What is compared at a share of the MACs."""
     if share in RATIOS:
         yield seed_way(RATIOS[share])
-    for forms in FORMS:
-        yield own_way(share, SEEN, forms)
+    for allowed in OPTIONS:
+        yield own_way(share, SEEN, allowed)
         if options.distilled:
-            yield own_way(share, 4096, forms, *DISTILLED)
+            yield own_way(share, 4096, allowed, *DISTILLED)
     if options.peers:
         yield plain_way("weight-svd", share, "weight SVD, by budget")
         yield plain_way("whitened-svd", share, "BALF: whitened SVD, by budget")

@@ -146,16 +146,16 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [row["way"].split(",")[0] for row in found] == [
         "PCA",
+        *2 * ["all forms and widths"],
         *2 * ["all forms"],
+        *2 * ["widths alone"],
         *2 * ["k×k → 1×1 alone"],
         "weight SVD",
         "BALF: whitened SVD",
         *3 * ["Torch-Pruning"],
     ]
     assert all(0 < row["macs"] <= 0.585 for row in found)
-    assert all(
-        len(row["tuned"]) == (0 if "forms, by" in row["way"] or "alone, by" in row["way"] else 2) for row in found
-    )
+    assert all(len(row["tuned"]) == (0 if ", by budget, 512" in row["way"] else 2) for row in found)
 
 
 def test_turns_alternate_and_the_first_call_does_not_count() -> None:

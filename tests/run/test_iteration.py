@@ -15,7 +15,7 @@ from dist_prune.network.factored import Factored
 from tests.runs import SITES, Bench, copied, curves, points, result_of
 
 SHRINKING = {"ranks": "uniform:0.4", "step": 0.7, "epochs": 0}
-ALTERNATING = {"ranks": "budget:macs=0.5", "method": "fisher", "alternate": 2, "epochs": 1}
+ALTERNATING = {"ranks": "budget:macs=0.5", "method": "fisher", "width": "off", "alternate": 2, "epochs": 1}
 
 
 @pytest.fixture(scope="module")

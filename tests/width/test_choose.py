@@ -65,6 +65,17 @@ def test_channels_that_carry_nothing_of_their_own_go_without_loss() -> None:
     assert not again.kept and again.kl_projected < 1e-6, "lower ranks are enough, and lose nothing"
 
 
+def test_layers_may_be_called_by_keyword() -> None:
+    class ByKeyword(Wasteful):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.norm(input=self.first(input=x)).relu()
+            return self.head(input=self.second(input=hidden).relu().mean((2, 3)))
+
+    found = [compress(seeded(m), images(), "budget:macs=0.34", width="on") for m in (Wasteful, ByKeyword)]
+    assert found[0].kept and found[0].compressed == found[1].compressed
+    assert found[1].kl == pytest.approx(found[0].kl, rel=1e-3, abs=1e-9)
+
+
 def test_parameters_can_be_the_budget() -> None:
     found = compress(wasteful(), images(), "budget:params=0.4", width="on", correct="none")
     assert found.kept and found.compressed.params <= 0.4 * found.dense.params
@@ -75,8 +86,8 @@ def test_channels_alone() -> None:
     found = compress(wasteful(), images(), "budget:macs=0.5", width="on", forms="dense", correct="none")
     assert found.kept and not found.plan.factored
     assert 0.45 * found.dense.macs < found.compressed.macs <= 0.5 * found.dense.macs
-    with pytest.raises(ConfigError, match="nothing would be compressed"):
-        compress(wasteful(), images(), "budget:macs=0.5", forms="dense")
+    with pytest.raises(ConfigError, match="nothing is compressed"):
+        compress(wasteful(), images(), "budget:macs=0.5", forms="dense", width="off")
 
 
 def test_only_chosen_layers_lose_channels() -> None:
