@@ -58,9 +58,17 @@ class Split:
             raise DataError(f"asked for {count} of {len(self)} images in {self.root}: lower the number")
         rng = np.random.default_rng(seed)
         edges = np.arange(count + 1) * len(self) // count  # one image from each of `count` equal stretches
-        chosen = rng.permutation(rng.integers(edges[:-1], edges[1:])).tolist()
-        files, labels = tuple(self.files[i] for i in chosen), tuple(self.labels[i] for i in chosen)
-        return replace(self, files=files, labels=labels, archive=self.archive and self.archive.take(chosen))
+        return self.take(rng.permutation(rng.integers(edges[:-1], edges[1:])).tolist())
+
+    def take(self, places: Sequence[int]) -> Split:
+        """The images at these places, in this order."""
+        files, labels = tuple(self.files[i] for i in places), tuple(self.labels[i] for i in places)
+        return replace(self, files=files, labels=labels, archive=self.archive and self.archive.take(places))
+
+    def without(self, others: Split) -> Split:
+        """The images that `others`, of the same folder, does not have."""
+        left_out = {*others.files}
+        return self.take([place for place, name in enumerate(self.files) if name not in left_out])
 
     def extent(self, place: int) -> Extent:
         """Where the bytes of an image are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -10,13 +11,14 @@ from itertools import chain, islice, repeat
 import torch
 from torch import Tensor, nn
 
+from dist_prune.correction.correct import decode, divergence, holdout_logits, improves
 from dist_prune.data.loader import Batch, training_stream
 from dist_prune.factorization.project import balance
 from dist_prune.network.factored import Factored
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.reporting.progress import count_images
-from dist_prune.run.job import Job, limited, probe, share_bits
+from dist_prune.run.job import Job, held_out_split, limited, probe, share_bits, unlabelled_stream
 from dist_prune.run.train import Session
 from dist_prune.statistics.probes import kl
 from dist_prune.training.dry_step import reached_alone
@@ -26,13 +28,35 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def distill(job: Job) -> None:
-    """Label-free distillation."""
+    """Label-free distillation, kept if it brings the network nearer to the dense one on images held out."""
+    model = job.state.compressed
     with job.report.phase("distillation"):
-        train_towards(job, job.state.compressed)
+        if job.state.before is None:
+            balance(model)
+            share_bits(job, model)
+            job.state.before = {name: value.clone() for name, value in model.state_dict().items()}
+        train_towards(job, model)
+        keep_better(job, model, job.state.before)
+        job.state.before = None
+
+
+def keep_better(job: Job, model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Leave in the model its own weights or those from `before`, whichever lose less on images held out."""
+    images = decode(unlabelled_stream(job), mirrored=False)
+    trained, kls = copy.deepcopy(model.state_dict()), list[float]()
+    with evaluating(job.dense), evaluating(model):
+        holdout = holdout_logits(job.dense, images)
+        for weights in (before, trained):
+            model.load_state_dict(weights)
+            kls.append(divergence(model, holdout, images.prepare, job.world))
+    job.report.say(f"   held-out KL {kls[0]:.4f} before, {kls[1]:.4f} after")
+    if not improves(kls[1], kls[0]):
+        model.load_state_dict(before)
+        job.report.warn("distillation brought nothing on images held out: the network is what it was before")
 
 
 def train_towards(job: Job, model: nn.Module) -> None:
-    """Train `model` towards the job's dense network, in place, batch norm frozen, factors balanced before."""
+    """Train `model` towards the job's dense network, in place, batch norm frozen."""
     settings, images, seed = job.config.distillation, job.config.images, job.config.seed
     how = replace(
         job.config.tuning,
@@ -45,12 +69,12 @@ def train_towards(job: Job, model: nn.Module) -> None:
         ema=0.0,
         compile=False,  # hooks read the blocks' outputs
     )
-    split = limited(job.unlabelled or job.dataset.train, settings.distill_images, seed)
+    unseen = (job.unlabelled or job.dataset.train).without(held_out_split(job))
+    split = limited(unseen, settings.distill_images, seed)
     # Another seed than fine-tuning's: it is to see other crops.
     stream = training_stream(
         split, images.image, job.world, how.batch_size, images.threads, seed + 1, images.augment
     )
-    balance(model)
     noise = probe(job.config, job.world, 2)
     with (
         towards(job.dense, model, settings.distill_features) as loss,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_prune.config.run import Run
+from dist_prune.correction.correct import HELD
 from dist_prune.data.dataset import Dataset, Split
 from dist_prune.data.loader import Batch, Stream, evaluation_stream
 from dist_prune.distributed.world import World
@@ -110,6 +111,12 @@ def unlabelled_stream(job: Job) -> Stream:
     images, count = job.config.images, job.config.correction.calibrate_images
     split = limited(job.unlabelled or job.dataset.train, count, job.config.seed)
     return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
+
+
+def held_out_split(job: Job) -> Split:
+    """Those of them that nothing is solved from or trained on."""
+    split = unlabelled_stream(job).split
+    return split.take(range(0, len(split), HELD))
 
 
 def statistics_split(job: Job, count: int) -> Split:

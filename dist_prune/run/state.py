@@ -41,6 +41,7 @@ class State:
         kept: the channels that stay in groups from which others were removed.
         narrow: the dense network without those, if any were removed.
         network: the compressed one, as soon as there is one.
+        before: its weights from before a stage that may make it worse, while that is under way.
         unfolded: whether its pairs are, for the moment, multiplied back to dense layers.
         directions: of the dense network, where one stage leaves them to the next; a checkpoint does not hold them.
     """
@@ -54,6 +55,7 @@ class State:
     kept: tuple[KeptChannels, ...] = ()
     narrow: nn.Module | None = None
     network: nn.Module | None = None
+    before: dict[str, Tensor] | None = None
     unfolded: bool = False
     directions: SiteDirections | None = None
 
@@ -86,11 +88,12 @@ class State:
             "kept": [each.to_json() for each in self.kept],
             "narrow": self.narrow and self.narrow.state_dict(),
             "model": self.network and self.network.state_dict(),
+            "before": self.before,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Be what `state_dict` gave; the network is built again from the dense one and the plan."""
-        self.done, self.right = state["done"], state["right"]
+        self.done, self.right, self.before = state["done"], state["right"], state.get("before")
         self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
         self.kept = tuple(map(KeptChannels.from_json, state.get("kept", ())))
         if self.kept:
