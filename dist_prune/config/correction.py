@@ -37,13 +37,13 @@ class CorrectionConfig:
     """Solve the layers that stay dense, too."""
     mirrored: bool = False
     """Solve from the mirror images of the calibration images, too."""
-    calibration_gb: float = 8.0
-    """Activations kept per rank, GiB; what does not fit is computed again for every site."""
+    calibration_gb: float = 0.0
+    """Activations kept per rank, GiB; what does not fit is computed again for every site. 0: half of what is free,
+    of the rank's GPU or of its share of the host's memory."""
 
-    @property
-    def calibration_bytes(self) -> int:
-        """`--calibration-gb` in bytes."""
-        return int(self.calibration_gb * 2**30)
+    def calibration_bytes(self, free: int) -> int:
+        """`--calibration-gb` in bytes, where a rank has so many free."""
+        return int(self.calibration_gb * 2**30) or free // 2
 
     @property
     def dampings(self) -> tuple[float, ...]:
@@ -53,6 +53,7 @@ class CorrectionConfig:
     def __post_init__(self) -> None:
         _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
         _require(self.ridge > 0, f"--ridge {self.ridge}: expected above 0, or singular equations have no answer")
+        _require(self.calibration_gb >= 0, f"--calibration-gb {self.calibration_gb:g}: expected 0 or more")
         _require(self.repair >= 0, f"--repair {self.repair}: expected 0 or more")
         _require(self.positions >= 0, f"--positions {self.positions}: expected 0 or more")
         sound = self.metric_damping and min(self.metric_damping) > 0

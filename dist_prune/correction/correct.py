@@ -179,7 +179,8 @@ def correct(
         with evaluating(dense), evaluating(source), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, holdout))
             solver = Solver(settings.correct, settings.ridge, (damping,))
-            limits = settings.positions, seed, settings.calibration_bytes, LOSSES[loss]
+            memory = settings.calibration_bytes(world.free_memory())
+            limits = settings.positions, seed, memory, LOSSES[loss]
             walk = Correction(route, source, candidate, pairs, metrics, solver, world, *limits, outputs=outputs)
             for outcome in walk.run(sites, [done.site for done in state.outcomes]):
                 state.outcomes.append(outcome)

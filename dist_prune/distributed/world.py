@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -25,12 +26,14 @@ from dist_prune.distributed.devices import (
     choose_device,
     crowding,
     hidden_peers,
+    host_id,
     load_of_this_process,
     own_device,
     quiet_output,
 )
 from dist_prune.distributed.launch_env import LaunchEnv, find_launch_env
 from dist_prune.distributed.meeting import Meeting, address_towards, gloo_reaching, interface_to_others, meet
+from dist_prune.distributed.memory import free_memory
 from dist_prune.distributed.watchdog import Alarm, Whereabouts, describe
 
 T = TypeVar("T")
@@ -337,6 +340,12 @@ class World:
         """Whether ranks hold each other up, in words: threads beyond the cores, or hidden GPUs; empty if not."""
         loads = self.gather(load_of_this_process())
         return crowding(loads) if self.device.type == "cpu" else hidden_peers(loads)
+
+    def free_memory(self) -> int:
+        """Bytes that every rank may take at once, of its own GPU or of its host: the least of any rank."""
+        ranks = self.gather((host_id(), free_memory(self.device)))
+        sharing = Counter(host for host, _ in ranks) if self.device.type == "cpu" else {}
+        return min(free // sharing.get(host, 1) for host, free in ranks)
 
     @_collective
     def barrier(self) -> None:

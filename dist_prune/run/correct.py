@@ -45,7 +45,7 @@ def reestimate_batch_norm(job: Job) -> None:
     """Re-estimate batch norm's statistics, in place."""
     with job.report.phase("batch norm"):
         images = correction.decode(unlabelled_stream(job), mirrored=False)
-        memory = job.config.correction.calibration_bytes
+        memory = job.config.correction.calibration_bytes(job.world.free_memory())
         result = batchnorm.reestimate(job.dense, job.state.compressed, images, memory, job.world)
         share_bits(job, job.state.compressed)
     job.report.say(batchnorm.format_summary(result))

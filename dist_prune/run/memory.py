@@ -36,7 +36,8 @@ def advice(phase: str, config: Run) -> str:
         return f"lower --distill-batch-size (it is {config.distillation.distill_batch_size})"
     if phase in ("correction", "batch norm", "width"):
         kept = config.correction.calibration_gb
-        return f"lower --calibration-gb (it is {kept:g} GiB per rank), or --calibrate-images; or {each}"
+        now = f"it is {kept:g} GiB per rank" if kept else "it is half of what was free"
+        return f"lower --calibration-gb ({now}), or --calibrate-images; or {each}"
     if phase in ("bases", "projection"):
         return "leave the widest layers dense by --sites, or compute with --device cpu"
     return each

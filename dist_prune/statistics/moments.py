@@ -36,7 +36,7 @@ class Sums(Protocol):
     """Sums of a pass over images: their state can be saved between two batches, and loaded again."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums so far, not copied."""
+        """The sums so far, of symmetric matrices the lower panels."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -144,7 +144,9 @@ class Accumulator:
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Sums`."""
-        sums = {"count": torch.tensor(self.count), "total": self.total, "outer": self.outer}
+        sums = {"count": torch.tensor(self.count), "total": self.total}
+        starts = range(0, self.outer.shape[-1], self._panel)
+        sums |= {f"outer/{at}": self.outer[:, at:, at : at + self._panel].clone() for at in starts}
         return sums if self.shift is None else sums | {"shift": self.shift}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -152,7 +154,12 @@ class Accumulator:
         self.count = int(state["count"])
         self.shift = state["shift"].to(self.total.device) if "shift" in state else None
         self.total.copy_(state["total"])
-        self.outer.copy_(state["outer"])
+        for name, panel in state.items():
+            if name.startswith("outer/"):
+                at = int(name.removeprefix("outer/"))
+                end = at + panel.shape[-1]
+                self.outer[:, at:, at:end] = panel.to(self.outer.device)
+                self.outer[:, at:end, end:] = self.outer[:, end:, at:end].mT  # panels may be wider on this device
 
     def moments(self) -> Moments:
         """The sums so far."""

@@ -65,7 +65,7 @@ def test_a_run_out_of_memory_names_the_phase_and_the_flag(
         ("round 2: training", "--batch-size (it is"),
         ("statistics", "--eval-batch-size (it is"),
         ("evaluate tuned", "--eval-batch-size (it is"),
-        ("correction", "--calibration-gb (it is 8 GiB per rank)"),
+        ("correction", "--calibration-gb (it is half of what was free)"),
         ("bases", "--sites"),
     ],
 )

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import View, input_rows, output_rows, survey, weight_of
+from dist_prune.statistics import moments
 from dist_prune.statistics.moments import Accumulator, StatisticsError, collect_moments, full_float32
 from tests.ranks import run_alone, run_ranks
 
@@ -170,3 +172,24 @@ def restored_float32() -> None:
 
 def test_products_are_true_float32_and_the_users_setting_is_put_back() -> None:
     run_alone(restored_float32)
+
+
+@pytest.mark.parametrize("panel", [8, 40], ids=["as wide", "wider"])
+def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lower_panels_alone(
+    panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "CPU_TILES", (1 << 20, 8))
+    first, second = torch.randn(2, 2 * 48, 5, 7, generator=torch.Generator().manual_seed(0))
+    whole, stopped, resumed = (Accumulator(2, 48, torch.device("cpu")) for _ in range(3))
+    for batch in (first, second):
+        whole.add(batch)
+    expected = whole.moments()
+    stopped.add(first)
+    state = stopped.state_dict()
+    assert sum(t.numel() for name, t in state.items() if name.startswith("outer/")) < 0.65 * stopped.outer.numel()
+    monkeypatch.setattr(moments, "CPU_TILES", (1 << 20, panel))  # as on another device
+    resumed.load_state_dict(state)
+    resumed.add(second)
+    found = resumed.moments()
+    same = torch.equal if panel == 8 else partial(torch.allclose, atol=1e-4)
+    assert same(found.outer, expected.outer) and torch.equal(found.total, expected.total)
