@@ -10,8 +10,10 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_prune.api import Compression, compress
+    from dist_prune.api import compress
     from dist_prune.artifacts.saved_model import load_compressed
+    from dist_prune.compression import Compression
+    from dist_prune.compressor import Compressor
     from dist_prune.config.flags import ConfigError
     from dist_prune.correction.correct import CorrectionError
     from dist_prune.data.batches import BatchesError
@@ -31,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Compression",
+    "Compressor",
     "ConfigError",
     "CopyError",
     "CorrectionError",
@@ -48,8 +51,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("Compression", "compress"),
+    "api": ("compress",),
     "artifacts.saved_model": ("load_compressed",),
+    "compression": ("Compression",),
+    "compressor": ("Compressor",),
     "config.flags": ("ConfigError",),
     "correction.correct": ("CorrectionError",),
     "data.batches": ("BatchesError",),

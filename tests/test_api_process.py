@@ -14,7 +14,7 @@ from dist_prune import BatchesError, CheckpointError, ConfigError, Plan, RankErr
 from dist_prune.distributed.world import World
 from dist_prune.factorization.losses import with_exact_losses
 from dist_prune.network.factored import Factored
-from dist_prune.run import collected
+from dist_prune.run import planned
 from tests.ranks import RanksFailed, run_ranks
 
 
@@ -181,7 +181,7 @@ def test_exact_losses_are_measured_once_for_all_budgets(monkeypatch: pytest.Monk
         passes.append(arguments)
         return with_exact_losses(*arguments)
 
-    monkeypatch.setattr(collected, "with_exact_losses", counted)
+    monkeypatch.setattr(planned, "with_exact_losses", counted)
     first = compress(model(), [images()], 0.6, width="off")
     later = [first.replan(share) for share in (0.5, 0.4)]
     assert len(passes) == 1

@@ -190,3 +190,12 @@ def _menu(of: str, view: View, round_to: int, latency: LatencyTable | None, form
     order = order[together[order] < dense]
     options = tuple((names[i], ranks[i]) for i in order)
     return Menu(site, options, together[order], dense, "" if options else reason)
+
+
+def repair_counts(sites: int, repair: float) -> list[float]:
+    """How much the loss of each of so many sites counts, in execution order.
+
+    A site that is solved again repairs part of what those before it lost, above all what reaches it on a shortcut:
+    a loss counts exp(−repair · the share of sites still to come).
+    """
+    return [math.exp(-repair * (sites - place) / sites) for place in range(sites)]

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from dist_prune.config.flags import Rule
+from dist_prune.config.flags import Rule, did_you_mean, parse_rule
 from dist_prune.factorization import knapsack
-from dist_prune.factorization.budget import NAMED, Budget, Menu, budget_of, multiples, rounded
+from dist_prune.factorization.budget import NAMED, Budget, Menu, budget_of, multiples, repair_counts, rounded
 from dist_prune.factorization.forms import DENSE, FORMS, Form, Ranks, form_of, format_ranks
 from dist_prune.factorization.latency import LatencyTable
 from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.channels import KeptChannels
 from dist_prune.network.sites import Site, SiteError, Survey, View
+from dist_prune.utils.files import require_absent, to_json, write_text
+from dist_prune.utils.tables import table
 from dist_prune.utils.text import read_text
 
 WORTH_IT = "within the budget nothing need be left out"
@@ -69,11 +72,20 @@ def choose(site: str, form: str, ranks: Ranks, loss: float | None = None) -> Cho
 class Plan:
     """The ordered map site → rank, and every layer kept dense with the reason. Goes with every saved model.
 
-    `time` is the share of the dense network's time that the planned one took, where that is the budget.
+    `time` is the share of the dense network's time that the planned one took, where that is the budget; `kept` are
+    the groups of channels that become narrower first, so that ranks are of narrow layers.
     """
 
     choices: tuple[Choice, ...]
     time: float | None = field(default=None, compare=False)
+    kept: tuple[KeptChannels, ...] = ()
+
+    def __str__(self) -> str:
+        """A table of the sites, and one of the channels that go, if any do."""
+        rows = [[c.site, c.label, "" if c.loss is None else f"{c.loss:.3g}", c.reason] for c in self.choices]
+        narrow = [[each.group.name, f"{len(each.channels)}/{each.group.width}"] for each in self.kept]
+        text = table(["site", "rank", "predicted loss", "why dense"], rows)
+        return f"{table(['made by', 'channels'], narrow)}\n{text}" if narrow else text
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -87,12 +99,56 @@ class Plan:
 
     @property
     def loss(self) -> float | None:
-        """Predicted loss of all sites together; None where no site has one."""
-        known = [c.loss for c in self.choices if c.loss is not None]
+        """Predicted loss of all sites and narrow groups together; None where none has one."""
+        losses = [*(choice.loss for choice in self.choices), *(each.loss for each in self.kept)]
+        known = [loss for loss in losses if loss is not None]
         return math.fsum(known) if known else None
 
+    def edited(self, ranks: Mapping[str, int | str]) -> Plan:
+        """With other ranks at these sites: 8, "vertical:8", "tucker:8x16" or "dense".
+
+        Raises:
+            ConfigError, PlanError: no ranks, or a site that is not in the plan; close names are offered.
+        """
+        known = {choice.site: choice for choice in self.choices}
+        for site, rank in ranks.items():
+            if site not in known:
+                raise PlanError(f"the plan has no site {site}; {did_you_mean(site, known, ', '.join(known))}")
+            named = () if rank == DENSE else parse_rule(f"sites:{site}={rank}").listed
+            known[site] = choose(*named[0]) if named else Choice(site, None, "asked for")
+        return replace(self, choices=tuple(known.values()), time=None)
+
+    def save(self, path: str | Path) -> None:
+        """Write what `load` reads; a file that is there is not replaced.
+
+        Raises:
+            CheckpointError: there is one, or it cannot be written.
+        """
+        require_absent(Path(path))
+        widths = [each.to_json() for each in self.kept]
+        write_text(Path(path), to_json({"format": 1, "choices": self.to_json(), "widths": widths}))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """From a plan's file, or from the folder of a run or of a saved network.
+
+        Raises:
+            PlanError: there is none, or it is not one.
+        """
+        file = Path(path, "plan.json") if Path(path).is_dir() else Path(path)
+        try:
+            content = json.loads(read_text(file))
+            both = content if isinstance(content, dict) else {"choices": content}
+            kept = tuple(map(KeptChannels.from_json, both.get("widths", ())))
+            return replace(Plan.from_json(both["choices"]), kept=kept)
+        except OSError as error:
+            raise PlanError(f"{file}: {error.strerror}; expected a plan.json, or a folder with one") from error
+        except (ValueError, KeyError, TypeError) as error:
+            what = "not JSON" if isinstance(error, json.JSONDecodeError) else "not a plan"
+            raise PlanError(f"{file}: {what} ({error})") from error
+
     def to_json(self) -> list[dict[str, object]]:
-        """Plain types, for plan.json."""
+        """Its choices as plain types, for plan.json."""
         return [asdict(choice) for choice in self.choices]
 
     @staticmethod
@@ -170,10 +226,11 @@ def make_plan(
     """
     views = [View(site, side) for site in survey.sites]
     if rule.kind == "file":
-        plan = read_plan(rule.file, survey, side)
+        where, absent = f"--ranks {rule.file}", f"not in {rule.file.name}"
+        plan = listed(Plan.load(rule.file).choices, survey, side, where, absent)
     elif rule.kind == "sites":
         choices = [choose(name, form, ranks) for name, form, ranks in rule.listed]
-        plan = _listed(choices, survey, side, f"--ranks {rule.text}", "not in --ranks")
+        plan = listed(choices, survey, side, f"--ranks {rule.text}", "not in --ranks")
     elif rule.kind == "uniform":
         plan = _plan(survey, [_uniform(view, rule.amount, round_to) for view in views])
     elif spectra is None:
@@ -266,15 +323,6 @@ def _within(budget: Budget, spectra: Spectra, repair: float) -> list[Choice]:
     return [_chosen(menu, option) for (menu, _), option in zip(pruned, chosen, strict=True)]
 
 
-def repair_counts(sites: int, repair: float) -> list[float]:
-    """How much the loss of each of so many sites counts, in execution order.
-
-    A site that is solved again repairs part of what those before it lost, above all what reaches it on a shortcut:
-    a loss counts exp(−repair · the share of sites still to come).
-    """
-    return [math.exp(-repair * (sites - place) / sites) for place in range(sites)]
-
-
 def _chosen(menu: Menu, option: int) -> Choice:
     if option < len(menu.options):
         form, ranks = menu.options[option]
@@ -282,31 +330,19 @@ def _chosen(menu: Menu, option: int) -> Choice:
     return Choice(menu.site.name, None, menu.why_dense or WORTH_IT)
 
 
-# ── plans in files ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_plan(file: Path, survey: Survey, side: str) -> Plan:
-    """A plan edited by hand (`plan.json` of a run, or only its `choices`).
+def listed(choices: Sequence[Choice], survey: Survey, side: str, where: str, absent: str) -> Plan:
+    """Exactly these choices; every other site stays dense for the reason `absent`.
 
     Raises:
-        PlanError: not JSON, unknown sites, or impossible ranks, each named.
+        PlanError: beginning with `where`: unknown sites, or impossible ranks, each named.
     """
-    try:
-        content = json.loads(read_text(file))
-    except ValueError as error:
-        raise PlanError(f"--ranks {file}: not JSON ({error})") from error
-    plan = Plan.from_json(content["choices"] if isinstance(content, dict) else content)
-    return _listed(plan.choices, survey, side, f"--ranks {file}", f"not in {file.name}")
-
-
-def _listed(choices: Sequence[Choice], survey: Survey, side: str, where: str, absent: str) -> Plan:
-    """Exactly these choices; every other site stays dense for the reason `absent`."""
     sites = {site.name: View(site, side) for site in survey.sites}
     named = {choice.site: choice for choice in choices}
     for name, choice in named.items():
         if choice.rank is not None and name not in sites:
             why = next((f" ({skipped.reason})" for skipped in survey.skipped if skipped.name == name), "")
-            raise PlanError(f"{where}: {name} is not a site here{why}; sites: {', '.join(sites)}")
+            hint = did_you_mean(name, sites, f"sites: {', '.join(sites)}")
+            raise PlanError(f"{where}: {name} is not a site here{why}; {hint}")
         if choice.rank is not None:
             _check(sites[name], choice, where)
     return _plan(survey, [named.get(name, Choice(name, None, absent)) for name in sites])

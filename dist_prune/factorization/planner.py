@@ -199,6 +199,12 @@ def planner(config: Run, found: Survey, world: World) -> Planner:
     return Planner(rule, found, round_to, side, batch, repair=config.repair, forms=forms)
 
 
+def follower(plan: Plan, config: Run, found: Survey, world: World) -> Planner:
+    """As `planner`, for a plan that there is already."""
+    named = tuple((name, choice.form, choice.ranks) for name, choice in plan.factored.items())
+    return replace(planner(config, found, world), rule=Rule("sites", listed=named))
+
+
 def usual_step(rule: Rule, device: torch.device) -> int:
     """What ranks are multiples of: 8 for tensor cores; where time is what counts, 16 for registers of 512 bits.
 

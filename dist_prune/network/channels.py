@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -32,14 +32,15 @@ class Group:
 
 @dataclass(frozen=True)
 class KeptChannels:
-    """The channels of a group that stay, ascending."""
+    """The channels of a group that stay, ascending, and what is predicted to be lost with the others, if known."""
 
     group: Group
     channels: tuple[int, ...]
+    loss: float | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, for plan.json."""
-        return {**asdict(self.group), "kept": list(self.channels)}
+        return {**asdict(self.group), "kept": list(self.channels), "loss": self.loss}
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> KeptChannels:
@@ -50,4 +51,5 @@ class KeptChannels:
         """
         consumers = tuple(Consumer(str(c["name"]), int(c["repeat"])) for c in row["consumers"])
         producers, between = (tuple(map(str, row[key])) for key in ("producers", "between"))
-        return KeptChannels(Group(int(row["width"]), producers, between, consumers), tuple(map(int, row["kept"])))
+        group, loss = Group(int(row["width"]), producers, between, consumers), row.get("loss")
+        return KeptChannels(group, tuple(map(int, row["kept"])), None if loss is None else float(loss))

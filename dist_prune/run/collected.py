@@ -20,10 +20,11 @@ from dist_prune.data.batches import BatchesError, Kept
 from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, solve
-from dist_prune.factorization.losses import with_exact_losses
-from dist_prune.factorization.nested import Nested, nested_of
-from dist_prune.factorization.planner import Planner, timed_planner
-from dist_prune.factorization.spectra import Spectra, spectra_of
+from dist_prune.factorization.nested import Nested
+from dist_prune.factorization.plan import Plan
+from dist_prune.factorization.planner import Planner, follower, timed_planner
+from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.channels import KeptChannels
 from dist_prune.network.outputs import Outputs, answering
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import Survey, survey
@@ -31,14 +32,7 @@ from dist_prune.statistics import collect as statistics
 from dist_prune.statistics.collect import Passes, Statistics
 from dist_prune.statistics.moments import StatisticsError, Sums
 from dist_prune.utils.caller import bar, warn
-from dist_prune.width.choose import (
-    Channels,
-    WidthChoice,
-    choose_widths,
-    costs_within,
-    removable_groups,
-    require_reachable_widths,
-)
+from dist_prune.width.choose import Channels, removable_groups, require_reachable_widths
 
 T = TypeVar("T")
 Measure = Literal["kl", "mse"]
@@ -64,6 +58,7 @@ class Collected:
         patches: whether the statistics tell of patches.
         channels: what can be removed; None if that was not asked for.
         measured: what `directions` found for earlier choices of ranks, by the forms that they allowed.
+        narrow: the same of the network without some channels, for the last choice of these.
     """
 
     run: Run
@@ -80,6 +75,7 @@ class Collected:
     patches: bool = False
     channels: Channels | None = None
     measured: dict[frozenset[str], Directions] = field(default_factory=dict, compare=False)
+    narrow: dict[tuple[KeptChannels, ...], Collected] = field(default_factory=dict, compare=False)
 
     @property
     def measure(self) -> Measure:
@@ -91,16 +87,33 @@ class Collected:
         """Where the network is."""
         return self.image.device
 
-    def planner(self, ranks: str, world: World) -> Planner:
-        """For a rule as `--ranks` has it."""
-        run = replace(self.run, compression=replace(self.run.compression, ranks=ranks))
-        return timed_planner(run, self.model, self.found, world, self.image)
+    def planner(self, ranks: str | Plan, world: World) -> Planner:
+        """For a rule as `--ranks` has it, or for a plan that there is already."""
+        if isinstance(ranks, Plan):
+            return follower(ranks, self.run, self.found, world)
+        asked = replace(self.run.compression, ranks=ranks)
+        return timed_planner(replace(self.run, compression=asked), self.model, self.found, world, self.image)
 
 
 def collect(
-    run: Run, given_model: nn.Module, outputs: Outputs | None, given: Kept, world: World, progress: bool | None
+    run: Run,
+    given_model: nn.Module,
+    outputs: Outputs | None,
+    given: Kept,
+    ranks: str | Plan | None,
+    world: World,
+    progress: bool | None,
 ) -> Collected:
     """One pass over the batches, and one more for channels.
+
+    Args:
+        run: the settings, with the rule that decides what the statistics are for.
+        given_model: as it was given.
+        outputs: what counts of what it returns.
+        given: the batches.
+        ranks: what will be asked for: refused before the work if it cannot be. None: not known yet.
+        world: the ranks.
+        progress: whether there is a bar.
 
     Raises:
         ValueError: in its many kinds, see `api.compress`.
@@ -123,11 +136,11 @@ def collect(
     collected = Collected(
         run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
     )
-    plans = collected.planner(run.compression.ranks, world)
+    plans = collected.planner(run.compression.ranks if ranks is None else ranks, world)
     groups = removable_groups(model, found.sites, pair) if run.compression.removes_channels else []
-    if groups:
+    if groups and ranks is not None:
         require_reachable_widths(model, groups, plans, image)
-    else:
+    elif ranks is not None:
         plans.check()
     if basis.method == "gradient":
         world.on_all(lambda: _require_labels(given, everything))
@@ -148,7 +161,7 @@ def _with_statistics(collected: Collected, patches: bool, world: World) -> Colle
     for text in statistics.warnings(sums, found.sites, basis, given.total):
         warn(naming_arguments(text))
     bases = solve(model, found.sites, sums, basis, run.seed, world)
-    return replace(collected, sums=sums, bases=bases, patches=patches, measured={})
+    return replace(collected, sums=sums, bases=bases, patches=patches, measured={}, narrow={})
 
 
 def _surveyed(model: nn.Module, image: Tensor) -> Survey:
@@ -198,36 +211,7 @@ class _Shown(Passes):
                 step()
 
 
-def directions(collected: Collected, plans: Planner, world: World) -> Directions:
-    """The chains of other forms than `output`, and what each rank of all forms loses.
-
-    Exact losses take a pass over the images: they are measured once for all choices of ranks with the same forms.
-    """
-    forms = frozenset(plans.projected_forms)
-    if forms not in collected.measured:
-        collected.measured[forms] = _directions(collected, plans, world)
-    return collected.measured[forms]
-
-
-def _directions(collected: Collected, plans: Planner, world: World) -> Directions:
-    model, sites, sums = collected.model, collected.found.sites, collected.sums
-    bases, run = collected.bases, collected.run
-    basis = run.compression.basis
-    nested = nested_of(model, sites, plans.projected_forms, bases, sums, basis.damping, world)
-    known, images = spectra_of(bases, basis, nested), collected.given.open
-    return nested, with_exact_losses(known, model, sites, bases, nested, sums, images, world, basis, run.seed)
-
-
-def chosen_widths(
-    collected: Collected, channels: Channels, plans: Planner, spectra: Spectra | None, world: World
-) -> WidthChoice:
-    """The widths that go with the budget."""
-    model, groups = collected.model, [each.group for each in channels.groups]
-    costs = costs_within(model, groups, plans, spectra, collected.image)
-    return choose_widths(model, channels, costs, plans.rule.amount, plans.round_to, world)
-
-
-def narrowed(collected: Collected, network: nn.Module, world: World) -> Collected:
+def collect_again(collected: Collected, network: nn.Module, world: World) -> Collected:
     """The same of a network from which channels were removed."""
     everything = world.from_first(lambda: _surveyed(network, collected.image))
     found = everything.select(collected.run.compression.sites)

@@ -118,9 +118,6 @@ def require_intact(path: Path) -> None:
         raise CheckpointError(f"{path}: its SHA-256 differs from the one in {seal_of(path).name}: damaged")
 
 
-# ── checkpoints of a run ───────────────────────────────────────────────────────────────────────────────────
-
-
 # ── the cache ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -164,6 +161,16 @@ def require_writable(folder: Path, advice: str) -> None:
             pass
     except OSError as error:
         raise CheckpointError(f"{folder}: could not be written ({error.strerror}): {advice}") from error
+
+
+def require_absent(path: Path, advice: str = "name another file") -> None:
+    """Refuse to replace a file.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path} is there already: {advice}")
 
 
 def name_of(key: list[str]) -> str:

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
-from dist_prune.factorization.budget import options_of
+from dist_prune.factorization.budget import options_of, repair_counts
 from dist_prune.factorization.knapsack import Floats, Ints
-from dist_prune.factorization.plan import repair_counts
 from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.channels import Consumer, Group, KeptChannels
@@ -66,7 +65,7 @@ class GroupLosses:
 
     def kept(self, width: int) -> KeptChannels:
         """The channels that stay at a width."""
-        return KeptChannels(self.group, self.elimination.kept(width))
+        return KeptChannels(self.group, self.elimination.kept(width), float(self.losses[width]))
 
 
 @dataclass(frozen=True)

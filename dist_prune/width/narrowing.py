@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dist_prune.network.channels import Consumer, KeptChannels
+from dist_prune.config.flags import did_you_mean
+from dist_prune.factorization.plan import PlanError
+from dist_prune.network.channels import Consumer, Group, KeptChannels
 from dist_prune.network.replacing import with_replaced
 from dist_prune.width.elimination import Prediction
 from dist_prune.width.moments import channel_weights
@@ -52,6 +54,38 @@ def narrowed(
             _keep_inputs(own(consumer.name), _inputs(index, consumer))
     same = [*model.parameters(), *model.buffers()] if shared else []
     return with_replaced(model, changed.items(), same)
+
+
+def require_channels(model: nn.Module, kept: Iterable[KeptChannels]) -> None:
+    """Refuse groups of channels that are not those of this network.
+
+    Raises:
+        PlanError: a layer that it has not, of another width, or channels that are not among the group's.
+    """
+    modules = dict(model.named_modules())
+    for each in kept:
+        group, channels = each.group, each.channels
+        members = [*group.producers, *group.between, *(consumer.name for consumer in group.consumers)]
+        for name in members:
+            if name not in modules:
+                raise PlanError(
+                    f"the network has no layer {name}; {did_you_mean(name, modules, 'see named_modules()')}"
+                )
+        if not channels or list(channels) != sorted({*channels} & {*range(group.width)}):
+            raise PlanError(f"channels kept of {group.name}: expected some of 0 to {group.width - 1}, ascending")
+        for name, width in _widths_of(modules, group):
+            if width != group.width:
+                raise PlanError(f"{name} has {width} channels here; the plan is of a network with {group.width}")
+
+
+def _widths_of(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[str, int]]:
+    """Of all layers of a group, the channels that they make or take of it."""
+    for name in (*group.producers, *group.between):
+        weight = getattr(modules[name], "weight", None)
+        yield name, len(weight) if isinstance(weight, Tensor) else group.width
+    for consumer in group.consumers:
+        weight = getattr(modules[consumer.name], "weight", None)
+        yield consumer.name, weight.shape[1] // consumer.repeat if isinstance(weight, Tensor) else 0
 
 
 def _give_bias(module: nn.Module) -> None:

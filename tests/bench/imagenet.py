@@ -22,8 +22,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dist_prune import compress
-from dist_prune.api import Compression
+from dist_prune import Compression, compress
 from dist_prune.config.flags import Rule
 from dist_prune.config.run import ImageSpec
 from dist_prune.data.dataset import list_unlabelled

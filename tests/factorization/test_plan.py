@@ -84,7 +84,7 @@ def test_ranks_can_be_given_site_by_site(resnet20: Survey) -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ([{"site": "conv9", "rank": 3}], "conv9 is not a site here; sites: conv1"),
+        ([{"site": "conv9", "rank": 3}], r"conv9 is not a site here; did you mean conv1\?"),
         ([{"site": "conv1", "rank": 17}], "conv1 has output rank 17; expected 1 to 16"),
         ([{"site": "conv1", "rank": 0}], "conv1 has output rank 0; expected 1 to 16"),
         ([{"rank": 3}], "not a plan: every row needs site, rank"),

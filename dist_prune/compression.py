@@ -1,0 +1,202 @@
+"""A compressed network and what it came to: how a plan is followed, and what can be done with the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_prune.artifacts.saved_model import Description, save_new
+from dist_prune.config.arguments import arguments_named, as_rule, naming_arguments
+from dist_prune.config.flags import ConfigError, parse_rule
+from dist_prune.config.run import ImageSpec
+from dist_prune.correction import correct as correction
+from dist_prune.correction.correct import divergence, holdout_logits
+from dist_prune.distributed.alone import present
+from dist_prune.distributed.world import World
+from dist_prune.factorization.plan import Cost, Plan
+from dist_prune.factorization.project import project
+from dist_prune.factorization.release import release
+from dist_prune.factorization.spectra import UNITS, unit_of
+from dist_prune.network.channels import KeptChannels
+from dist_prune.network.outputs import unanswering
+from dist_prune.network.sites import evaluating
+from dist_prune.run.collected import Collected, Measure
+from dist_prune.run.planned import Planned, planned
+from dist_prune.utils.caller import bar, undisturbed, warn
+
+SAMPLE = 8  # images that an exported network is compared on
+Ranks = str | float | Mapping[str, int | str] | Plan | Path
+
+
+@dataclass(frozen=True, repr=False)
+class Compression:
+    """A compressed network and what it came to; printed, a table of all layers with the totals.
+
+    Copied deeply, it shares its statistics with the copy; pickled, it leaves them behind, and cannot `replan`.
+
+    `dense` and `compressed` are the networks' own multiply-adds, of one image, and parameters, as counted in them.
+    `predicted` is the loss that the plan expects, in `unit`, of all sites together; None where the method does not
+    predict. `lost_projected` and `lost` are what the images held out, every eighth one, lose before and after
+    correction: KL(dense ‖ compressed) of the softmax, nats per image, or where `measure` is `mse` half the squared
+    change of the outputs, summed over channels; the mean over positions, where there are several.
+    """
+
+    model: nn.Module
+    plan: Plan
+    dense: Cost
+    compressed: Cost
+    unit: str
+    measure: Measure
+    lost_projected: float
+    lost: float
+    table: str
+    _collected: Collected | None = field(compare=False)
+    _classes: int
+    _sample: Tensor
+
+    @property
+    def predicted(self) -> float | None:
+        """`Plan.loss`: of all sites and narrow groups together."""
+        return self.plan.loss
+
+    @property
+    def kept(self) -> tuple[KeptChannels, ...]:
+        """The groups of channels that became narrower, with the channels that stay."""
+        return self.plan.kept
+
+    @property
+    def kl_projected(self) -> float | None:
+        """Before correction; None where the measure is another."""
+        return self.lost_projected if self.measure == "kl" else None
+
+    @property
+    def kl(self) -> float | None:
+        """`lost`; None where the measure is another."""
+        return self.lost if self.measure == "kl" else None
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_collected": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
+        return replace(self, model=copy.deepcopy(self.model, memo))
+
+    def summary(self) -> str:
+        """A table of all layers with the totals, and what the images held out say."""
+        steps = [f"{self.predicted:.4g} predicted"] if self.unit == UNITS[self.measure] else []
+        steps += [f"{self.lost_projected:.4g} projected", f"{self.lost:.4g} in the end"]
+        return f"{self.table}\nheld-out {UNITS[self.measure]} to the dense network: {', '.join(steps)}"
+
+    def replan(self, ranks: Ranks) -> Compression:
+        """The same network at other ranks, from the same statistics, on every rank; otherwise as `compress`.
+
+        Raises:
+            ConfigError: it was pickled, without its statistics; or see `compress`.
+        """
+        if self._collected is None:
+            raise ConfigError("the statistics stayed behind when this was pickled; call compress again")
+        return compressed_from(self._collected, ranks)
+
+    def save(self, folder: str | Path, arch: str = "") -> None:
+        """Write what `load_compressed` reads, into a folder that holds no network yet.
+
+        Args:
+            folder: made where there is none.
+            arch: how to build the dense network, as `--arch`: a torchvision or timm name, or `file.py:function`.
+                Without it, `load_compressed` must be given such a network.
+
+        Raises:
+            CheckpointError: there is a network already, or the folder cannot be written.
+        """
+        spec = ImageSpec(0, self._sample.shape[-1])
+        save_new(Path(folder), self.model, Description(arch, self._classes, spec, (), self.plan, kept=self.kept))
+
+
+def plan_from(collected: Collected, ranks: Ranks) -> Plan:
+    """The plan of a network at these ranks, on every rank."""
+    with undisturbed(collected.device), arguments_named():
+        return planned(collected, as_plan(ranks), present(collected.device)).plan
+
+
+def compressed_from(collected: Collected, ranks: Ranks) -> Compression:
+    """The network at these ranks, on every rank."""
+    with undisturbed(collected.device), arguments_named():
+        world = present(collected.device)
+        return _followed(planned(collected, as_plan(ranks), world), world)
+
+
+def as_plan(ranks: Ranks) -> str | Plan:
+    """A plan, where one is given or in a file, else a rule as `--ranks` has it.
+
+    Raises:
+        ConfigError, PlanError: neither.
+    """
+    if isinstance(ranks, Plan) and (ranks.factored or ranks.kept):
+        return ranks
+    if isinstance(ranks, Path) and ranks.is_dir():
+        return Plan.load(ranks)
+    rule = as_rule(ranks)
+    found = parse_rule(rule)
+    return Plan.load(found.file) if found.kind == "file" else rule
+
+
+def _followed(ready: Planned, world: World) -> Compression:
+    """Projected, corrected and released."""
+    collected, source, plan = ready.collected, ready.source, ready.plan
+    basis, (nested, _) = collected.run.compression.basis, ready.directions
+    network = project(source.model, source.found.sites, source.bases, plan, basis.side, nested).eval()
+    before, after = _corrected(collected, source, plan.kept, network, world)
+    cost = release(network, collected.image)
+    world.broadcast_(*network.state_dict().values())  # equal already, but for processors of several kinds
+    network = unanswering(network, collected.given_model)
+    return Compression(
+        network,
+        plan,
+        dense=ready.plans.before,
+        compressed=cost,
+        unit=unit_of(basis),
+        measure=collected.measure,
+        lost_projected=before,
+        lost=after,
+        table=ready.table,
+        _collected=collected,
+        _classes=collected.everything.classes,
+        _sample=collected.images.prepare(collected.images.pixels[:SAMPLE]).cpu(),
+    )
+
+
+def _corrected(
+    collected: Collected, source: Collected, kept: Sequence[KeptChannels], network: nn.Module, world: World
+) -> tuple[float, float]:
+    """Correct the compressed network in place, if that is wanted; the held-out loss before and after."""
+    model, images, run = collected.model, collected.images, collected.run
+    if run.correction.correct == "none":
+        with evaluating(model), evaluating(network):
+            before = divergence(network, holdout_logits(model, images), images.prepare, world, collected.measure)
+        return before, before
+    sites = correction.solvable(network, source.everything, run.correction)
+    count = len(sites) * len(run.correction.dampings)
+    with bar(count, "correction", "layer", collected.progress, world.is_first) as step:
+        result = correction.correct(
+            model,
+            network,
+            source.everything,
+            images,
+            run.correction,
+            run.seed,
+            world,
+            source=source.model,
+            kept=kept,
+            loss=collected.measure,
+            after_site=lambda _: step(),
+        )
+    for text in result.notes:
+        warn(naming_arguments(text))
+    return result.before, result.kept.kl if result.kept else result.before
