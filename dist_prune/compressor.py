@@ -45,6 +45,7 @@ class Compressor:
         ignored: layers that stay as they are, with all that is in them: modules, names, or patterns of names.
         forms: as `--forms`: what a layer can become where ranks come from a budget.
         width: as `--width`: whether hidden channels are removed, too, where ranks come from a budget.
+        search: as `--search`: how many plans are tried where ranks come from a budget; 0: none.
         correct: as `--correct`: whether the layers are solved again against the given network.
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
@@ -71,6 +72,7 @@ class Compressor:
     ignored: str | nn.Module | Sequence[str | nn.Module] = ()
     forms: str | Sequence[str] = "auto"
     width: Width = CompressionConfig.width
+    search: int = CompressionConfig.search
     correct: Correct = "regression"
     calibrate_images: int = CorrectionConfig.calibrate_images
     seed: int = 0
@@ -248,6 +250,7 @@ class Compressor:
             sites=",".join([as_patterns(self.sites), *_without(network, self.ignored)]),
             round_to=self.round_to,
             width="off" if isinstance(asked, Plan) else self.width,
+            search=self.search,
         )
         return Run(compression=compression, correction=correction, seed=self.seed)
 

@@ -1,4 +1,4 @@
-"""The story of a run: load → collect → plan → project → correct → distil → tune → evaluate → save."""
+"""The story of a run: load → collect → search → plan → project → correct → distil → tune → save."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from dist_prune.run.measure import evaluate, evaluate_dense, measure_sites
 from dist_prune.run.memory import format_exhausted, is_exhausted
 from dist_prune.run.prepare import prepare, show_plan
 from dist_prune.run.resume import opened
+from dist_prune.run.search import search_plans
 from dist_prune.run.stage import stage_images
 from dist_prune.run.train import last_tuning, load_dense, tune
 from dist_prune.run.width import collect_of_the_rest, remove_channels
@@ -81,6 +82,8 @@ def stages(job: Job) -> Iterator[Stage]:
     if config.compression.removes_channels:
         yield "width", remove_channels
         yield "statistics of the rest", collect_of_the_rest
+    if config.compression.search:
+        yield "search", search_plans
     yield "projection", plan_and_project
     yield from rounds(job)
     yield "projected", evaluate("projected")

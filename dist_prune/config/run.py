@@ -193,6 +193,9 @@ class CompressionConfig:
     width: Literal["auto", "on", "off"] = "auto"
     """on: within a budget of MACs or parameters, hidden channels can go, too, where that loses less than lower
     ranks; with fisher. auto: where that can be."""
+    search: int = 0
+    """Within a budget: how many candidate plans are corrected on some of the calibration images, measured on
+    others, and the best taken; 0: the plan of least predicted loss, untried."""
     measure_sites: bool = False
     """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
 
@@ -220,6 +223,12 @@ class CompressionConfig:
                 f"--forms {self.forms}: --method {method} on --side {self.basis.side} does not compare forms; use "
                 f"{' or '.join(COMPARABLE)} on --side output",
             )
+        _require(self.search >= 0, f"--search {self.search}: expected 0 or more")
+        _require(
+            not self.search or (rule.kind == "budget" and bool(self.allowed_forms)),
+            f"--search {self.search} with --ranks {self.ranks} and --forms {self.forms}: candidates are plans of "
+            f"forms for a budget; use --ranks budget:macs=RATIO and --forms auto, or leave out --search",
+        )
         _require(
             self.width != "on" or rule.is_counted,
             f"--width on with --ranks {self.ranks}: channels are removed for a budget of MACs or parameters; use "
@@ -333,6 +342,11 @@ def require_complete(run: Run) -> None:
     _require(collects or run.until == "end", f"--until {run.until}: this run collects none; leave it out")
     again = run.iteration.is_iterative and run.compression.basis.method == "random-init"
     _require(not again, "--method random-init projects nothing: leave out --step and --alternate")
+    lost = run.compression.search and run.iteration.is_iterative
+    _require(
+        not lost,
+        "--search tries plans that are corrected, not trained in rounds: leave out --step and --alternate",
+    )
     if run.dry_run:
         return
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder per class")

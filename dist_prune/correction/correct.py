@@ -144,6 +144,7 @@ def correct(
     kept: Sequence[KeptChannels] = (),
     loss: str = "kl",
     after_site: Callable[[CorrectionState], None] = lambda _: None,
+    metrics: Mapping[str, Tensor] | None = None,
 ) -> Result:
     """Solve all sites of the compressed network again, in place, once for each damping; keep the best if it helps.
 
@@ -160,6 +161,7 @@ def correct(
         kept: the channels of the groups that lost some.
         loss: of the outputs, `kl` or `mse`, see `probes.LOSSES`: measured on the holdout, and the metric is of it.
         after_site: called after each site; the correction may be left there.
+        metrics: of the sites' outputs, see `metrics_of`, if they are known.
 
     Raises:
         StatisticsError: no image of any rank reaches a site.
@@ -171,7 +173,9 @@ def correct(
         before = divergence(compressed, holdout, images.prepare, world, loss)
     source = source or dense
     outputs = {name: torch.tensor(each.channels) for each in kept for name in each.group.producers}
-    metrics, notes = _metrics(source, [View(site) for site in sites], images, settings, seed, world, loss)
+    notes: list[str] = []
+    if metrics is None:
+        metrics, notes = metrics_of(source, sites, images, settings, seed, world, loss)
     state = state or CorrectionState()
     for damping in settings.dampings[len(state.trials) :]:
         candidate = with_replaced(compressed)
@@ -227,9 +231,9 @@ def _is_factored(compressed: nn.Module, name: str) -> bool:
     return isinstance(compressed.get_submodule(name), Factored)
 
 
-def _metrics(
+def metrics_of(
     dense: nn.Module,
-    views: Sequence[View],
+    sites: Sequence[Site],
     images: Calibration,
     settings: CorrectionConfig,
     seed: int,
@@ -237,6 +241,7 @@ def _metrics(
     loss: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fisher metrics of all sites' outputs, if any damping needs them; why there are none."""
+    views = [View(site) for site in sites]
     if settings.correct != "regression" or all(map(math.isinf, settings.metric_damping)):
         return _no_metrics(views, world), []
     draws = max(1, min(MOST_DRAWS, GRADIENTS // settings.calibrate_images))

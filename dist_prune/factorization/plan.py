@@ -208,6 +208,7 @@ def make_plan(
     latency: LatencyTable | None = None,
     repair: float = 0.0,
     forms: Sequence[Form] = (FORMS["output"],),
+    coefficients: Sequence[float] = (),
 ) -> Plan:
     """Apply the rule.
 
@@ -220,6 +221,7 @@ def make_plan(
         latency: what ranks cost, for a budget of latency.
         repair: how much later sites repair, for a budget; see `_within`.
         forms: that a budget chooses from.
+        coefficients: of the losses of each site, for a budget; none: all are 1.
 
     Raises:
         PlanError: a file that cannot be used, a budget out of reach, or a rule without the spectra it needs.
@@ -238,9 +240,8 @@ def make_plan(
     elif rule.kind == "energy":
         plan = _plan(survey, [_by_energy(view, rule.amount, round_to, spectra) for view in views])
     else:
-        plan = _plan(
-            survey, _within(require_reachable(rule, survey, round_to, side, latency, forms), spectra, repair)
-        )
+        budget = require_reachable(rule, survey, round_to, side, latency, forms)
+        plan = _plan(survey, _within(budget, spectra, repair, coefficients))
     return with_losses(plan, survey, spectra) if spectra else plan
 
 
@@ -314,10 +315,10 @@ def require_reachable(
     )
 
 
-def _within(budget: Budget, spectra: Spectra, repair: float) -> list[Choice]:
+def _within(budget: Budget, spectra: Spectra, repair: float, coefficients: Sequence[float]) -> list[Choice]:
     """The ranks of least predicted loss; see `knapsack.solve`."""
     menus = budget.menus
-    counts = repair_counts(len(menus), repair)
+    counts = np.multiply(repair_counts(len(menus), repair), coefficients or 1.0).tolist()
     pruned = [menu.pruned(n, spectra) for n, menu in zip(counts, menus, strict=True)]
     chosen = knapsack.solve([options for _, options in pruned], budget.for_sites)
     return [_chosen(menu, option) for (menu, _), option in zip(pruned, chosen, strict=True)]

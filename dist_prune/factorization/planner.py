@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,9 +96,38 @@ class Planner:
             return self._planned(self.rule, spectra)
         return self._met(self.time_of, spectra)
 
-    def _planned(self, rule: Rule, spectra: Spectra | None) -> Plan:
+    def weighted(self, first: Plan, spectra: Spectra, coefficients: Sequence[float]) -> Plan:
+        """Another plan for the same budget, each site's losses counted with a coefficient.
+
+        Where latency is the budget, it takes no longer than `first`, the plan of equal coefficients, by the times
+        of the layers; see `meets`.
+        """
+        rule = self.rule
+        if self.latency is not None:
+            rule = replace(rule, amount=self._predicted_time(self.latency, first) / self.latency.whole)
+        return self._planned(rule, spectra, coefficients)
+
+    def meets(self, plan: Plan) -> Plan | None:
+        """The plan if it meets the budget, where that is of latency measured on the network as a whole."""
+        if self.time_of is None:
+            return plan
+        timed = replace(plan, time=self.time_of(plan))
+        return timed if timed.time is not None and timed.time <= NEAR * self.rule.amount else None
+
+    def _predicted_time(self, table: LatencyTable, plan: Plan) -> int:
+        return table.predicted({name: (choice.form, choice.ranks) for name, choice in plan.factored.items()})
+
+    def _planned(self, rule: Rule, spectra: Spectra | None, coefficients: Sequence[float] = ()) -> Plan:
         return make_plan(
-            rule, self.survey, self.round_to, self.side, spectra, self.latency, self.repair, self.forms
+            rule,
+            self.survey,
+            self.round_to,
+            self.side,
+            spectra,
+            self.latency,
+            self.repair,
+            self.forms,
+            coefficients,
         )
 
     def _met(self, time_of: Callable[[Plan], float], spectra: Spectra) -> Plan:
@@ -171,8 +200,7 @@ class Planner:
             f"({after.params / before.params:.3f})",
         ]
         if self.latency is not None:
-            chosen = {name: (choice.form, choice.ranks) for name, choice in plan.factored.items()}
-            whole, predicted = self.latency.whole, self.latency.predicted(chosen)
+            whole, predicted = self.latency.whole, self._predicted_time(self.latency, plan)
             lines.append(
                 f"predicted latency of a batch of {self.batch}: "
                 f"{latency.format_time(whole)} → {latency.format_time(predicted)} "

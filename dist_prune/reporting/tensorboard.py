@@ -28,6 +28,7 @@ CHARTS: dict[str, dict[str, tuple[set[str], str]]] = {
         "images per second": ({"pretrain", "train", "distill", "rounds/train"}, f"{TRAINED}/images_per_second"),
         "learning rate": ({"pretrain", "train", "distill", "rounds/train"}, f"{TRAINED}/lr"),
     },
+    "search": {"KL of each candidate, and the least so far": ({"search"}, "search/.*")},
     "correction": {"held-out KL after each layer": ({"calibration"}, "calibration/.*")},
     "rounds": {
         "top-1, %": ({"rounds"}, "rounds/top1"),

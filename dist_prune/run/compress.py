@@ -172,8 +172,8 @@ def losses_that_hold(job: Job, model: nn.Module, gathered: Statistics, found: Si
 
 
 def decide(job: Job, spectra: Spectra | None) -> Plan:
-    """The plan, made on rank 0, and printed."""
-    plan = job.world.from_first(lambda: job.planner.plan(spectra))
+    """The plan, printed; made on rank 0, unless a search has found one."""
+    plan = job.state.target or job.world.from_first(lambda: job.planner.plan(spectra))
     noise = probe(job.config, job.world, 16)
     shares = job.world.from_first(lambda: time_sites(job.state.source, job.survey.sites, noise))
     job.report.say(job.planner.format_table(plan, shares, spectra.unit if spectra else ""))

@@ -34,7 +34,7 @@ def advice(phase: str, config: Run) -> str:
         return f"lower --batch-size (it is {tuning.batch_size}), and {accumulate}"
     if phase == "distillation":
         return f"lower --distill-batch-size (it is {config.distillation.distill_batch_size})"
-    if phase in ("correction", "batch norm", "width"):
+    if phase in ("correction", "batch norm", "width", "search"):
         kept = config.correction.calibration_gb
         now = f"it is {kept:g} GiB per rank" if kept else "it is half of what was free"
         return f"lower --calibration-gb ({now}), or --calibrate-images; or {each}"

@@ -16,6 +16,9 @@ from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import spectra_of, unit_of
 from dist_prune.network.channels import KeptChannels
 from dist_prune.run.collected import Collected, Directions, collect_again
+from dist_prune.search.explore import SearchState, chosen, search
+from dist_prune.search.trial import Ground, gather_images, trial_on
+from dist_prune.utils.caller import bar
 from dist_prune.width.choose import choose_widths, costs_within, predictions
 from dist_prune.width.listing import format_widths
 from dist_prune.width.moments import collect_channel_moments
@@ -78,8 +81,39 @@ def planned(collected: Collected, ranks: str | Plan, world: World) -> Planned:
     else:
         plans.check()
         found = directions(source, plans, world)
-        plan = world.from_first(lambda: plans.plan(found[1]))
+        plan = _chosen(collected, source, kept, plans, found, world)
     return Planned(collected, source, plans, found, replace(plan, kept=kept))
+
+
+def _chosen(
+    collected: Collected,
+    source: Collected,
+    kept: Sequence[KeptChannels],
+    plans: Planner,
+    found: Directions,
+    world: World,
+) -> Plan:
+    """The plan of least predicted loss; with a search, the best of those that were tried."""
+    (nested, spectra), run, count = found, collected.run, collected.run.compression.search
+    if not count or spectra is None:
+        return world.from_first(lambda: plans.plan(spectra))
+    ground = Ground(
+        dense=collected.model,
+        source=source.model,
+        survey=source.everything,
+        bases=source.bases,
+        nested=nested,
+        side=plans.side,
+        kept=kept,
+        loss=collected.measure,
+    )
+    trial = trial_on(ground, gather_images(collected.images, world), run.correction, run.seed)
+    state = SearchState()
+    with bar(count, "search", "candidate", collected.progress, world.is_first) as step:
+        for complete in search(count, plans, spectra, trial, run.seed, state, world):
+            for _ in complete:
+                step()
+    return chosen(state, plans, world).plan
 
 
 def _narrow(

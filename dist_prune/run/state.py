@@ -37,7 +37,7 @@ class State:
         metrics: by stage, of the validation images.
         right: by stage, which validation images the network got right.
         plan: of the compressed network.
-        target: where the rounds of an iterative run end; else the plan itself.
+        target: where the rounds of an iterative run end; else the plan itself, as soon as it is known.
         kept: the channels that stay in groups from which others were removed.
         narrow: the dense network without those, if any were removed.
         network: the compressed one, as soon as there is one.
@@ -99,9 +99,11 @@ class State:
         if self.kept:
             self.narrow = narrowed(self.dense, self.kept)
             self.narrow.load_state_dict(state["narrow"])
+        if state["target"] is not None:
+            self.target = Plan.from_json(state["target"])
         if state["plan"] is None:
             return
-        self.plan, self.target = Plan.from_json(state["plan"]), Plan.from_json(state["target"])
+        self.plan = Plan.from_json(state["plan"])
         self.network, self.unfolded = rebuild(self.source, self.plan), state["unfolded"]
         if self.unfolded:
             self.network = unfold(self.network, self.plan.ranks)

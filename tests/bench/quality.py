@@ -1,6 +1,6 @@
 """What compression costs in accuracy at a given share of the MACs: this project's ways against others.
 
-    uv run python -m tests.bench.quality --data DIR --weights FILE [--distilled] [--peers] [--tuned SEED …]
+    uv run python -m tests.bench.quality --data DIR --weights FILE [--distilled] [--searched] [--peers] [--tuned …]
 
 DIR is a CIFAR-10 folder of JPEGs (train/ and val/), FILE a ResNet-20 state dict. Every cell of this project is a
 run of launch/local.py, started as a user starts it, once for each seed: the seed chooses the training images that
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,13 @@ def own_way(share: float, images: int, options: str, *more: str) -> Way:
     return Way((*budget, *seen, *OPTIONS[options], "--mirrored", "--eval-batch-size", "64", *more), named)
 
 
+def searched_way(share: float) -> Way:
+    """The best of several plans, tried on the images that the correction sees."""
+    way = own_way(share, SEARCH_IMAGES, "all forms", "--search", str(PLANS))
+    return replace(way, stages={stage: f"{name}, best of {PLANS} plans" for stage, name in way.stages.items()})
+
+
+PLANS, SEARCH_IMAGES = 32, 4096
 DISTILLED = ("--distill-steps", "300", "--distill-images", "8192", "--pad", "0")
 RATIOS = {0.584: 0.5, 0.346: 0.28}  # share of the MACs → uniform ratio that costs as much or less
 BUDGETS = (*RATIOS, 0.2)
@@ -140,6 +147,8 @@ def ways(share: float, options: argparse.Namespace) -> Iterator[Way | Peer]:
         yield own_way(share, SEEN, allowed)
         if options.distilled:
             yield own_way(share, 4096, allowed, *DISTILLED)
+    if options.searched:
+        yield searched_way(share)
     if options.peers:
         yield plain_way("weight-svd", share, "weight SVD, by budget")
         yield plain_way("whitened-svd", share, "BALF: whitened SVD, by budget")
@@ -291,7 +300,7 @@ def main() -> None:
             if options.only in " ".join(way.stages.values()):
                 found += rows(way, options)
             print(show(found, options), flush=True)
-    given = [f"--{name}" for name in ("distilled", "peers") if getattr(options, name)]
+    given = [f"--{name}" for name in ("distilled", "searched", "peers") if getattr(options, name)]
     given += [" ".join(["--tuned", *map(str, options.tuned)])] if options.tuned else []
     given += [] if options.budgets == list(BUDGETS) else [" ".join(["--budgets", *map(str, options.budgets)])]
     given += [f"--only '{options.only}'"] if options.only else []
@@ -323,6 +332,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument("--only", default="", help="only ways whose name holds this")
     parser.add_argument("--distilled", action="store_true", help="from more images, then distilled, too")
+    parser.add_argument("--searched", action="store_true", help="the best of several plans, too")
     parser.add_argument("--peers", action="store_true", help="methods of others, too")
     parser.add_argument("--tuned", type=int, nargs="*", default=[], help="seeds to fine-tune: minutes a network")
     parser.add_argument("--tuning-images", type=int, default=0, help="0: all")

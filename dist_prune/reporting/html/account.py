@@ -37,6 +37,11 @@ def _sentences(settings: Mapping[str, Any], stages: Collection[str]) -> Iterator
     )
     yield from _directions(compression)
     yield f"Ranks: {compression['ranks']}, of the layers {compression['sites']}."
+    if compression.get("search"):
+        yield (
+            f"The best of {compression['search']:,} candidate plans, each corrected from some of the calibration "
+            f"images and measured on others."
+        )
     yield from _rounds(settings)
     yield _correction(settings, stages)
     yield _distillation(settings)

@@ -226,6 +226,9 @@ def curves(found: Findings) -> Iterator[Plot]:
             yield plot(f"Learning rate, {text}", {"": found.curve(group, "lr")}, "step", "learning rate")
             rate = found.curve(group, "images_per_second")
             yield plot(f"Images per second, {text}", {"": rate}, "step", "images per second")
+    if found.curve("search", "best"):
+        lines = {"each": found.curve("search", "candidate"), "least so far": found.curve("search", "best")}
+        yield plot("Search: KL of candidate plans", lines, "candidate", "KL, nats per image")
     trials = sorted({name for p in found.points if p["group"] == "calibration" for name in p if "trial" in name})
     if trials:
         lines = {name: found.curve("calibration", name) for name in trials}
