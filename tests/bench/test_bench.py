@@ -43,6 +43,7 @@ def test_the_speed_comparison_runs_and_says_what_it_measured(tmp_path: Path) -> 
         assert row["name"] in done.stdout
 
 
+@pytest.mark.slow
 def test_the_curvature_comparison_runs(tmp_path: Path) -> None:
     output = tmp_path / "curvature.json"
     words = [sys.executable, "-m", "tests.bench.curvature", "--quick", "--output", str(output)]
@@ -66,6 +67,7 @@ def test_the_start_with_many_files_runs(tmp_path: Path) -> None:
     assert found["second"]["read"] < 10_000 < found["first"]["read"] <= 3000 * 8192
 
 
+@pytest.mark.slow
 def test_the_comparison_of_loaders_runs(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for i in range(5):
@@ -83,6 +85,7 @@ def test_the_comparison_of_loaders_runs(tmp_path: Path) -> None:
     assert all(row["ratio"] > 0 and row["name"] in done.stdout for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_the_comparison_of_solves_and_pass_runs(tmp_path: Path) -> None:
     output = tmp_path / "eigen.json"
     words = [sys.executable, "-m", "tests.bench.eigen", "--quick", "--output", str(output)]
@@ -110,6 +113,7 @@ def test_the_cost_of_planning_is_put_together_for_a_run(tmp_path: Path) -> None:
     assert solving["ratio"] == pytest.approx((correction - 120) / forward, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_profile_names_what_each_phase_spends_most_in(tmp_path: Path) -> None:
     output = tmp_path / "profiles.json"
     words = [sys.executable, "-m", "tests.bench.profiles", "--quick", "--output", str(output)]

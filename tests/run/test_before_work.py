@@ -26,7 +26,7 @@ def only_val(bench: Bench, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["pca", "fisher"])
+@pytest.mark.parametrize("method", [pytest.param("pca", marks=pytest.mark.slow), "fisher"])
 def test_a_flat_folder_serves_statistics_and_correction_where_there_is_no_train(
     bench: Bench, tmp_path: Path, method: str
 ) -> None:

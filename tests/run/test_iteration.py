@@ -118,9 +118,9 @@ def test_alternation_stays_within_the_budget(bench: Bench, alternated: Path) -> 
     ("flags", "run", "checkpoint", "place"),
     [
         (SHRINKING, "shrunk", 4, "round 1: training, epoch 1"),
-        (SHRINKING, "shrunk", 6, "round 2: projection"),
+        pytest.param(SHRINKING, "shrunk", 6, "round 2: projection", marks=pytest.mark.slow),
         (ALTERNATING, "alternated", 4, "alternation 1: training, epoch 1"),
-        (ALTERNATING, "alternated", 5, "alternation 1: training"),
+        pytest.param(ALTERNATING, "alternated", 5, "alternation 1: training", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_killed_between_rounds_ends_as_if_it_had_not_been(

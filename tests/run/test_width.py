@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_to_the_very_same_network(bench: Bench, both: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [{"step": 0.7}, {"alternate": 1}])
+@pytest.mark.parametrize("way", [{"step": 0.7}, pytest.param({"alternate": 1}, marks=pytest.mark.slow)])
 def test_rounds_begin_with_the_narrow_network(bench: Bench, tmp_path: Path, way: dict[str, object]) -> None:
     flags = {**NARROW, "ranks": "budget:macs=0.3", "correct": "none", "distill_steps": None, "tune_epochs": 1}
     bench.commands.succeed(*bench.words(tmp_path / "run", **flags, **way), ranks=2)
@@ -95,7 +95,10 @@ def test_rounds_begin_with_the_narrow_network(bench: Bench, tmp_path: Path, way:
     assert digest(load_compressed(tmp_path / "run")) == result["parameter_hash"]
 
 
-@pytest.mark.parametrize("form", ["onnx", "torch-export", "state-dict", "python"])
+@pytest.mark.parametrize(
+    "form",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "torch-export")), "state-dict", "python"],
+)
 def test_exports_compute_the_same(bench: Bench, both: Path, tmp_path: Path, form: str) -> None:
     """What is written is read back and compared; a difference is an error."""
     folder = copied(both, tmp_path / "run")
