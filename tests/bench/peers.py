@@ -13,8 +13,14 @@ import torch.nn.functional as F
 import torch_pruning
 from torch import nn
 
+from dist_prune.config.correction import CorrectionConfig
+from dist_prune.correction.correct import correct, decode
+from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.outputs import logits_of
-from dist_prune.network.sites import evaluating
+from dist_prune.network.sites import evaluating, survey
+from dist_prune.width.choose import predictions, removable_groups
+from dist_prune.width.moments import collect_channel_moments
+from dist_prune.width.narrowing import narrowed
 from tests.bench.ground import SPEC, Ground, macs_of
 
 IMPORTANCE = {
@@ -25,10 +31,10 @@ IMPORTANCE = {
 HALVINGS = 10  # of the interval in which the threshold lies
 
 
-def prune(ground: Ground, importance: str, share: float, images: int, seed: int) -> nn.Module:
-    """The dense network with as few channels removed as the share of its MACs allows; batch norm re-estimated.
+def prune(ground: Ground, importance: str, share: float, images: int, seed: int, repair: str) -> nn.Module:
+    """The dense network with as few channels removed as the share of its MACs allows, and one of `REPAIRS`.
 
-    `images` training images give the gradients of `taylor`, with their labels, and batch norm's statistics.
+    `images` training images give the gradients of `taylor`, with their labels, and what the repair needs.
     """
     budget, low, high, best = share * macs_of(ground.dense), 0.0, 1.0, None
     for _ in range(HALVINGS):
@@ -39,7 +45,7 @@ def prune(ground: Ground, importance: str, share: float, images: int, seed: int)
         else:
             low = ratio
     assert best is not None, f"no ratio of channels reaches {share} of the MACs"
-    return reestimated(best, ground, images, seed)
+    return REPAIRS[repair](best, ground, images, seed)
 
 
 def without_channels(ground: Ground, importance: str, ratio: float, images: int, seed: int) -> nn.Module:
@@ -93,3 +99,32 @@ def reestimated(network: nn.Module, ground: Ground, images: int, seed: int) -> n
     for batch in ground.stream(ground.training(images, seed)):
         network(batch.images)
     return network.eval()
+
+
+def solved_again(network: nn.Module, ground: Ground, images: int, seed: int) -> nn.Module:
+    """The same channels removed as this project does it: consumers take up what they lose, layers are solved."""
+    dense, world = ground.dense, ground.world
+    pair = torch.zeros(2, 3, SPEC.crop, SPEC.crop)
+    groups = removable_groups(dense, survey(dense, pair[:1]).sites, pair)
+    all_kept = [KeptChannels(group, surviving(dense, network, group)) for group in groups]
+    kept = [each for each in all_kept if len(each.channels) < each.group.width]
+    seen = decode(ground.stream(ground.training(images, seed)), mirrored=True)
+    consumers = [consumer for group in groups for consumer in group.consumers]
+    moments = collect_channel_moments(dense, consumers, (batch.images for batch in seen.prepared()), world)
+    narrow = narrowed(dense, kept, predictions(kept, moments)).eval()
+    solved = copy.deepcopy(narrow)
+    settings = CorrectionConfig(calibrate_images=images, mirrored=True)
+    correct(dense, solved, survey(narrow, pair[:1]), seen, settings, seed, world, source=narrow, kept=kept)
+    return solved
+
+
+def surviving(dense: nn.Module, pruned: nn.Module, group: Group) -> tuple[int, ...]:
+    """Which of the group's channels are still there: the rows of the first layer are what they were."""
+    before, after = (
+        network.get_submodule(group.producers[0]).get_parameter("weight") for network in (dense, pruned)
+    )
+    same = (before[:, None] == after[None]).flatten(2).all(2)
+    return tuple(same.any(1).nonzero()[:, 0].tolist())
+
+
+REPAIRS = {"batch norm re-estimated": reestimated, "solved again": solved_again}

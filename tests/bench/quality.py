@@ -73,26 +73,27 @@ class Way:
 
 @dataclass(frozen=True)
 class Peer:
-    """Torch-Pruning with one of its criteria."""
+    """Torch-Pruning with one of its criteria, and one of `peers.REPAIRS`."""
 
     importance: str
     share: float
+    repair: str
 
     @property
     def stages(self) -> dict[str, str]:
         """See `Way`."""
-        return {"projected": f"Torch-Pruning, {self.importance}, batch norm re-estimated"}
+        return {"projected": f"Torch-Pruning, {self.importance}, {self.repair}"}
 
     @property
     def key(self) -> tuple[str, ...]:
         """See `Way`."""
-        return "torch-pruning", self.importance, str(self.share)
+        return "torch-pruning", self.importance, str(self.share), self.repair
 
     def make(self, seed: int, folder: Path, options: argparse.Namespace) -> None:
         """Prune, measure, and write what a run of the program would, as far as it is shown."""
         with joined("cpu") as world:
             at = ground(options.data, options.weights, options.arch, world)
-            network = peers.prune(at, self.importance, self.share, SEEN, seed)
+            network = peers.prune(at, self.importance, self.share, SEEN, seed, self.repair)
             dense, found = asdict(at.measure(at.dense)), asdict(at.measure(network))
             macs = {"dense": macs_of(at.dense), "compressed": macs_of(network)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def ways(share: float, options: argparse.Namespace) -> Iterator[Way | Peer]:
     if options.peers:
         yield plain_way("weight-svd", share, "weight SVD, by budget")
         yield plain_way("whitened-svd", share, "BALF: whitened SVD, by budget")
-        yield from (Peer(importance, share) for importance in peers.IMPORTANCE)
+        yield from (Peer(importance, share, repair) for repair in peers.REPAIRS for importance in peers.IMPORTANCE)
 
 
 @dataclass(frozen=True)

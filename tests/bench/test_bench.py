@@ -156,7 +156,7 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
         *2 * ["k×k → 1×1 alone"],
         "weight SVD",
         "BALF: whitened SVD",
-        *3 * ["Torch-Pruning"],
+        *6 * ["Torch-Pruning"],
     ]
     assert all(0 < row["macs"] <= 0.585 for row in found)
     assert all(len(row["tuned"]) == (0 if ", by budget, 512" in row["way"] else 2) for row in found)
