@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +22,7 @@ from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
 from dist_prune.network.outputs import concern_about
 from dist_prune.network.trial import StandInTrial, answer_of, stand_ins, tolerance_of
+from dist_prune.network.windows import padded, patches
 
 
 class SiteError(ValueError):
@@ -306,7 +306,7 @@ def input_rows(site: Site, module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return x.reshape(x.shape[0], -1, site.inputs).permute(2, 0, 1)
     assert isinstance(module, nn.Conv2d)
-    return F.unfold(padded(module, x), module.kernel_size, module.dilation, 0, module.stride).transpose(0, 1)
+    return patches(module, padded(module, x)).transpose(0, 1)
 
 
 def given_to(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -363,19 +363,6 @@ class View:
         bytes_each = 4 * self.site.groups * self.width * y.numel() // (images * self.site.outputs)
         some = images if self.side == "output" else max(1, self.chunk_bytes // bytes_each)
         return (slice(start, start + some * entries) for start in range(0, len(y), some * entries))
-
-
-def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """The input with the padding that the convolution makes, whatever its mode."""
-    if module.padding == "valid":
-        return x
-    if module.padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-    else:
-        sides = [side for p in reversed(_pair(module.padding)) for side in (p, p)]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, sides, mode)
 
 
 def _pair(values: Iterable[int | str]) -> tuple[int, int]:

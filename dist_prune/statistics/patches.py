@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
-from dist_prune.network.sites import Site, call_of, padded
+from dist_prune.network.sites import Site, call_of
+from dist_prune.network.windows import padded
 from dist_prune.statistics.moments import StatisticsError
 
 CHUNK = 1 << 22  # bytes of input that are multiplied at once

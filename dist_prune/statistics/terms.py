@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from dist_prune.network.sites import Site, output_rows, padded
+from dist_prune.network.sites import Site, output_rows
+from dist_prune.network.windows import padded
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_prune.distributed.world import World
 from dist_prune.network.channels import Consumer
 from dist_prune.network.sites import evaluating, given_to
+from dist_prune.network.windows import patches
 from dist_prune.statistics.moments import (
     Accumulator,
     Moments,
@@ -115,8 +116,8 @@ class _Watching:
             return x.reshape(-1, self.width, self.consumer.repeat).transpose(0, 1)[..., None]
         module = self.module
         padded = F.pad(x, [side for p in _padding(module) for side in (p, p)])
-        patches = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
-        return patches.view(len(x), self.width, -1, patches.shape[-1]).transpose(0, 1)
+        found = patches(module, padded)
+        return found.view(len(x), self.width, -1, found.shape[-1]).transpose(0, 1)
 
     def _add_places(self, patches: Tensor) -> None:
         rows = patches.transpose(1, 2).flatten(2)  # (c, s, images · positions)
