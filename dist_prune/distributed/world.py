@@ -143,6 +143,7 @@ def _enter(
     device, note = own_device(store, place, wanted, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # batches keep their shape
     on_gpu = device.type == "cuda"
     with quiet_output(), gloo_reaching(interface_to_others(meeting.addresses, address_towards(place.address))):
         dist.init_process_group(
