@@ -10,7 +10,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_prune.api import compress
+    from dist_prune.api import apply, compress
     from dist_prune.artifacts.saved_model import load_compressed
     from dist_prune.compression import Compression
     from dist_prune.compressor import Compressor
@@ -46,12 +46,13 @@ __all__ = [
     "StatisticsError",
     "UnsoundError",
     "__version__",
+    "apply",
     "compress",
     "load_compressed",
 ]
 
 _HOMES = {
-    "api": ("compress",),
+    "api": ("apply", "compress"),
     "artifacts.saved_model": ("load_compressed",),
     "compression": ("Compression",),
     "compressor": ("Compressor",),

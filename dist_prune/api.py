@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dist_prune.compression import Compression, Ranks
 from dist_prune.compressor import Compressor
+from dist_prune.config.flags import did_you_mean
+from dist_prune.factorization.plan import Plan, PlanError
+from dist_prune.factorization.project import chains
+from dist_prune.network.errors import ModelError
+from dist_prune.network.factored import Factored
+from dist_prune.network.layers import unwrapped
+from dist_prune.network.replacing import replace_in
+from dist_prune.network.sites import SiteError
+from dist_prune.width.narrowing import narrowed, require_channels
 
 
 def compress(
@@ -35,6 +45,58 @@ def compress(
         ValueError, RuntimeError: as listed at `Compressor.fit` and `Compressor.compress`.
     """
     return Compressor(**options).fit(model, batches, ranks).compress(ranks)
+
+
+def apply(plan: Plan | str | Path, model: nn.Module) -> nn.Module:
+    """Give a network the compressed shapes, in place: for programs that build a network, then load its weights.
+
+    What becomes another layer has PyTorch's first values, on the device, of the type and in the mode of the one
+    before; so load weights afterwards, as of `Compression.model` or `model.safetensors`. Everything else stays.
+
+    Args:
+        plan: of `Compressor.plan` or a `Compression`; a `plan.json`; or the folder of a run or a saved network.
+        model: a dense network like the one that the plan is of, on any device. Comes before what holds its
+            parameters: an optimizer, DDP, `torch.compile`.
+
+    Returns:
+        The same network.
+
+    Raises:
+        PlanError: the plan is of another network, this one has these shapes already, or the file is no plan;
+            nothing has changed then.
+        ModelError: a compiled, parallel or exported network.
+    """
+    wanted = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if unwrapped(model) is not model:
+        raise ModelError(
+            f"a {type(model).__name__} holds the layers of before: apply the plan, then wrap the network"
+        )
+    require_channels(model, wanted.kept)
+    narrow = narrowed(model, wanted.kept, shared=True) if wanted.kept else model
+    _require_layers(narrow, wanted)
+    try:
+        new = {name: narrow.get_submodule(name) for each in wanted.kept for name in each.group.members}
+        new |= chains(narrow, wanted)
+    except SiteError as error:
+        raise PlanError(f"the plan does not fit this network: {error}") from error
+    replace_in(model, new)
+    return model
+
+
+def _require_layers(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan whose layers are not those of the network."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in plan.factored:
+        found = modules.get(name)
+        if found is None:
+            hint = did_you_mean(name, modules, f"names are like {', '.join([*modules][1:4])}")
+            raise PlanError(f"the network has no layer {name}; {hint}")
+        if isinstance(found, Factored):
+            raise PlanError(f"{name} is low-rank already; expected a dense network")
+        if not isinstance(found, nn.Conv2d | nn.Linear):
+            raise PlanError(f"{name} is a {type(found).__name__} here; expected a Conv2d or a Linear")
+        if not name:
+            raise PlanError("the network is one layer, which cannot be replaced in place: put it in a Sequential")
 
 
 def _with_options() -> inspect.Signature:

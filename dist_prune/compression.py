@@ -6,18 +6,21 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from dist_prune.artifacts.saved_model import Description, save_new
-from dist_prune.config.arguments import arguments_named, as_rule, naming_arguments
+from dist_prune.config.arguments import arguments_named, as_rule, naming_arguments, require_one_of
 from dist_prune.config.flags import ConfigError, parse_rule
 from dist_prune.config.run import ImageSpec
 from dist_prune.correction import correct as correction
 from dist_prune.correction.correct import divergence, holdout_logits
 from dist_prune.distributed.alone import present
 from dist_prune.distributed.world import World
+from dist_prune.export.formats import OPSET
+from dist_prune.export.samples import Samples
+from dist_prune.export.writers import WRITERS, Exportable, Format
 from dist_prune.factorization.plan import Cost, Plan
 from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
@@ -104,6 +107,38 @@ class Compression:
             raise ConfigError("the statistics stayed behind when this was pickled; call compress again")
         return compressed_from(self._collected, ranks)
 
+    def export(
+        self,
+        path: str | Path,
+        format: Format = "onnx",
+        *,
+        images: Tensor | None = None,
+        opset: int = OPSET,
+        overwrite: bool = False,
+    ) -> str:
+        """Write the network for use without this package, read it back and compare; as `dist-prune export`.
+
+        Args:
+            path: a file.
+            format: `onnx`, `torch-export`, `state-dict` or `python`.
+            images: (n, …) to compare on, three or more; by default some that the network was corrected from.
+            opset: of ONNX.
+            overwrite: replace a file that is there.
+
+        Returns:
+            What was written, and how far it is from PyTorch.
+
+        Raises:
+            CheckpointError: there is a file already, or it cannot be written.
+            ExportError: the network cannot be written like that, or what was written computes something else.
+        """
+        with arguments_named():
+            require_one_of("format", format, get_args(Format))
+            chosen = Samples((self._sample if images is None else images).cpu(), "images that were given")
+            network = copy.deepcopy(self.model).cpu()
+            given = Exportable(network, self._description(""), lambda: chosen, opset, overwrite)
+            return WRITERS[format](given, Path(path))
+
     def save(self, folder: str | Path, arch: str = "") -> None:
         """Write what `load_compressed` reads, into a folder that holds no network yet.
 
@@ -115,8 +150,11 @@ class Compression:
         Raises:
             CheckpointError: there is a network already, or the folder cannot be written.
         """
+        save_new(Path(folder), self.model, self._description(arch))
+
+    def _description(self, arch: str) -> Description:
         spec = ImageSpec(0, self._sample.shape[-1])
-        save_new(Path(folder), self.model, Description(arch, self._classes, spec, (), self.plan, kept=self.kept))
+        return Description(arch, self._classes, spec, (), self.plan, kept=self.kept)
 
 
 def plan_from(collected: Collected, ranks: Ranks) -> Plan:

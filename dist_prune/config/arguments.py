@@ -83,7 +83,7 @@ def arguments_named() -> Iterator[None]:
     """While open, the package's errors name arguments."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if type(error).__module__.startswith("dist_prune.") and len(error.args) == 1:
             error.args = (naming_arguments(str(error)),)
         raise

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from torch import nn
 
 from dist_prune.artifacts.run_directory import is_known
 from dist_prune.artifacts.saved_model import Description, load_compressed, read_description
-from dist_prune.export.formats import OPSET, require_onnx, write_onnx, write_program, write_state
+from dist_prune.export.formats import OPSET
 from dist_prune.export.samples import Samples, samples
-from dist_prune.export.source_code import weights_of, write_source
+from dist_prune.export.writers import FILES, WRITERS, Exportable, Format
 from dist_prune.run.finish import finished
 from dist_prune.utils.files import CheckpointError
 
 IMAGES = 64  # that the written network is compared on
-
-Format = Literal["onnx", "torch-export", "state-dict", "python"]
-FILES: dict[Format, str] = {
-    "onnx": "model.onnx",
-    "torch-export": "model.pt2",
-    "state-dict": "model.pt",
-    "python": "model.py",
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,12 @@ def main(words: Sequence[str]) -> int:
     asked = parse(words)
     taken = take(asked.run)
     path = asked.out or asked.run / FILES[asked.format]
-    print(WRITERS[asked.format](asked, taken, path))
+
+    def to_compare() -> Samples:
+        return samples(taken.folder, taken.description.image, asked.images, IMAGES)
+
+    given = Exportable(taken.network, taken.description, to_compare, asked.opset, asked.overwrite)
+    print(WRITERS[asked.format](given, path))
     return 0
 
 
@@ -92,67 +87,3 @@ def take(folder: Path) -> Compressed:
     if is_known(folder) and not finished(folder):
         raise CheckpointError(f"{folder}: its run is not finished (no result.json): continue it with --resume")
     return Compressed(folder, load_compressed(folder), read_description(folder))
-
-
-def require_absent(path: Path, overwrite: bool) -> None:
-    """Refuse to replace a file without --overwrite.
-
-    Raises:
-        CheckpointError: it would be.
-    """
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} is there already: name another file with --out, or add --overwrite")
-
-
-# ── one function a format: what it did, in words ───────────────────────────────────────────────────────────
-
-
-def _onnx(asked: Export, taken: Compressed, path: Path) -> str:
-    require_onnx(asked.opset)
-    require_absent(path, asked.overwrite)
-    chosen = _samples(asked, taken)
-    agreement = write_onnx(path, taken.network, chosen.images, asked.opset)
-    side, classes = taken.description.image.crop, taken.description.classes
-    shape = f"opset {asked.opset}, images (batch, 3, {side}, {side}) → logits (batch, {classes})"
-    return f"{_written(path)}, {shape}\nonnxruntime against PyTorch on {chosen.text}: {agreement}"
-
-
-def _program(asked: Export, taken: Compressed, path: Path) -> str:
-    require_absent(path, asked.overwrite)
-    chosen = _samples(asked, taken)
-    agreement = write_program(path, taken.network, chosen.images)
-    return f"{_written(path)}, any number of images\nread back, on {chosen.text}: {agreement}"
-
-
-def _state(asked: Export, taken: Compressed, path: Path) -> str:
-    require_absent(path, asked.overwrite)
-    count = write_state(path, taken.network)
-    return f"{_written(path)}, {count} tensors, read back with equal bits"
-
-
-def _python(asked: Export, taken: Compressed, path: Path) -> str:
-    weights = weights_of(path)
-    require_absent(path, asked.overwrite)
-    require_absent(weights, asked.overwrite)
-    chosen, what = _samples(asked, taken), taken.description
-    constants = [f"MEAN, STD = {what.image.mean}, {what.image.std}"]
-    constants += textwrap.wrap(f"LABELS = {what.labels}", 110, subsequent_indent="    ")
-    title = f"{what.arch.rpartition('/')[2]} with low-rank layers."
-    agreement = write_source(path, taken.network, chosen.images, title, constants)
-    return f"{_written(path)}, and {weights}\nwithout this package, on {chosen.text}: {agreement}"
-
-
-def _samples(asked: Export, taken: Compressed) -> Samples:
-    return samples(taken.folder, taken.description.image, asked.images, IMAGES)
-
-
-def _written(path: Path) -> str:
-    return f"written to {path}, {path.stat().st_size / 1e6:.3g} MB"
-
-
-WRITERS: dict[Format, Callable[[Export, Compressed, Path], str]] = {
-    "onnx": _onnx,
-    "torch-export": _program,
-    "state-dict": _state,
-    "python": _python,
-}

@@ -10,10 +10,10 @@ import torch
 import tyro
 
 from dist_prune.config.flags import require
-from dist_prune.export.command import require_absent, take
+from dist_prune.export.command import take
 from dist_prune.export.speed import Amount, Engine, Speed, measure_speed
 from dist_prune.network.models import build
-from dist_prune.utils.files import write_text
+from dist_prune.utils.files import require_absent, write_text
 from dist_prune.utils.tables import table
 
 FILE = "speed.json"
@@ -71,7 +71,8 @@ def main(words: Sequence[str]) -> int:
     asked = parse(words)
     path = asked.out or asked.run / FILE
     taken = take(asked.run)
-    require_absent(path, asked.overwrite)
+    if not asked.overwrite:
+        require_absent(path, "name another file with --out, or add --overwrite")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     cuda = asked.device == "cuda" or (asked.device == "auto" and torch.cuda.is_available())

@@ -217,9 +217,18 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         SiteError: a form or ranks that a layer of this network cannot have.
     """
-    replacements = []
+    return with_replaced(model, chains(model, plan).items())
+
+
+def chains(model: nn.Module, plan: Plan) -> dict[str, Factored]:
+    """What stands in the place of each factored layer, yet without values.
+
+    Raises:
+        SiteError: see `rebuild`.
+    """
+    found = {}
     for name, choice in plan.factored.items():
         module, form = model.get_submodule(name), FORMS[choice.form]
         form.require(describe(name, module), choice.ranks)
-        replacements.append((name, form.build(module, choice.ranks)))
-    return with_replaced(model, replacements)
+        found[name] = form.build(module, choice.ranks).train(module.training)
+    return found

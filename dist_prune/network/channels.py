@@ -29,6 +29,11 @@ class Group:
         """Of its first producer."""
         return self.producers[0]
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """All modules that change with the channels."""
+        return (*self.producers, *self.between, *(consumer.name for consumer in self.consumers))
+
 
 @dataclass(frozen=True)
 class KeptChannels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +44,14 @@ def with_replaced(
                     f"{type(model).__name__}{_place_of(model, thing)}: cannot be copied ({error})"
                 ) from error
             known[id(thing)] = thing.detach() if isinstance(thing, Tensor) else thing
+
+
+def replace_in(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of others, in the network itself, wherever these are used."""
+    new = {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    places = [(name, new[id(old)]) for name, old in model.named_modules(remove_duplicate=False) if id(old) in new]
+    for name, module in places:
+        model.set_submodule(name, module)
 
 
 def _left_by_a_pass(model: nn.Module) -> Iterator[Tensor]:

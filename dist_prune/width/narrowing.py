@@ -65,8 +65,7 @@ def require_channels(model: nn.Module, kept: Iterable[KeptChannels]) -> None:
     modules = dict(model.named_modules())
     for each in kept:
         group, channels = each.group, each.channels
-        members = [*group.producers, *group.between, *(consumer.name for consumer in group.consumers)]
-        for name in members:
+        for name in group.members:
             if name not in modules:
                 raise PlanError(
                     f"the network has no layer {name}; {did_you_mean(name, modules, 'see named_modules()')}"
