@@ -326,7 +326,9 @@ def test_a_plan_of_a_wider_network_is_refused() -> None:
     wider[7], wider[9] = nn.Linear(20, 14), nn.Linear(14, 5)
     before = tensors(wider)
     for use in (lambda: apply(plan, wider), lambda: compress(wider.eval(), [images()], plan)):
-        with pytest.raises(PlanError, match=r"has (10|14|20) channels here; the plan is of a network with (8|12|16)"):
+        with pytest.raises(
+            PlanError, match=r"has (10|14|20) channels here; the plan is of a network with (8|12|16)"
+        ):
             use()
     assert tensors(wider) == before
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,10 @@ class CorrectionConfig:
     def calibration_bytes(self, free: int) -> int:
         """`--calibration-gb` in bytes, where a rank has so many free."""
         return int(self.calibration_gb * 2**30) or free // 2
+
+    def within(self, free: int) -> CorrectionConfig:
+        """The same where ranks work alone, each with so many bytes free: none then asks the others."""
+        return replace(self, calibration_gb=self.calibration_bytes(free) / 2**30)
 
     @property
     def dampings(self) -> tuple[float, ...]:

@@ -107,7 +107,8 @@ def _chosen(
         kept=kept,
         loss=collected.measure,
     )
-    trial = trial_on(ground, gather_images(collected.images, world), run.correction, run.seed)
+    settings = run.correction.within(world.free_memory())
+    trial = trial_on(ground, gather_images(collected.images, world), settings, run.seed)
     state = SearchState()
     with bar(count, "search", "candidate", collected.progress, world.is_first) as step:
         for complete in search(count, plans, spectra, trial, run.seed, state, world):

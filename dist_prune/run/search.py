@@ -29,7 +29,8 @@ def search_plans(job: Job) -> None:
             side=config.compression.basis.side,
             kept=job.state.kept,
         )
-        trial = trial_on(ground, images, config.correction, config.seed)
+        settings = config.correction.within(job.world.free_memory())
+        trial = trial_on(ground, images, settings, config.seed)
         count = config.compression.search
         shown = job.report.meter.count(count, len(state.candidates), "candidate")
         for complete in search(count, job.planner, found.spectra, trial, config.seed, state, job.world):
