@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from dist_prune.artifacts import run_directory
 from dist_prune.artifacts.environment import launch_of
 from dist_prune.config.run import Run, require_complete
-from dist_prune.distributed.preemption import listening, restarts
+from dist_prune.distributed.preemption import Flag, listening, restarts
 from dist_prune.distributed.world import World, joined
 from dist_prune.reporting.report import Report
 from dist_prune.run.compress import collect_statistics, plan_and_project, rounds
 from dist_prune.run.correct import correct, reestimate_batch_norm
 from dist_prune.run.distill import distill
+from dist_prune.run.family import draw_family, family_opened, members
 from dist_prune.run.finish import finish, finished
 from dist_prune.run.job import Job, Stage
 from dist_prune.run.measure import evaluate, evaluate_dense, measure_sites
@@ -26,6 +28,7 @@ from dist_prune.run.search import search_plans
 from dist_prune.run.stage import stage_images
 from dist_prune.run.train import last_tuning, load_dense, tune
 from dist_prune.run.width import collect_of_the_rest, remove_channels
+from dist_prune.training.evaluate import Predictions
 from dist_prune.utils.files import require_writable
 
 
@@ -42,10 +45,35 @@ def run(config: Run) -> Path | None:
         WorkError: the same, found in the middle of the work.
         Preempted: a signal asked to stop; `--resume` continues.
     """
+    with listening() as flag, joined(config.device, config.timeout) as world, flag.deferring():
+        if not config.compression.family:
+            return run_one(config, world, flag)
+        if config.dry_run:
+            for each in members(config, Path()):
+                run_one(each, world, flag)
+            return None
+        return run_family(config, world, flag)
+
+
+def run_family(config: Run, world: World, flag: Flag) -> Path:
+    """One run for each budget; statistics are collected, and the dense network is evaluated, once."""
+    config, folder = world.from_first(lambda: settle(config))
+    runs = world.from_first(lambda: members(config, folder))
+    with closing(Report(speaks=world.is_first, ranks=world.size)) as report:
+        prepare(replace(runs[0], overwrite=config.overwrite), world, report, folder, flag)
+    references: dict[str, Predictions] = {}
+    with family_opened(config, folder, world):
+        for each in runs:
+            run_one(each, world, flag, references)
+        world.from_first(lambda: draw_family(folder))
+    return folder
+
+
+def run_one(
+    config: Run, world: World, flag: Flag, references: dict[str, Predictions] | None = None
+) -> Path | None:
+    """One run; `references` of others are used, and its own kept there. Otherwise see `run`."""
     with (
-        listening() as flag,
-        joined(config.device, config.timeout) as world,
-        flag.deferring(),
         closing(Report(speaks=world.is_first, entering=world.enter, ranks=world.size)) as report,
         memory_named(config, world),
     ):
@@ -59,6 +87,7 @@ def run(config: Run) -> Path | None:
             return folder
         with opened(prepare(config, world, report, folder, flag)) as begun, at_work():
             job = stage_images(begun)
+            job = job if references is None else replace(job, references=references)
             load_dense(job)
             for name, work in stages(job):
                 if name not in job.state.done:

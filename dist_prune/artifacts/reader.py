@@ -12,6 +12,7 @@ from typing import Any
 from dist_prune.artifacts.answers import ANSWERS, Answers
 from dist_prune.artifacts.answers import load as load_answers
 from dist_prune.artifacts.run_directory import CONFIG, is_known
+from dist_prune.config.flags import budgets_of
 from dist_prune.factorization.plan import Plan, PlanError
 from dist_prune.training.evaluate import Metrics
 from dist_prune.utils.files import CheckpointError
@@ -55,6 +56,19 @@ def read_run(folder: Path) -> Record:
         return Record(folder, config["run"], config["environment"], result, stages, choices, answers)
     except (KeyError, TypeError, PlanError) as error:
         raise CheckpointError(f"{folder}: damaged, or of another version of this program ({error!r})") from error
+
+
+def member_folder(family: Path, rule: str) -> Path:
+    """Of the run for one of a family's budgets: `macs=0.5`."""
+    return family / rule.partition(":")[2]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of a family, from the least budget up; of any other directory that itself."""
+    if not is_known(folder):
+        return [folder]
+    rules = budgets_of(str(read_json(folder / CONFIG).get("run", {}).get("compression", {}).get("ranks", "")))
+    return [member_folder(folder, rule) for rule in rules] or [folder]
 
 
 def require_run(folder: Path) -> None:

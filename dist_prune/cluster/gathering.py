@@ -6,47 +6,23 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from dist_prune.cluster.sweep import Combination, Sweep
+from dist_prune.cluster.sweep import Sweep
+from dist_prune.reporting.outcomes import Outcome, front, outcome_of
 from dist_prune.utils.files import replacing, write_text
 from dist_prune.utils.tables import table
 from dist_prune.utils.text import read_text
-
-STAGES = ("tuned", "distilled", "corrected", "projected")  # the last that ran is the result
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one combination came to: its shares of the dense network's cost, and the figures of the last stage."""
-
-    combination: Combination
-    macs: float
-    params: float
-    dense: float
-    stage: str
-    top1: float
-    kl: float
-    seconds: float
 
 
 def outcomes(sweep: Sweep) -> list[Outcome]:
     """Of all combinations that are finished, in the sweep's order."""
     tasks = zip(sweep.combinations, sweep.runs(), strict=True)
-    return [outcome_of(c, json.loads(read_text(t.folder / t.product))) for c, t in tasks if t.is_done]
-
-
-def outcome_of(combination: Combination, result: Mapping[str, Any]) -> Outcome:
-    """What the combination came to, by its result.json."""
-    stage = next(name for name in STAGES if result[name] is not None)
-    macs, params = (result[kind]["compressed"] / result[kind]["dense"] for kind in ("macs", "params"))
-    final, dense = result[stage], result["dense"]["top1"]
-    seconds = sum(result["seconds"].values())
-    return Outcome(combination, macs, params, dense, stage, final["top1"], final["kl"], seconds)
+    return [
+        outcome_of(c.name, c.values, json.loads(read_text(t.folder / t.product))) for c, t in tasks if t.is_done
+    ]
 
 
 def gather(sweep: Sweep) -> str:
@@ -69,7 +45,7 @@ def as_table(found: Sequence[Outcome]) -> str:
     best = set(map(id, front(found)))
     rows = [
         [
-            o.combination.name + (" *" if id(o) in best else ""),
+            o.name + (" *" if id(o) in best else ""),
             f"{o.macs:.3f}",
             f"{o.params:.3f}",
             o.stage,
@@ -88,7 +64,7 @@ def over_seeds(found: Sequence[Outcome]) -> str:
     """Where seeds were swept: mean ± standard deviation over them; else nothing."""
     groups: dict[str, list[Outcome]] = {}
     for o in found:
-        name = ", ".join(f"{k}={v}" for k, v in o.combination.values.items() if k != "seed") or "all"
+        name = ", ".join(f"{k}={v}" for k, v in o.values.items() if k != "seed") or "all"
         groups.setdefault(name, []).append(o)
     if all(len(group) == 1 for group in groups.values()):
         return ""
@@ -104,23 +80,13 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def front(found: Sequence[Outcome]) -> list[Outcome]:
-    """The Pareto front, by cost: nothing else is as cheap and as accurate, and better in one of them."""
-    ordered = sorted(found, key=lambda o: (o.macs, -o.top1))
-    best: list[Outcome] = []
-    for o in ordered:
-        if not best or o.top1 > best[-1].top1:
-            best.append(o)
-    return best
-
-
 def picture(found: Sequence[Outcome]) -> Figure:
     """Top-1 over MACs, one colour for each combination but for budget and seed; the Pareto front as a line."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     groups: dict[str, list[Outcome]] = {}
     for o in found:
-        fixed = {k: v for k, v in o.combination.values.items() if k not in ("ranks", "seed")}
+        fixed = {k: v for k, v in o.values.items() if k not in ("ranks", "seed")}
         groups.setdefault(", ".join(f"{k}={v}" for k, v in fixed.items()) or "runs", []).append(o)
     for name, group in groups.items():
         axes.scatter([o.macs for o in group], [o.top1 for o in group], s=24, label=name)
@@ -135,12 +101,12 @@ def picture(found: Sequence[Outcome]) -> Figure:
 
 def as_csv(found: Sequence[Outcome]) -> str:
     """All figures, for programs."""
-    axes = list(found[0].combination.values)
+    axes = list(found[0].values)
     names = ["macs", "params", "dense", "stage", "top1", "kl", "seconds"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", *axes, *names])
     for o in found:
-        values = [o.combination.values[axis] for axis in axes]
-        writer.writerow([o.combination.name, *values, *(getattr(o, name) for name in names)])
+        values = [o.values[axis] for axis in axes]
+        writer.writerow([o.name, *values, *(getattr(o, name) for name in names)])
     return out.getvalue()

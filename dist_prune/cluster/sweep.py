@@ -138,6 +138,8 @@ def _combination(recipe: str, words: Sequence[str], values: dict[str, str]) -> C
     try:
         run = parse([recipe, *given])
         require_complete(run)
+        if run.compression.family:
+            raise ConfigError(f"--ranks {run.compression.ranks}: a sweep takes one budget a run; sweep over ranks")
     except (ConfigError, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:  # --help
             raise

@@ -88,6 +88,7 @@ def parse_rule(text: str) -> Rule:
     if kind in ("uniform", "energy"):
         return Rule(kind, _ratio(amount, f"--ranks {text}"))
     if kind == "budget":
+        require("," not in amount, f"--ranks {text}: several budgets, expected one; runs of the program take more")
         of, _, amount = amount.partition("=")
         known = ", ".join(f"budget:{name}=0.5" for name in BUDGETS)
         require(of in BUDGETS, f"--ranks {text}: a budget of {of!r} is not known; expected {known}")
@@ -97,6 +98,26 @@ def parse_rule(text: str) -> Rule:
     rules = "uniform:RATIO, energy:RATIO, budget:macs=RATIO or sites:NAME=RANK, such as uniform:0.5"
     require(Path(text).is_file(), f"--ranks {text}: expected {rules}, or a plan file")
     return Rule("file", file=Path(text))
+
+
+def budgets_of(text: str) -> tuple[str, ...]:
+    """The rules of a family, `budget:macs=0.8,0.5`, the least first; none where `--ranks` is a single rule.
+
+    Raises:
+        ConfigError: a share that is no budget, or comes twice.
+    """
+    kind, _, amount = text.partition(":")
+    if kind != "budget" or "," not in amount:
+        return ()
+    of, _, shares = amount.partition("=")
+    where = f"--ranks {text}: expected shares of one kind, such as budget:macs=0.8,0.5"
+    try:
+        rules = [parse_rule(f"budget:{of}={share.strip()}") for share in shares.split(",")]
+    except ConfigError as error:
+        raise ConfigError(f"{where}; {error}") from error
+    amounts = [rule.amount for rule in rules]
+    require(len(set(amounts)) == len(amounts), f"{where}, each once")
+    return tuple(rule.text for rule in sorted(rules, key=lambda rule: rule.amount))
 
 
 def _listed_text(listed: tuple[str, str, tuple[int, ...]]) -> str:

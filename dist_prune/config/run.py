@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dist_prune.config.correction import CorrectionConfig, DistillConfig
-from dist_prune.config.flags import FORMS, parse_forms, parse_rule
+from dist_prune.config.flags import FORMS, Rule, budgets_of, parse_forms, parse_rule
 from dist_prune.config.flags import require as _require
 from dist_prune.config.training import IterationConfig, TrainingConfig, TuningConfig
 
@@ -180,7 +180,7 @@ class CompressionConfig:
     basis: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MethodConfig)
     ranks: str = "uniform:0.5"
     """uniform:RATIO of each site's channels, energy:RATIO of its spectrum, budget:macs|params|latency=RATIO of
-    the dense network's, sites:NAME=RANK,… for these alone, or a plan FILE."""
+    the dense network's (of several, =0.8,0.5, each a run), sites:NAME=RANK,… for these alone, or a plan FILE."""
     forms: str = "auto"
     """What a site can become where ranks come from a budget: all, or some of output (k×k → 1×1), input (1×1 →
     k×k), vertical (k×1 → 1×k), horizontal (1×k → k×1), tucker (1×1 → k×k → 1×1), comma-separated. auto: all with
@@ -200,7 +200,7 @@ class CompressionConfig:
     """Also compress each site alone, and compare the divergence with what was predicted; see sites.json."""
 
     def __post_init__(self) -> None:
-        rule, method = parse_rule(self.ranks), self.basis.method
+        rule, method = self.rule, self.basis.method
         _require(
             not rule.needs_spectra or method not in BLIND,
             f"--ranks {self.ranks}: --method {method} gives no spectrum; use uniform:RATIO, "
@@ -241,9 +241,19 @@ class CompressionConfig:
         )
 
     @property
+    def family(self) -> tuple[str, ...]:
+        """The rules where `--ranks` lists several budgets, the least first; else none."""
+        return budgets_of(self.ranks)
+
+    @property
+    def rule(self) -> Rule:
+        """What `--ranks` asks for; of a family, the least budget."""
+        return parse_rule((*self.family, self.ranks)[0])
+
+    @property
     def removes_channels(self) -> bool:
         """Whether hidden channels can go."""
-        return self.width != "off" and parse_rule(self.ranks).is_counted and self._compares_channels
+        return self.width != "off" and self.rule.is_counted and self._compares_channels
 
     @property
     def _compares_channels(self) -> bool:
@@ -255,7 +265,7 @@ class CompressionConfig:
         if self.forms != "auto":
             return parse_forms(self.forms)
         compares = self.basis.method in COMPARABLE and self.basis.side == "output"
-        return FORMS if parse_rule(self.ranks).kind == "budget" and compares else ("output",)
+        return FORMS if self.rule.kind == "budget" and compares else ("output",)
 
 
 @dataclass(frozen=True)
@@ -347,6 +357,8 @@ def require_complete(run: Run) -> None:
         not lost,
         "--search tries plans that are corrected, not trained in rounds: leave out --step and --alternate",
     )
+    several = bool(run.compression.family) and run.until != "end"
+    _require(not several, f"--until {run.until}: statistics are of no budget; give one of those in --ranks")
     if run.dry_run:
         return
     _require(bool(run.images.data), "--data DIR is missing: a folder with train/ and val/, one folder per class")

@@ -10,7 +10,14 @@ from typing import Any
 
 import tyro
 
-from dist_prune.artifacts.reader import Record, accuracy_interval, difference_interval, paired_interval, read_run
+from dist_prune.artifacts.reader import (
+    Record,
+    accuracy_interval,
+    difference_interval,
+    paired_interval,
+    read_run,
+    runs_in,
+)
 from dist_prune.artifacts.run_directory import IRRELEVANT
 from dist_prune.training.evaluate import Metrics
 from dist_prune.utils.console import columns, hanging
@@ -40,9 +47,10 @@ def main(words: Sequence[str]) -> int:
         CheckpointError: fewer than two, or one that is not a finished run.
     """
     asked = tyro.cli(Comparison, args=words, prog="dist-prune compare")
-    if len(asked.runs) < 2:
+    runs = [run for folder in asked.runs for run in runs_in(folder)]
+    if len(runs) < 2:
         raise CheckpointError("compare needs two finished runs or more: dist-prune compare RUN RUN")
-    print(format_summary([read_run(folder) for folder in asked.runs], columns()))
+    print(format_summary([read_run(folder) for folder in runs], columns()))
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from dist_prune.config.run import Run
 from dist_prune.correction.correct import HELD
 from dist_prune.data.dataset import Dataset, Split
 from dist_prune.data.loader import Batch, Stream, evaluation_stream
+from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.world import World
 from dist_prune.factorization.planner import Planner
 from dist_prune.network.sites import Survey, survey
@@ -42,6 +43,7 @@ class Job:
         checkpoints: where it can be stopped and resumed.
         state: what its stages have found.
         notes: on weights and images, for the log.
+        references: what dense networks say of the validation images, by their digest, for all runs of a family.
     """
 
     config: Run
@@ -56,11 +58,15 @@ class Job:
     checkpoints: CheckpointManager
     state: State
     notes: tuple[str, ...] = ()
+    references: dict[str, Predictions] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> Predictions:
         """What the dense network says of the validation images; computed when first asked for."""
-        return predict(self.dense, watched_validation(self))
+        network = digest(self.dense)
+        if network not in self.references:
+            self.references[network] = predict(self.dense, watched_validation(self))
+        return self.references[network]
 
     @property
     def everything(self) -> Survey:

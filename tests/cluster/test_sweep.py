@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dist_prune.cluster import gathering, jobs, submission
-from dist_prune.cluster.gathering import Outcome, front
 from dist_prune.cluster.profile import main as tell_site
 from dist_prune.cluster.profile import read_site
 from dist_prune.cluster.submission import main
@@ -17,6 +16,7 @@ from dist_prune.cluster.sweep import Combination, Task, plan_sweep, statistics_k
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.recipes import parse
 from dist_prune.config.settings import settings
+from dist_prune.reporting.outcomes import Outcome, front
 from tests.commands import ROOT, shared_commands
 from tests.slurm.jobs import write_inputs
 
@@ -194,7 +194,7 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
 
 
 def outcome(macs: float, top1: float, **values: str) -> Outcome:
-    return Outcome(Combination(values, (), "", ""), macs, 0.5, 90.0, "tuned", top1, 0.1, 60.0)
+    return Outcome(Combination(values, (), "", "").name, values, macs, 0.5, 90.0, "tuned", top1, 0.1, 60.0)
 
 
 def test_the_front_holds_what_nothing_else_beats() -> None:
