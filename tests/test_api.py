@@ -222,12 +222,21 @@ def test_options_reach_their_places() -> None:
     assert a != b and a == compress(model, batches, "uniform:0.5", method="random", seed=0, correct="none").kl
 
 
-def test_the_readmes_example(capsys: pytest.CaptureFixture[str]) -> None:
-    examples = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (example,) = (block for block in examples if "compress(" in block)
-    scope: dict[str, Any] = {"model": perceptron(), "batches": noise(12)}
-    exec(example, scope)
+def test_the_readmes_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    network = nn.Sequential(*perceptron()[:4], *[nn.Identity()] * 6, nn.Linear(24, 5))  # 0, 2, 10
+    scope: dict[str, Any] = {"model": network, "batches": noise(12)}
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, scope)
     assert isinstance(scope["small"], nn.Module) and "held-out KL" in capsys.readouterr().out
+    assert scope["compression"].plan.ranks["2"] == 8 and "10" not in scope["compression"].plan.ranks
+    x = noise(12)[0]
+    torch.testing.assert_close(scope["model"](x), scope["compression"].model(x))
 
 
 def alone() -> None:

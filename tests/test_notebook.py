@@ -37,6 +37,9 @@ def test_its_code_runs_and_draws(bench: Bench, tmp_path: Path) -> None:
     (text,) = [line for line in done.out.splitlines() if line.startswith("accuracy")]
     before, after = (float(word) for word in text.split() if word.replace(".", "").isdigit())
     assert before > 93 and after > before - 3
+    (text,) = [line for line in done.out.splitlines() if "of the MACs, trained:" in line]
+    smallest, trained = (float(word) for word in text.partition(":")[2].split() if word[0].isdigit())
+    assert before - 10 < smallest <= trained + 1 and trained > before - 3
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
