@@ -156,7 +156,8 @@ def statistics_key(run: Run) -> str:
     trained = network.weights == "none"
     seeded = trained or method.statistics_images > 0
     content = {
-        "of": origin(method, "", "", to_dict(run.images.image), run.seed),
+        "of": origin(method, "", "", to_dict(run.images.image), run.seed, method.statistics_bf16),
+        "float32": method.statistics_float32,
         "network": to_dict(network),
         "trained": to_dict(run.pretrain) if trained else None,
         "data": [*map(str, (run.images.data, run.images.class_list, run.unlabelled_statistics))],

@@ -143,7 +143,10 @@ class MethodConfig:
     statistics: Path | None = None
     """Take the statistics from this file, of an earlier run's directory, instead of collecting them."""
     statistics_bf16: bool = False
-    """Run the network in bfloat16 autocast for the statistics; products stay float32, sums float64."""
+    """Run the network in bfloat16 autocast for the statistics, as GPUs that have it do by default; sums stay
+    float64."""
+    statistics_float32: bool = False
+    """Statistics in float32 on a GPU, too, their products without TF32."""
     chunk_mb: int = 128
     """Input side: memory for patches at a time, MiB."""
 
@@ -163,6 +166,8 @@ class MethodConfig:
         _require(not unused, f"--statistics: --method {self.method} uses none; leave it out")
         rough = self.statistics_bf16 and (self.probing or self.method in DATA_FREE)
         _require(not rough, "--statistics-bf16: goes with pca, whitened-svd, gradient, fisher and hessian-local")
+        both = self.statistics_bf16 and self.statistics_float32
+        _require(not both, "--statistics-bf16 and --statistics-float32: expected one of them at most")
 
     @property
     def probing(self) -> bool:

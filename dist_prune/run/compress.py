@@ -82,7 +82,9 @@ def made_of(job: Job, network: nn.Module | None) -> dict[str, Any]:
     """What the statistics of this network are of; of one that is not known yet, everything else."""
     image, images = to_dict(job.config.images.image), statistics_split(job, 0)
     model = "" if network is None else digest(network)
-    origin = statistics.origin(job.config.compression.basis, model, images.digest(), image, job.config.seed)
+    method = job.config.compression.basis
+    bf16 = statistics.runs_bf16(method, job.world.device)
+    origin = statistics.origin(method, model, images.digest(), image, job.config.seed, bf16)
     known = {name: value for name, value in origin.items() if network is not None or name != "model"}
     return known | {statistics.IMAGE_COUNT: len(images)}
 

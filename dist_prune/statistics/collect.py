@@ -26,7 +26,6 @@ from dist_prune.statistics.moments import (
     Watch,
     accumulating,
     collect_moments,
-    full_float32,
     sum_moments,
     unwatched,
 )
@@ -99,13 +98,13 @@ def collect(
         return Statistics()
     views = [View(site, method.side, method.chunk_mb << 20) for site in sites]
     passes = passes or Passes()
-    watch, bf16 = passes.watch, method.statistics_bf16
+    watch, bf16 = passes.watch, runs_bf16(method, world.device)
     if method.method in ONE_PASS:
         with accumulating_patches(model, sites if patches else (), world.device) as places:
             sums: dict[str, Sums] = {f"patches/{name}": each for name, each in places.items()}
             both, images = partial(_watched_together, watch, sums), batches(0)
             if method.method == "fisher":  # its metric needs no mean
-                with accumulating(model, views, world.device) as accumulators, full_float32():
+                with accumulating(model, views, world.device) as accumulators:
                     sums |= {f"moments/{name}": each for name, each in accumulators.items()}
                     step, objective = STEPS["fisher"], _objective(method, seed)
                     curvature = collect_curvature(model, views, images, world, step, objective, None, both, bf16)
@@ -128,6 +127,16 @@ def collect(
         curvature = collect_curvature(model, views, batches(0), world, step, objective, means, watch, bf16)
         return Statistics(moments, curvature)
     return Statistics(moments)
+
+
+def runs_bf16(method: MethodConfig, device: torch.device) -> bool:
+    """Whether the network runs in bfloat16 autocast for the statistics there: on GPUs that compute in it, by default.
+
+    What is tried along random directions is a difference of outputs, and stays float32.
+    """
+    if device.type != "cuda" or method.statistics_float32 or method.probing:
+        return method.statistics_bf16
+    return method.statistics_bf16 or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _objective(method: MethodConfig, seed: int) -> Objective:
@@ -249,8 +258,15 @@ def _patches(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, 
     return {name: PatchMoments(*(tensors[f"patches/{part}/{name}"] for part in _PATCH_PARTS)) for name in spatial}
 
 
-def origin(method: MethodConfig, model_digest: str, data_digest: str, image: Any, seed: int) -> dict[str, Any]:  # noqa: ANN401
-    """What statistics depend on, beyond rounding: plain types, to be compared."""
+def origin(
+    method: MethodConfig,
+    model_digest: str,
+    data_digest: str,
+    image: Any,  # noqa: ANN401
+    seed: int,
+    bf16: bool = False,
+) -> dict[str, Any]:
+    """What statistics depend on, beyond rounding: plain types, to be compared. `bf16` as `runs_bf16` says."""
     random = method.method not in ("pca", "whitened-svd", "gradient")
     return {
         "model": model_digest,
@@ -263,6 +279,6 @@ def origin(method: MethodConfig, model_digest: str, data_digest: str, image: Any
         "rank_loss": method.rank_loss,
         "draws": method.draws if random and not method.probing else None,
         "probes": method.probes if method.probing else None,
-        "bf16": method.statistics_bf16 or None,
+        "bf16": bf16 or None,
         "seed": seed if random else None,
     }

@@ -30,7 +30,7 @@ from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
-from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, full_float32, unwatched
+from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, products, unwatched
 from dist_prune.utils import keyed_random
 
 Rows = Callable[[], Tensor]  # made when they are asked for
@@ -238,7 +238,8 @@ def collect_curvature(
         objective: what is differentiated.
         means: site name → mean row (g, k); without it rows are not centred (`fisher` does not use them).
         watch: hands over the batches.
-        bf16: run the network in bfloat16 autocast, forward and backward; `step` is given float32.
+        bf16: run the network in bfloat16 autocast, forward and backward; `step` is given float32, its products on a
+            GPU in TF32.
 
     Returns:
         site name → (g, k, k), float64, symmetrised, equal on all ranks.
@@ -253,7 +254,7 @@ def collect_curvature(
     images, number = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     kept: dict[str, Sums] = {f"curvature/{each.view.site.name}": each.kept for each in sums}
     kept["seen"] = Tally({"images": images, "batches": number})
-    with differentiating(model), full_float32(), ExitStack() as stack:
+    with differentiating(model), products(tf32=bf16), ExitStack() as stack:
         for each in sums:
             stack.callback(each.module.register_forward_hook(each.forward, with_kwargs=True).remove)
         for batch in watch(batches, kept):

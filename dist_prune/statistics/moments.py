@@ -3,7 +3,8 @@
 Each rank sums n, Σ(y−m) and Σ(y−m)(y−m)ᵀ about a shift m of its own (the mean of its first batch): without
 the shift, float32 products of data far from zero would cancel. At the end all ranks move their sums to one
 common shift, in float64, where the distance is a few standard deviations at most, and one all-reduce adds
-them. Products are taken in float32 (TF32 off), sums are kept in float64.
+them. Products of centred rows are taken in float32, or in TF32 on a GPU where the network runs in bfloat16; their
+sums are kept in float64.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,23 @@ from dist_prune.network.sites import View, call_of, evaluating
 
 T = TypeVar("T")
 
-# Bytes of centred rows multiplied at once, and least width of a panel of their symmetric product: what stays in a
-# core's cache, and the width at which MKL is fastest; on a GPU, few large kernels.
-CPU_TILES = (2 << 20, 48)
-GPU_TILES = (1 << 27, 256)
+
+class Tiles(NamedTuple):
+    """How a device's products are cut.
+
+    Attributes:
+        bytes: of centred rows multiplied at once.
+        panel: least width of a panel of their symmetric product.
+        batches: whose float32 products are summed before they are added to the sums in float64.
+    """
+
+    bytes: int
+    panel: int
+    batches: int
+
+
+CPU_TILES = Tiles(2 << 20, 48, 1)  # what stays in a core's cache, and the width at which MKL is fastest
+GPU_TILES = Tiles(1 << 27, 256, 16)  # few large kernels
 
 
 class StatisticsError(ValueError):
@@ -114,6 +128,8 @@ class Accumulator:
         self.shift: Tensor | None = None
         self.total = torch.zeros(groups, width, dtype=torch.float64, device=device)
         self.outer = torch.zeros(groups, width, width, dtype=torch.float64, device=device)  # its lower panels
+        self._product: Tensor | None = None
+        self._unflushed = 0  # batches in it
 
     @torch.no_grad()
     def add(self, *blocks: Tensor) -> None:
@@ -128,22 +144,38 @@ class Accumulator:
         parts = [block.view(groups, -1, *block.shape[1:]) for block in blocks]
         if self.shift is None:
             self.shift = torch.cat([part.mean((2, 3), dtype=dtype) for part in parts], 1)
-        product = self.outer.new_zeros(self.outer.shape, dtype=dtype)
+        tiles, product = _tiles(self.outer), self._product_of(dtype)
         count, positions = blocks[0].shape[1:]
-        images = max(1, _tiles(product)[0] // (self.total.numel() * positions * dtype.itemsize))
+        images = max(1, tiles.bytes // (self.total.numel() * positions * dtype.itemsize))
         for some in zip(*(torch.split(part, images, dim=2) for part in parts), strict=True):
             columns = _minus(some, self.shift)
             _add_lower_product(product, columns, self._panel)
             self.total += columns.sum(-1)
-        _add_lower(self.outer, product, self._panel)
         self.count += count * positions
+        self._unflushed += 1
+        if self._unflushed == tiles.batches:
+            self._flush()
+
+    def _product_of(self, dtype: torch.dtype) -> Tensor:
+        """The sum of the last batches' products, in the precision that they are taken in."""
+        if self._product is None or self._product.dtype != dtype:
+            self._flush()
+            self._product = self.outer.new_zeros(self.outer.shape, dtype=dtype)
+        return self._product
+
+    def _flush(self) -> None:
+        """Add it to the sums in float64."""
+        if self._product is not None:
+            _add_lower(self.outer, self._product, self._panel)
+        self._product, self._unflushed = None, 0
 
     @property
     def _panel(self) -> int:
-        return max(_tiles(self.outer)[1], self.outer.shape[-1] // 4)
+        return max(_tiles(self.outer).panel, self.outer.shape[-1] // 4)
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Sums`."""
+        self._flush()
         sums = {"count": torch.tensor(self.count), "total": self.total}
         starts = range(0, self.outer.shape[-1], self._panel)
         sums |= {f"outer/{at}": self.outer[:, at:, at : at + self._panel].clone() for at in starts}
@@ -151,7 +183,7 @@ class Accumulator:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Sums`."""
-        self.count = int(state["count"])
+        self._product, self._unflushed, self.count = None, 0, int(state["count"])
         self.shift = state["shift"].to(self.total.device) if "shift" in state else None
         self.total.copy_(state["total"])
         for name, panel in state.items():
@@ -163,12 +195,13 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """The sums so far."""
+        self._flush()
         _mirror_lower(self.outer, self._panel)
         shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift.double()
         return Moments(self.total.new_tensor(self.count), shift, self.total, self.outer)
 
 
-def _tiles(tensor: Tensor) -> tuple[int, int]:
+def _tiles(tensor: Tensor) -> Tiles:
     return GPU_TILES if tensor.is_cuda else CPU_TILES
 
 
@@ -222,7 +255,7 @@ def collect_moments(
         batches: images (N, 3, H, W) of this rank; N may be 0 and may differ between ranks.
         world: the ranks to sum over.
         watch: hands over the batches.
-        bf16: run the network in bfloat16 autocast; what its layers return is then summed as exactly as else.
+        bf16: run the network in bfloat16 autocast; on a GPU products of what its layers return are then in TF32.
 
     Returns:
         site name → moments, equal on all ranks.
@@ -230,7 +263,7 @@ def collect_moments(
     Raises:
         StatisticsError: NaN or infinity, or no rows at all (site named).
     """
-    with accumulating(model, views, world.device) as accumulators, evaluating(model), full_float32():
+    with accumulating(model, views, world.device) as accumulators, evaluating(model), products(tf32=bf16):
         for images in watch(batches, accumulators):
             if len(images):
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
@@ -283,6 +316,15 @@ def full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(older)
         for setting, precision in zip(newer, before, strict=True):
             setting.fp32_precision = precision
+
+
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """`full_float32`, or TF32 on a GPU: enough for products of centred rows that have no more bits themselves."""
+    with full_float32():
+        if tf32:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        yield
 
 
 def sum_moments(local: Mapping[str, Moments], world: World) -> dict[str, Moments]:

@@ -288,3 +288,21 @@ def test_patch_moments_are_collected_in_the_same_pass_and_kept_with_the_others(
         torch.testing.assert_close(vars(read[name]), vars(moments), rtol=0, atol=0)
     with pytest.raises(StatisticsError, match=r"no patch moments of 0.*--forms output"):
         statistics.load(tmp_path / "without", SITES, {}, world.device, patches=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "native", "expected"),
+    [
+        ({}, "cuda", True, True),
+        ({}, "cuda", False, False),
+        ({}, "cpu", True, False),
+        ({"statistics_float32": True}, "cuda", True, False),
+        ({"statistics_bf16": True}, "cpu", False, True),
+        ({"method": "hessian-global"}, "cuda", True, False),
+    ],
+)
+def test_gpus_that_compute_in_bfloat16_run_the_statistics_in_it_unless_float32_is_asked_for(
+    settings: dict, device: str, native: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    assert statistics.runs_bf16(MethodConfig(**settings), torch.device(device)) is expected

@@ -178,7 +178,7 @@ def test_products_are_true_float32_and_the_users_setting_is_put_back() -> None:
 def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lower_panels_alone(
     panel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moments, "CPU_TILES", (1 << 20, 8))
+    monkeypatch.setattr(moments, "CPU_TILES", moments.Tiles(1 << 20, 8, 1))
     first, second = torch.randn(2, 2 * 48, 5, 7, generator=torch.Generator().manual_seed(0))
     whole, stopped, resumed = (Accumulator(2, 48, torch.device("cpu")) for _ in range(3))
     for batch in (first, second):
@@ -187,9 +187,70 @@ def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lowe
     stopped.add(first)
     state = stopped.state_dict()
     assert sum(t.numel() for name, t in state.items() if name.startswith("outer/")) < 0.65 * stopped.outer.numel()
-    monkeypatch.setattr(moments, "CPU_TILES", (1 << 20, panel))  # as on another device
+    monkeypatch.setattr(moments, "CPU_TILES", moments.Tiles(1 << 20, panel, 1))  # as on another device
     resumed.load_state_dict(state)
     resumed.add(second)
     found = resumed.moments()
     same = torch.equal if panel == 8 else partial(torch.allclose, atol=1e-4)
     assert same(found.outer, expected.outer) and torch.equal(found.total, expected.total)
+
+
+def in_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to the 10 bits of mantissa that tensor cores read, to nearest."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_emulated_tf32_has_ten_bits() -> None:
+    x = torch.tensor([1 + 2**-10, 1 + 2**-11 + 2**-20, 1 + 2**-12, -3.0])
+    assert torch.equal(in_tf32(x), torch.tensor([1 + 2**-10, 1 + 2**-10, 1.0, -3.0]))
+
+
+@pytest.mark.parametrize("kind", ["float32 rows", "bfloat16 rows"])
+def test_spectra_of_centred_tf32_products_are_those_of_float64_down_to_small_eigenvalues(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eigenvalues over five decades, means ten times the largest deviation: as after a batch norm and a ReLU."""
+    generator = torch.Generator().manual_seed(0)
+    width, count = 48, 20_000
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    scale = torch.logspace(0, -2.5, width, dtype=torch.float64)
+    rows = (turn * scale) @ torch.randn(width, count, generator=generator, dtype=torch.float64) + 10
+    rows = rows.bfloat16() if kind == "bfloat16 rows" else rows.float()
+    expected = torch.linalg.eigvalsh(torch.cov(rows.double(), correction=0))
+
+    def spectrum(centred: bool) -> torch.Tensor:
+        accumulator = Accumulator(1, width, torch.device("cpu"))
+        if not centred:
+            accumulator.shift = torch.zeros(1, width)
+        for part in rows.view(width, 20, -1).split(4, dim=1):
+            accumulator.add(part)
+        return torch.linalg.eigvalsh(accumulator.moments().covariance[0])
+
+    def add_rounded(product: torch.Tensor, columns: torch.Tensor, panel: int) -> None:
+        exact(product, in_tf32(columns), panel)
+
+    exact = moments._add_lower_product
+    monkeypatch.setattr(moments, "_add_lower_product", add_rounded)
+    large = expected > 1e-4 * expected[-1]
+    errors = {centred: (spectrum(centred) / expected - 1).abs()[large].max() for centred in (True, False)}
+    assert errors[True] < 1e-3, errors
+    assert kind == "bfloat16 rows" or errors[False] > 10 * errors[True], errors
+
+
+@pytest.mark.parametrize("batches", [1, 4])
+def test_float32_products_of_several_batches_are_flushed_to_float64_and_when_they_are_asked_for(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "CPU_TILES", moments.Tiles(1 << 20, 8, batches))
+    rows = torch.randn(2 * 24, 10, 30, generator=torch.Generator().manual_seed(0))
+    accumulator, resumed = (Accumulator(2, 24, torch.device("cpu")) for _ in range(2))
+    for part in rows[:, :6].split(1, dim=1):
+        accumulator.add(part)
+    resumed.load_state_dict(accumulator.state_dict())
+    for part in rows[:, 6:].split(1, dim=1):
+        accumulator.add(part)
+        resumed.add(part)
+    expected = torch.stack([torch.cov(g, correction=0) for g in rows.double().view(2, 24, 300)])
+    for each in (accumulator, resumed):
+        torch.testing.assert_close(each.moments().covariance, expected, rtol=1e-5, atol=1e-6)
