@@ -130,7 +130,7 @@ def collect(
 
 
 def runs_bf16(method: MethodConfig, device: torch.device) -> bool:
-    """Whether the network runs in bfloat16 autocast for the statistics there: on GPUs that compute in it, by default.
+    """Whether the network runs in bfloat16 autocast for the statistics: on GPUs that compute in it, by default.
 
     What is tried along random directions is a difference of outputs, and stays float32.
     """

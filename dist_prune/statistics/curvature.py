@@ -238,8 +238,8 @@ def collect_curvature(
         objective: what is differentiated.
         means: site name → mean row (g, k); without it rows are not centred (`fisher` does not use them).
         watch: hands over the batches.
-        bf16: run the network in bfloat16 autocast, forward and backward; `step` is given float32, its products on a
-            GPU in TF32.
+        bf16: run the network in bfloat16 autocast, forward and backward; `step` is given float32, its
+            products on a GPU in TF32.
 
     Returns:
         site name → (g, k, k), float64, symmetrised, equal on all ranks.
