@@ -160,6 +160,7 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, capsys: pytest
     assert {*completed("plan", "--statis")} == {
         "--statistics",
         "--statistics-bf16",
+        "--statistics-float32",
         "--statistics-images",
     }
 
