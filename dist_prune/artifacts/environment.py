@@ -16,7 +16,15 @@ import torch
 
 from dist_prune.utils.text import read_text
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "safetensors", "tensorboard")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "safetensors",
+    "tensorboard",
+)
 
 
 def environment() -> dict[str, Any]:

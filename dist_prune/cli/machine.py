@@ -99,4 +99,4 @@ def decoding(config: Run, world: World) -> Iterator[Finding]:
         expected = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     off = (batch.images[0].cpu().float() - expected).abs().max().item()
     text = f"decodes JPEG on {world.device.type}, {off:.0f} of 255 off Pillow"
-    yield Finding("DALI", "ok" if off <= 16 else "fail", text, "reinstall nvidia-dali-cuda120")
+    yield Finding("DALI", "ok" if off <= 16 else "fail", text, "reinstall NVIDIA DALI")

@@ -308,7 +308,8 @@ def _dali() -> tuple[ModuleType, ModuleType]:
         return importlib.import_module("nvidia.dali"), importlib.import_module("nvidia.dali.plugin.pytorch")
     except ImportError as error:
         raise DataError(
-            f"reading images needs NVIDIA DALI, which cannot be imported ({error}): install nvidia-dali-cuda120; "
+            f"reading images needs NVIDIA DALI, which cannot be imported ({error}): install nvidia-dali-cuda120, "
+            f"or nvidia-dali-cuda130 beside a torch built for CUDA 13; "
             f"dist_prune.compress does without"
         ) from error
 
