@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import NormalDist
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ GENERATION = 8  # candidates that are drawn around the same one
 SPREAD = 0.3  # of the logarithms of coefficients in the first generation, one standard deviation
 STEP = 0.3  # the same of a later change
 CHANGED = 0.3  # share of the sites whose coefficients a later candidate changes
-CLEARLY = 1.0  # standard errors: the least of several losses is low by chance, too
+CHANCE = 0.05  # of taking one of several plans that are all no better than the first
 TIMED = 4  # candidates that are timed as whole networks, at most, where latency is the budget
 
 Coefficients = tuple[float, ...]  # of the losses of each site
@@ -79,10 +80,14 @@ class SearchState:
         return sorted(self.candidates, key=lambda each: (finite(each.loss), each.number))
 
     def is_clearly_better(self, one: TriedPlan) -> bool:
-        """Whether it lost less than candidate 0, by `CLEARLY` standard errors of what it saved an image."""
+        """Whether it lost less than candidate 0 on the same images, by more than chance would have it.
+
+        One-sided, for `CHANCE` shared out over all plans that were tried (Bonferroni).
+        """
         saved = self.losses[name_of(self.candidates[0].plan)] - self.losses[name_of(one.plan)]
         error = saved.std(correction=0) / max(1, len(saved) - 1) ** 0.5
-        return bool(saved.mean() > CLEARLY * error)
+        others = max(1, len(self.losses) - 1)
+        return bool(saved.mean() > NormalDist().inv_cdf(1 - CHANCE / others) * error)
 
 
 def search(
