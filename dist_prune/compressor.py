@@ -91,7 +91,7 @@ class Compressor:
     _collected: Collected | None = field(default=None, init=False, repr=False)
 
     def fit(self, model: nn.Module, batches: Iterable[Any], ranks: Ranks | None = None) -> Self:
-        """Collect the statistics; the network stays as it is, and neither it nor the batches may be changed later.
+        """Collect the statistics; the network stays as it is, and is refused later where it has changed.
 
         Args:
             model: returns logits (n, classes) of two classes or more, or (n, classes, …) of several positions, as

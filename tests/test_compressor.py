@@ -162,6 +162,22 @@ def test_edits_that_cannot_be_are_refused(fitted: Compressor) -> None:
         fitted.compress(plan.edited({"3": 99}))
 
 
+def test_a_network_that_changed_after_fit_is_refused() -> None:
+    network = model()
+    compressor = Compressor(width="off").fit(network, [images()])
+    first = compressor.compress(0.5)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    network(images()).square().mean().backward()
+    optimizer.step()
+    for use in (lambda: compressor.plan(macs=0.5), lambda: compressor.compress(0.5), lambda: first.replan(0.5)):
+        with pytest.raises(ConfigError, match=r"changed since its statistics were collected \(10 of 13 tensors\)"):
+            use()
+    assert compressor.fit(network, [images()]).compress(0.5).plan.ranks
+    apply(first.plan, network)
+    with pytest.raises(ConfigError, match="changed since"):
+        compressor.plan(macs=0.5)
+
+
 # ── scikit-learn's conventions ─────────────────────────────────────────────────────────────────────────────
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Literal, TypeVar
 
 import torch
@@ -58,6 +58,7 @@ class Collected:
         patches: whether the statistics tell of patches.
         channels: what can be removed; None if that was not asked for.
         measured: what `directions` found for earlier choices of ranks, by the forms that they allowed.
+        versions: of the given network's tensors, as PyTorch counts their changes.
         narrow: the same of the network without some channels, for the last choice of these.
     """
 
@@ -73,6 +74,7 @@ class Collected:
     image: Tensor
     progress: bool | None
     patches: bool = False
+    versions: tuple[int, ...] = ()
     channels: Channels | None = None
     measured: dict[frozenset[str], Directions] = field(default_factory=dict, compare=False)
     narrow: dict[tuple[KeptChannels, ...], Collected] = field(default_factory=dict, compare=False)
@@ -86,6 +88,20 @@ class Collected:
     def device(self) -> torch.device:
         """Where the network is."""
         return self.image.device
+
+    def require_unchanged(self, world: World) -> None:
+        """Refuse to go on with a network that was trained, or loaded, since the statistics were collected.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+        known = zip_longest(self.versions, versions_of(self.given_model))
+        changed = sum(before != now for before, now in known)
+        if world.gather(changed) != [0] * world.size:
+            raise ConfigError(
+                f"the network has changed since its statistics were collected ({changed} of {len(self.versions)} "
+                f"tensors): call fit or compress again"
+            )
 
     def planner(self, ranks: str | Plan, world: World) -> Planner:
         """For a rule as `--ranks` has it, or for a plan that there is already."""
@@ -136,6 +152,7 @@ def collect(
     collected = Collected(
         run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
     )
+    collected = replace(collected, versions=versions_of(given_model))
     plans = collected.planner(run.compression.ranks if ranks is None else ranks, world)
     groups = removable_groups(model, found.sites, pair) if run.compression.removes_channels else []
     if groups and ranks is not None:
@@ -162,6 +179,12 @@ def _with_statistics(collected: Collected, patches: bool, world: World) -> Colle
         warn(naming_arguments(text))
     bases = solve(model, found.sites, sums, basis, run.seed, world)
     return replace(collected, sums=sums, bases=bases, patches=patches, measured={}, narrow={})
+
+
+def versions_of(model: nn.Module) -> tuple[int, ...]:
+    """How often each parameter and buffer was changed in place; tensors of inference mode do not say."""
+    tensors = chain(model.parameters(), model.buffers())
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def _surveyed(model: nn.Module, image: Tensor) -> Survey:

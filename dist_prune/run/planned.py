@@ -65,6 +65,7 @@ def planned(collected: Collected, ranks: str | Plan, world: World) -> Planned:
     Raises:
         ConfigError, PlanError, WidthError: it does not go with this network, or with what was collected.
     """
+    collected.require_unchanged(world)
     plans = collected.planner(ranks, world)
     if plans.needs_patches and not collected.patches:
         raise ConfigError(
