@@ -143,8 +143,7 @@ class MethodConfig:
     statistics: Path | None = None
     """Take the statistics from this file, of an earlier run's directory, instead of collecting them."""
     statistics_bf16: bool = False
-    """Run the network in bfloat16 autocast for the statistics, as GPUs that have it do by default; sums stay
-    float64."""
+    """Run the network in bfloat16 autocast for the statistics; the default on GPUs that compute in it."""
     statistics_float32: bool = False
     """Statistics in float32 on a GPU, too, their products without TF32."""
     chunk_mb: int = 128
