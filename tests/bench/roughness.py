@@ -77,7 +77,8 @@ class Found:
 
     def gathered(self, method: MethodConfig, precision: Precision) -> Statistics:
         """From the images seen."""
-        method = replace(method, statistics_bf16=precision == "bf16")
+        rough = precision == "bf16"
+        method = replace(method, statistics_bf16=rough, statistics_float32=not rough)
         with tensor_cores(precision):
             return collect(self.dense, self.sites, lambda _: self.seen, self.world, method, 0)
 
