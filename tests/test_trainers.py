@@ -90,6 +90,7 @@ def test_a_training_loop_goes_on_with_the_compressed_network(tmp_path: Path, wor
     assert is_trained(saved, plan)
 
 
+@slow
 def test_lightning_compresses_in_its_process_group_and_loads_into_the_plan(tmp_path: Path) -> None:
     run(tmp_path, program("LightningModule"))
     plan = Plan.load(tmp_path / "plan.json")

@@ -229,7 +229,7 @@ def make_plan(
     views = [View(site, side) for site in survey.sites]
     if rule.kind == "file":
         where, absent = f"--ranks {rule.file}", f"not in {rule.file.name}"
-        plan = listed(Plan.load(rule.file).choices, survey, side, where, absent)
+        plan = listed(_without_widths(Plan.load(rule.file), where).choices, survey, side, where, absent)
     elif rule.kind == "sites":
         choices = [choose(name, form, ranks) for name, form, ranks in rule.listed]
         plan = listed(choices, survey, side, f"--ranks {rule.text}", "not in --ranks")
@@ -243,6 +243,17 @@ def make_plan(
         budget = require_reachable(rule, survey, round_to, side, latency, forms)
         plan = _plan(survey, _within(budget, spectra, repair, coefficients))
     return with_losses(plan, survey, spectra) if spectra else plan
+
+
+def _without_widths(plan: Plan, where: str) -> Plan:
+    """The plan, if it removes no channels: its ranks would be of another network."""
+    if plan.kept:
+        named = ", ".join(each.group.name for each in plan.kept[:NAMED])
+        raise PlanError(
+            f"{where}: it removes channels of {len(plan.kept)} groups ({named}), which a run chooses by itself "
+            f"for a budget; dist_prune.compress follows such a plan, and --width off makes one without"
+        )
+    return plan
 
 
 def undecided(survey: Survey) -> Plan:

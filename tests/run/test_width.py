@@ -129,3 +129,12 @@ def test_what_cannot_be_is_refused_before_the_work(
     assert done.codes == [2, 2]
     assert any(said in line for line in done.errors)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_removes_channels_is_not_taken_for_one_of_the_whole_network(
+    bench: Bench, narrow: dict[int, Path], tmp_path: Path
+) -> None:
+    done = bench.commands(*bench.words(tmp_path / "run", ranks=narrow[1] / "plan.json"), ranks=1)
+    assert done.codes == [2]
+    assert any("removes channels of" in line and "--width off" in line for line in done.errors)
+    assert not (tmp_path / "run").exists()
