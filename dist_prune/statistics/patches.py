@@ -24,10 +24,7 @@ from dist_prune.network.sites import Site, call_of
 from dist_prune.network.windows import padded
 from dist_prune.statistics.moments import StatisticsError
 
-CHUNK = {
-    "cpu": 1 << 22,
-    "cuda": 1 << 27,
-}  # bytes of input that are multiplied at once: on a GPU, few large kernels
+CHUNK, GPU_CHUNK = 1 << 22, 1 << 27  # bytes of input that are multiplied at once: on a GPU, few large kernels
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,9 @@ class PatchAccumulator:
         if self.shift is None:
             self.shift = x.mean((0, 2, 3)).reshape(self.total.shape[:2])
         windows = _Windows(module, size)
-        for some in torch.split(x, max(1, CHUNK[x.device.type] // (x[0].numel() * x.element_size()))):
+        for some in torch.split(
+            x, max(1, (GPU_CHUNK if x.is_cuda else CHUNK) // (x[0].numel() * x.element_size()))
+        ):
             # Padding is zero before the shift, not after.
             shifted = padded(module, some)
             shifted = shifted.view(len(some), *self.shift.shape, *shifted.shape[2:]) - self.shift[..., None, None]
