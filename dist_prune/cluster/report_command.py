@@ -18,7 +18,7 @@ from dist_prune.reporting.html.several import over_all
 class Reporting:
     """Draw report.html and report.md of a run again.
 
-    Of several finished runs, or a family: one page with their Pareto front. Of an unfinished run: how far it is.
+    Of several runs, or a family: one page with their Pareto front. Of an unfinished run: how far it is.
 
     Example: dist-prune report runs/* --output all.html
     """

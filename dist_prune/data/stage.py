@@ -35,10 +35,11 @@ def staged(split: Split, folder: Path, world: World) -> Split:
     sizes = {name: (split.root / name).stat().st_size for name in split.archive.shards}
 
     def copy_share() -> None:
-        missing = [name for name, size in sizes.items() if not _is_there(target / name, size)]
-        for name in missing[here.index(world.rank) :: len(here)]:
-            with files.replacing(target / name) as aside:
-                shutil.copyfile(split.root / name, aside)
+        own = [*sizes][here.index(world.rank) :: len(here)]  # of all: others may have copied some by now
+        for name in own:
+            if not _is_there(target / name, sizes[name]):
+                with files.replacing(target / name) as aside:
+                    shutil.copyfile(split.root / name, aside)
 
     world.on_all(lambda: _require_room(folder, target, sizes))
     world.on_all(copy_share)

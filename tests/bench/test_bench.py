@@ -25,6 +25,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_speed_comparison_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     output = tmp_path / "new" / "speed.json"
     words = [sys.executable, "-m", "tests.bench.speed", "--quick", "--output", str(output)]
@@ -216,6 +217,7 @@ def test_the_latency_comparison_runs(tmp_path: Path) -> None:
     assert found["sites"]["uniform:0.5"]
 
 
+@pytest.mark.slow
 def test_the_comparison_on_imagenet_runs_and_keeps_the_rows_of_other_networks(tmp_path: Path) -> None:
     for part in ("calibrate", "val"):
         for i in range(9):

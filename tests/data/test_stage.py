@@ -1,6 +1,7 @@
 """Packed images are copied once per node, by all of its ranks, and read from there."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_each_node_gets_every_shard_once_and_ranks_share_the_work(tmp_path: Path
     assert sorted(i for _, _, seen in results for i in seen) == list(range(40))
     again = run_ranks(stage_counting, ranks, split, tmp_path / "disk", nodes)
     assert all(not copied for _, copied, _ in again)
+
+
+def stage_late(world: World, split: Split, folder: Path) -> list[str]:
+    """The shards that are there once this rank, which begins later than those before it, has staged."""
+    together = world.on_all
+    world.on_all = lambda function: (time.sleep(0.3 * world.rank), together(function))[1]  # type: ignore[method-assign]
+    found = stage.staged(split, folder, world)
+    return sorted(path.name for path in found.root.iterdir())
+
+
+def test_a_rank_that_begins_late_copies_its_share_all_the_same(tmp_path: Path) -> None:
+    split = shards_of(tmp_path)
+    assert split.archive is not None
+    for there in run_ranks(stage_late, 2, split, tmp_path / "disk"):
+        assert {*split.archive.shards} <= {*there}
 
 
 def test_a_shard_that_was_cut_off_is_copied_again(tmp_path: Path) -> None:
