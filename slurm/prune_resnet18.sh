@@ -58,7 +58,7 @@ enter_environment "$project" || exit
 
 echo "run      $run, job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
 echo "log      $run/log.txt"
-echo "result   $run/result.json (of several budgets $run/*/result.json)"
+echo "result   $run/result.json"
 echo "curves   tensorboard --logdir $(dirname "$run")"
 
 require_a_task_per_gpu || exit
