@@ -6,7 +6,7 @@ from dist_prune.correction import batchnorm
 from dist_prune.correction import correct as correction
 from dist_prune.reporting.progress import Count
 from dist_prune.run.checkpointing import ResumePoint
-from dist_prune.run.job import Job, share_bits, unlabelled_stream
+from dist_prune.run.job import Job, held_out_split, share_bits, unlabelled_stream
 
 SITE_GROUP = 8  # corrected sites from one checkpoint to the next, at most
 
@@ -54,10 +54,10 @@ def reestimate_batch_norm(job: Job) -> None:
 
 def held_out(job: Job) -> str:
     """What the held-out KL was measured on, and what to expect of it."""
-    split = unlabelled_stream(job).split
-    count = len(range(0, len(split), correction.HELD))
+    held = held_out_split(job)
+    count = len(held)
     if job.unlabelled is not None:
-        return f"held out: {count:,} images of {split.root}, not used to solve from"
+        return f"held out: {count:,} images of {held.root}, not used to solve from"
     return (
         f"held out: {count:,} training images, not used to solve from; a network that has learnt them is surer of "
         f"them, and KL on other images is usually higher"

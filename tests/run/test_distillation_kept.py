@@ -5,16 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_prune.data.dataset import Split
-from tests.commands import shared_commands
-from tests.runs import NETWORK, Bench, result_of, write_images, write_weights
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    home = tmp_path_factory.mktemp("distilled")
-    (home / "net.py").write_text(NETWORK)
-    data = write_images(home / "images")
-    return Bench(shared_commands(), data, home / "net.py", write_weights(home / "weights.pt", data))
+from tests.runs import Bench, result_of
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.02, True), (300.0, False)])
