@@ -1,0 +1,73 @@
+"""Networks of every family with random weights at half of their MACs, and every export of what is left.
+
+Full width is the identity for all of them: `test_narrowing.py`. Slow: minutes a network.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_prune import compress, load_compressed
+from dist_prune.export.writers import FILES
+from dist_prune.network.outputs import logits_of
+from tests.networks import seeded
+
+CLASSES, IMAGES, BUDGET = 7, 16, 0.5
+TORCHVISION = {
+    **dict.fromkeys(("resnext50_32x4d", "regnet_y_400mf", "densenet121", "vgg11_bn", "squeezenet1_1"), 64),
+    **dict.fromkeys(("mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5", "efficientnet_b0"), 64),
+    **dict.fromkeys(("shufflenet_v2_x0_5", "googlenet", "convnext_tiny", "swin_t"), 64),
+    "inception_v3": 96,
+    "vit_b_16": 224,
+}
+TIMM = {
+    **dict.fromkeys(("resnet26d", "tf_efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto"), 64),
+    **dict.fromkeys(("regnety_002", "ghostnet_050", "repvgg_a0", "hrnet_w18_small"), 64),
+    **dict.fromkeys(("mixer_s32_224", "levit_128s", "vit_tiny_patch16_224", "deit_tiny_patch16_224"), 224),
+}
+
+
+def torchvisions(name: str) -> nn.Module:
+    extra = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **extra)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{name: (partial(torchvisions, name), size) for name, size in TORCHVISION.items()},
+    **{
+        f"timm/{name}": (partial(timm.create_model, name, num_classes=CLASSES), size)
+        for name, size in TIMM.items()
+    },
+}
+
+
+def flops(model: nn.Module, image: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_the_macs_and_every_export(name: str, tmp_path: Path) -> None:
+    make, size = NETWORKS[name]
+    model = seeded(make)
+    images = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    found = compress(model, [images], BUDGET, draws=1)
+
+    assert flops(found.model, images[:1]) <= BUDGET * flops(model, images[:1])
+    with torch.no_grad():
+        expected = logits_of(found.model(images[:3]))
+        assert expected.shape == (3, CLASSES) and expected.isfinite().all()
+        found.save(tmp_path / "saved")
+        again = load_compressed(tmp_path / "saved", seeded(make))
+        torch.testing.assert_close(logits_of(again(images[:3])), expected)
+    for form, file in FILES.items():  # each is read back and compared, or refused
+        found.export(tmp_path / file, form, images=images[:3])
