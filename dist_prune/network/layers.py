@@ -58,7 +58,9 @@ def why_dense(module: nn.Conv2d | nn.Linear, owners: Mapping[int, int]) -> str:
         owners: how many modules have each parameter, by identity.
     """
     if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"{type(module).__name__} computes its output in its own way"
+        own = f"{type(module).__name__} computes its output in its own way"
+        like = "Conv2d behind padding" if isinstance(module, nn.Conv2d) else "Linear"
+        return f"{own}, not as a plain {like}: where it could, write it as one"
     weight = module._parameters.get("weight")
     if weight is None:
         return "hooks make its weight: make it permanent first, as prune.remove and remove_weight_norm do"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from typing import Literal, TypeVar
@@ -26,6 +26,7 @@ from dist_prune.factorization.planner import Planner, follower, timed_planner
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.channels import KeptChannels
 from dist_prune.network.outputs import Outputs, answering
+from dist_prune.network.padding import explicitly_padded
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import Survey, survey
 from dist_prune.statistics import collect as statistics
@@ -140,7 +141,8 @@ def collect(
     if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
         model = with_replaced(model)  # gradients need ordinary tensors
     pair = given.batches[0].images[:2].to(given.device)
-    everything = world.from_first(lambda: _surveyed(model, pair[:1]))
+    model = _asked(lambda: explicitly_padded(model, pair[:1]), pair).network
+    everything = world.from_first(lambda: _asked(lambda: survey(model, pair[:1]), pair))
     if basis.loss != "mse":
         everything.require_classes()
     if everything.concern and basis.loss != "mse" and outputs is None:
@@ -187,12 +189,13 @@ def versions_of(model: nn.Module) -> tuple[int, ...]:
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
-def _surveyed(model: nn.Module, image: Tensor) -> Survey:
+def _asked(ask: Callable[[], T], images: Tensor) -> T:
+    """What is found out by giving the network these images."""
     try:
-        return survey(model, image)
+        return ask()
     except RuntimeError as error:
         raise BatchesError(
-            f"the network does not take batches of (n, {', '.join(map(str, image.shape[1:]))}): {error}"
+            f"the network does not take batches of (n, {', '.join(map(str, images.shape[1:]))}): {error}"
         ) from error
 
 
@@ -236,7 +239,7 @@ class _Shown(Passes):
 
 def collect_again(collected: Collected, network: nn.Module, world: World) -> Collected:
     """The same of a network from which channels were removed."""
-    everything = world.from_first(lambda: _surveyed(network, collected.image))
+    everything = world.from_first(lambda: _asked(lambda: survey(network, collected.image), collected.image))
     found = everything.select(collected.run.compression.sites)
     narrow = replace(collected, model=network, everything=everything, found=found, channels=None)
     return _with_statistics(narrow, collected.patches, world)

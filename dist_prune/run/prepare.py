@@ -25,6 +25,7 @@ from dist_prune.factorization.planner import Planner, planner, timed_planner
 from dist_prune.network import models
 from dist_prune.network.errors import ModelError
 from dist_prune.network.memory_format import lay_out
+from dist_prune.network.padding import explicitly_padded
 from dist_prune.network.published import options_of
 from dist_prune.network.replacing import CopyError, with_replaced
 from dist_prune.network.sites import SiteError, Survey, survey
@@ -312,6 +313,8 @@ def load_network(
         lay_out(dense, torch.channels_last)
     image = probe(config, world, 1)
     try:
+        spelled = explicitly_padded(dense, image)
+        dense = spelled.network
         own = survey(dense, image)
     except (ModelError, SiteError, CopyError):
         raise
@@ -320,6 +323,8 @@ def load_network(
         see = "--crop and --channels-last" if config.channels_last else "--crop"
         reason = error if isinstance(error, RuntimeError) else fault_of(error, Path(split(network.arch)[0]))
         raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
+    if spelled.note:
+        say(spelled.note)
     found = world.from_first(lambda: own)
     found.require_classes()
     if found.positions > 1:
