@@ -17,7 +17,6 @@ from dist_prune.factorization.project import chains
 from dist_prune.network.errors import ModelError
 from dist_prune.network.factored import Factored
 from dist_prune.network.layers import unwrapped
-from dist_prune.network.padding import with_explicit_padding
 from dist_prune.network.replacing import replace_in
 from dist_prune.network.sites import SiteError
 from dist_prune.width.narrowing import narrowed, require_channels
@@ -72,16 +71,14 @@ def apply(plan: Plan | str | Path, model: nn.Module) -> nn.Module:
         raise ModelError(
             f"a {type(model).__name__} holds the layers of before: apply the plan, then wrap the network"
         )
-    spelled = with_explicit_padding(model)
-    require_channels(spelled.network, wanted.kept)
-    narrow = narrowed(spelled.network, wanted.kept, shared=True) if wanted.kept else spelled.network
+    require_channels(model, wanted.kept)
+    narrow = narrowed(model, wanted.kept, shared=True) if wanted.kept else model
     _require_layers(narrow, wanted)
     try:
         new = {name: narrow.get_submodule(name) for each in wanted.kept for name in each.group.members}
         new |= chains(narrow, wanted)
     except SiteError as error:
         raise PlanError(f"the plan does not fit this network: {error}") from error
-    replace_in(model, {name: spelled.network.get_submodule(name) for name in spelled.names})
     replace_in(model, new)
     return model
 

@@ -21,7 +21,6 @@ from dist_prune.network import user_code
 from dist_prune.network.channels import KeptChannels
 from dist_prune.network.errors import ModelError
 from dist_prune.network.models import build
-from dist_prune.network.padding import with_explicit_padding
 from dist_prune.network.sites import SiteError
 from dist_prune.network.weights import load_state
 from dist_prune.utils.files import CheckpointError, replacing, require_intact, seal, to_json, write_text
@@ -116,11 +115,8 @@ def load_compressed(run_dir: str | Path, model: nn.Module | None = None) -> nn.M
         )
     dense = build(found.arch, found.classes, found.options) if model is None else model
     try:
-        state = load_file(folder / WEIGHTS)
-        padded = [n for n in dict(dense.named_modules()) if any(key.startswith(f"{n}.conv.") for key in state)]
-        dense = with_explicit_padding(dense, padded).network
         compressed = rebuild(narrowed(dense, found.kept), found.plan)
-        load_state(compressed, state, str(folder / WEIGHTS))
+        load_state(compressed, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
         require_finite(compressed)
     except UnsoundError as error:
         raise CheckpointError(f"{folder}: {error}") from error

@@ -13,7 +13,7 @@ from dist_prune.config.flags import require
 from dist_prune.export.command import take
 from dist_prune.export.speed import Amount, Engine, Speed, measure_speed
 from dist_prune.network.models import build
-from dist_prune.network.padding import with_explicit_padding
+from dist_prune.network.padding import own_paddings, with_paddings
 from dist_prune.utils.files import require_absent, write_text
 from dist_prune.utils.tables import table
 
@@ -79,8 +79,9 @@ def main(words: Sequence[str]) -> int:
     cuda = asked.device == "cuda" or (asked.device == "auto" and torch.cuda.is_available())
     device, side = torch.device("cuda" if cuda else "cpu"), taken.description.image.crop
     what = taken.description
-    dense = with_explicit_padding(build(what.arch, what.classes, what.options)).network.to(device)
+    dense = build(what.arch, what.classes, what.options).to(device)
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    dense = with_paddings(dense, own_paddings(dense, image))
     found = measure_speed(dense, taken.network.to(device), image, asked.batches, asked.engines)
     write_text(path, found.to_json())
     print(f"{format_summary(found)}\nwritten to {path}")

@@ -30,6 +30,7 @@ from dist_prune.config.flags import ConfigError, did_you_mean
 from dist_prune.factorization.knapsack import Ints
 from dist_prune.network.factored import Factored
 from dist_prune.network.memory_format import place_like
+from dist_prune.network.padded import convolution, sides_of
 from dist_prune.network.sites import Site, SiteError
 
 Ranks = tuple[int, ...]
@@ -141,15 +142,15 @@ class Form:
             name: tuple(own if owner == layer else none for own, owner in self._axes(getattr(module, name)))
             for name, none in (("kernel_size", 1), ("stride", 1), ("dilation", 1))
         }
-        geometry["padding"] = (
-            module.padding
-            if isinstance(module.padding, str)
-            else tuple(own if owner == layer else 0 for own, owner in self._axes(module.padding))  # type: ignore[arg-type]
-        )
+        sides = sides_of(module)
+        if not isinstance(sides, str):
+            rows, columns = (own if owner == layer else (0, 0) for own, owner in self._axes(sides))
+            sides = rows, columns
         pads = layer in (self.tall, self.wide)
-        return nn.Conv2d(
+        return convolution(
             inputs,
             outputs,
+            sides=sides,
             groups=module.groups,
             bias=bias,
             padding_mode=module.padding_mode if pads else "zeros",
@@ -165,10 +166,12 @@ class Form:
             dense: nn.Module = nn.Linear(*ends)
         else:
             tall, wide = chain.get_submodule(self.tall), chain.get_submodule(self.wide)
+            assert isinstance(tall, nn.Conv2d) and isinstance(wide, nn.Conv2d)
             names = ("kernel_size", "stride", "dilation")
             geometry: dict[str, Any] = {n: (getattr(tall, n)[0], getattr(wide, n)[1]) for n in names}
-            padding = tall.padding if isinstance(tall.padding, str) else (tall.padding[0], wide.padding[1])  # type: ignore[index]
-            dense = nn.Conv2d(*ends, groups=groups, padding=padding, padding_mode=tall.padding_mode, **geometry)  # type: ignore[arg-type]
+            rows, columns = sides_of(tall), sides_of(wide)
+            sides = rows if isinstance(rows, str) or isinstance(columns, str) else (rows[0], columns[1])
+            dense = convolution(*ends, sides=sides, groups=groups, padding_mode=tall.padding_mode, **geometry)
         place_like(dense, layers[0])
         set_weight(dense, weight)
         with torch.no_grad():

@@ -14,8 +14,10 @@ from dist_prune.factorization.forms import FORMS, Form, Ranks, composed, kernels
 from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.plan import Plan
 from dist_prune.network.factored import Factored
+from dist_prune.network.layers import LAYERS
+from dist_prune.network.padding import plain
 from dist_prune.network.replacing import with_replaced
-from dist_prune.network.sites import Site, bias_of, describe, weight_of
+from dist_prune.network.sites import Site, SiteError, bias_of, describe, weight_of
 from dist_prune.utils.decompositions import svd
 
 
@@ -215,7 +217,7 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the network in the plan's shape, its factored layers yet without values.
 
     Raises:
-        SiteError: a form or ranks that a layer of this network cannot have.
+        SiteError: a form or ranks that a layer of this network cannot have, or a layer of a class of its own.
     """
     return with_replaced(model, chains(model, plan).items())
 
@@ -228,7 +230,9 @@ def chains(model: nn.Module, plan: Plan) -> dict[str, Factored]:
     """
     found = {}
     for name, choice in plan.factored.items():
-        module, form = model.get_submodule(name), FORMS[choice.form]
+        module, form = plain(model.get_submodule(name)), FORMS[choice.form]
+        if type(module) not in LAYERS:
+            raise SiteError(f"{name} is a {type(module).__name__} here, which computes its output in its own way")
         form.require(describe(name, module), choice.ranks)
         found[name] = form.build(module, choice.ranks).train(module.training)
     return found

@@ -10,7 +10,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from dist_prune.network.errors import ModelError
+from dist_prune.network.padded import PaddedConv2d
 
+LAYERS = (nn.Conv2d, PaddedConv2d, nn.Linear)  # that compute what their kind says
 UNKNOWN = (_ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -57,7 +59,7 @@ def why_dense(module: nn.Conv2d | nn.Linear, owners: Mapping[int, int]) -> str:
         module: with no hooks but its user's own.
         owners: how many modules have each parameter, by identity.
     """
-    if type(module) not in (nn.Conv2d, nn.Linear):
+    if type(module) not in LAYERS:
         own = f"{type(module).__name__} computes its output in its own way"
         like = "Conv2d behind padding" if isinstance(module, nn.Conv2d) else "Linear"
         return f"{own}, not as a plain {like}: where it could, write it as one"

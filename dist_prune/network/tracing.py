@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from dist_prune.network.padded import PaddedConv2d
 from dist_prune.network.sites import evaluating
 
 Values = dict[fx.Node, Any]
@@ -72,7 +73,7 @@ def trace(model: nn.Module, names: Iterable[str]) -> Program:
     known = set(vars(model))
     try:
         with evaluating(model):
-            graph = fx.Tracer().trace(model, _defaults(model))
+            graph = _Tracer().trace(model, _defaults(model))
     except Exception as error:
         raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
     finally:
@@ -90,6 +91,13 @@ def trace(model: nn.Module, names: Iterable[str]) -> Program:
     stops = dict(sorted(((name, place[node]) for name, node in once.items()), key=operator.itemgetter(1)))
     changed_until = max((place[node] + 1 for node in steps if _is_in_place(model, node)), default=0)
     return Program(steps, stops, shortcuts, _last_uses(steps, first), constants, changed_until)
+
+
+class _Tracer(fx.Tracer):
+    """Enters everything but torch's own layers and the like."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PaddedConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

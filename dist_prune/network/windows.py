@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_prune.network.padded import PaddedConv2d
+
 
 def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
     """The input with the padding that the convolution makes, whatever its mode."""
+    if isinstance(module, PaddedConv2d):
+        return module.padded(x)
     if module.padding == "valid":
         return x
     if module.padding == "same":

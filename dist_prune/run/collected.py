@@ -26,7 +26,7 @@ from dist_prune.factorization.planner import Planner, follower, timed_planner
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.channels import KeptChannels
 from dist_prune.network.outputs import Outputs, answering
-from dist_prune.network.padding import explicitly_padded
+from dist_prune.network.padding import own_paddings, with_paddings
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import Survey, survey
 from dist_prune.statistics import collect as statistics
@@ -59,6 +59,7 @@ class Collected:
         patches: whether the statistics tell of patches.
         channels: what can be removed; None if that was not asked for.
         measured: what `directions` found for earlier choices of ranks, by the forms that they allowed.
+        padding: names of the convolutions that padded by themselves.
         versions: of the given network's tensors, as PyTorch counts their changes.
         narrow: the same of the network without some channels, for the last choice of these.
     """
@@ -75,6 +76,7 @@ class Collected:
     image: Tensor
     progress: bool | None
     patches: bool = False
+    padding: tuple[str, ...] = ()
     versions: tuple[int, ...] = ()
     channels: Channels | None = None
     measured: dict[frozenset[str], Directions] = field(default_factory=dict, compare=False)
@@ -141,7 +143,8 @@ def collect(
     if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
         model = with_replaced(model)  # gradients need ordinary tensors
     pair = given.batches[0].images[:2].to(given.device)
-    model = _asked(lambda: explicitly_padded(model, pair[:1]), pair).network
+    paddings = world.from_first(lambda: _asked(lambda: own_paddings(model, pair[:1]), pair))
+    model = with_paddings(model, paddings)
     everything = world.from_first(lambda: _asked(lambda: survey(model, pair[:1]), pair))
     if basis.loss != "mse":
         everything.require_classes()
@@ -154,7 +157,7 @@ def collect(
     collected = Collected(
         run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
     )
-    collected = replace(collected, versions=versions_of(given_model))
+    collected = replace(collected, padding=tuple(paddings), versions=versions_of(given_model))
     plans = collected.planner(run.compression.ranks if ranks is None else ranks, world)
     groups = removable_groups(model, found.sites, pair) if run.compression.removes_channels else []
     if groups and ranks is not None:

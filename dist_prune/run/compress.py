@@ -23,7 +23,6 @@ from dist_prune.factorization.project import balance, project, rebuild, unfold
 from dist_prune.factorization.schedule import shrunk_sites, still_factored
 from dist_prune.factorization.spectra import Spectra, spectra_of
 from dist_prune.network import models
-from dist_prune.network.padding import with_explicit_padding
 from dist_prune.network.published import options_of
 from dist_prune.network.sites import Site
 from dist_prune.run.checkpointing import Resumable
@@ -97,8 +96,7 @@ def plan_and_project(job: Job) -> None:
         job.state.plan = job.state.target = decide(job, None)
         torch.manual_seed(config.seed)
         network = config.network
-        built = models.build(network.arch, network.classes, options_of(network.arch, network.weights))
-        untrained = with_explicit_padding(built).network
+        untrained = models.build(network.arch, network.classes, options_of(network.arch, network.weights))
         job.state.network = rebuild(narrowed(untrained, job.state.kept), job.state.plan).to(job.world.device)
         keep_layers(job, {})
         return

@@ -15,6 +15,7 @@ from dist_prune.factorization.plan import Plan, listed, with_losses
 from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import spectra_of, unit_of
 from dist_prune.network.channels import KeptChannels
+from dist_prune.network.padding import note_on
 from dist_prune.run.collected import Collected, Directions, collect_again
 from dist_prune.search.explore import SearchState, chosen, search
 from dist_prune.search.trial import Ground, gather_images, trial_on
@@ -48,6 +49,7 @@ class Planned:
         """What happens to each layer, and the totals; first which channels go."""
         plan, unit = self.plan, unit_of(self.source.run.compression.basis)
         text = self.plans.format_table(replace(plan, kept=()), {}, unit)
+        text = "\n".join(filter(None, (note_on(self.collected.padding), text)))
         if not plan.kept:
             return text
         lost = sum(each.loss or 0.0 for each in plan.kept)

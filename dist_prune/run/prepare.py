@@ -25,7 +25,7 @@ from dist_prune.factorization.planner import Planner, planner, timed_planner
 from dist_prune.network import models
 from dist_prune.network.errors import ModelError
 from dist_prune.network.memory_format import lay_out
-from dist_prune.network.padding import explicitly_padded
+from dist_prune.network.padding import note_on, own_paddings, with_paddings
 from dist_prune.network.published import options_of
 from dist_prune.network.replacing import CopyError, with_replaced
 from dist_prune.network.sites import SiteError, Survey, survey
@@ -313,8 +313,9 @@ def load_network(
         lay_out(dense, torch.channels_last)
     image = probe(config, world, 1)
     try:
-        spelled = explicitly_padded(dense, image)
-        dense = spelled.network
+        own_padding = own_paddings(dense, image)
+        paddings = world.from_first(lambda: own_padding)
+        dense = with_paddings(dense, paddings)
         own = survey(dense, image)
     except (ModelError, SiteError, CopyError):
         raise
@@ -323,8 +324,8 @@ def load_network(
         see = "--crop and --channels-last" if config.channels_last else "--crop"
         reason = error if isinstance(error, RuntimeError) else fault_of(error, Path(split(network.arch)[0]))
         raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
-    if spelled.note:
-        say(spelled.note)
+    if paddings:
+        say(note_on(paddings))
     found = world.from_first(lambda: own)
     found.require_classes()
     if found.positions > 1:

@@ -21,7 +21,7 @@ _ELEMENTWISE = {
     *("detach", "to", "type_as", "threshold", "logsigmoid", "softsign", "alpha_dropout"),
 }
 _SPATIAL = {
-    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "pad", "pad_same", "lp_pool2d"),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "pad", "lp_pool2d"),
 }
 _REDUCING = {"mean", "amax", "amin", "sum"}
 _MOVING = {"permute", "transpose", "swapaxes", "flatten", "view", "reshape", "squeeze", "unsqueeze"}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
 from dist_prune.network.channels import Consumer
+from dist_prune.network.layers import LAYERS
 from dist_prune.network.sites import evaluating, given_to
-from dist_prune.network.windows import patches
+from dist_prune.network.windows import padded, patches
 from dist_prune.statistics.moments import (
     Accumulator,
     Moments,
@@ -114,9 +115,7 @@ class _Watching:
         """What each channel has at the places of the kernel, (channels, images, s, positions)."""
         if not isinstance(self.module, nn.Conv2d):
             return x.reshape(-1, self.width, self.consumer.repeat).transpose(0, 1)[..., None]
-        module = self.module
-        padded = F.pad(x, [side for p in _padding(module) for side in (p, p)])
-        found = patches(module, padded)
+        found = patches(self.module, _padded(self.module, x))
         return found.view(len(x), self.width, -1, found.shape[-1]).transpose(0, 1)
 
     def _add_places(self, patches: Tensor) -> None:
@@ -126,13 +125,12 @@ class _Watching:
         self.places.tensors["count"].add_(rows.shape[-1])
 
 
-def _padding(module: nn.Conv2d) -> tuple[int, int]:
-    """Of width and height; a convolution that pads by itself is taken as one that keeps its size."""
-    if isinstance(module.padding, str) or type(module) is not nn.Conv2d:
-        height, width = (d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    else:
-        height, width = (int(p) for p in module.padding)
-    return width, height
+def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """The input with its padding; a convolution of a class of its own is taken as one that keeps its size."""
+    if type(module) in LAYERS:
+        return padded(module, x)
+    height, width = (d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return F.pad(x, (width, width, height, height))
 
 
 def channel_weights(module: nn.Module, consumer: Consumer) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_prune.config.flags import did_you_mean
 from dist_prune.factorization.plan import PlanError
 from dist_prune.network.channels import Consumer, Group, KeptChannels
+from dist_prune.network.padding import plain
 from dist_prune.network.replacing import with_replaced
 from dist_prune.width.elimination import Prediction
 from dist_prune.width.moments import channel_weights
@@ -37,7 +38,9 @@ def narrowed(
     changed: dict[str, nn.Module] = {}
 
     def own(name: str) -> nn.Module:
-        return changed.setdefault(name, copy.deepcopy(model.get_submodule(name)))
+        if name not in changed:
+            changed[name] = plain(copy.deepcopy(model.get_submodule(name)))
+        return changed[name]
 
     for each in kept:
         for consumer in each.group.consumers:
