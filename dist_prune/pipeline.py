@@ -17,13 +17,13 @@ from dist_prune.reporting.report import Report
 from dist_prune.run.compress import collect_statistics, plan_and_project, rounds
 from dist_prune.run.correct import correct, reestimate_batch_norm
 from dist_prune.run.distill import distill
-from dist_prune.run.family import draw_family, family_opened, members
+from dist_prune.run.family import draw_family, members
 from dist_prune.run.finish import finish, finished
 from dist_prune.run.job import Job, Stage
 from dist_prune.run.measure import evaluate, evaluate_dense, measure_sites
 from dist_prune.run.memory import format_exhausted, is_exhausted
 from dist_prune.run.prepare import prepare, show_plan
-from dist_prune.run.resume import opened
+from dist_prune.run.resume import locked, opened
 from dist_prune.run.search import search_plans
 from dist_prune.run.stage import stage_images
 from dist_prune.run.train import last_tuning, load_dense, tune
@@ -62,7 +62,7 @@ def run_family(config: Run, world: World, flag: Flag) -> Path:
     with closing(Report(speaks=world.is_first, ranks=world.size)) as report:
         prepare(replace(runs[0], overwrite=config.overwrite), world, report, folder, flag)
     references: dict[str, Predictions] = {}
-    with family_opened(config, folder, world):
+    with locked(config, folder, world):
         for each in runs:
             run_one(each, world, flag, references)
         world.from_first(lambda: draw_family(folder))

@@ -176,14 +176,13 @@ def correct(
     notes: list[str] = []
     if metrics is None:
         metrics, notes = metrics_of(source, sites, images, settings, seed, world, loss)
-    state = state or CorrectionState()
+    state, memory = state or CorrectionState(), settings.calibration_bytes(world.free_memory())
     for damping in settings.dampings[len(state.trials) :]:
         candidate = with_replaced(compressed)
         candidate.load_state_dict(state.candidate or compressed.state_dict())
         with evaluating(dense), evaluating(source), evaluating(candidate):
             pairs = list(_pairs(route, dense, candidate, images, holdout))
             solver = Solver(settings.correct, settings.ridge, (damping,))
-            memory = settings.calibration_bytes(world.free_memory())
             limits = settings.positions, seed, memory, LOSSES[loss]
             walk = Correction(route, source, candidate, pairs, metrics, solver, world, *limits, outputs=outputs)
             for outcome in walk.run(sites, [done.site for done in state.outcomes]):

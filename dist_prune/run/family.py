@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from dist_prune.artifacts import run_directory
-from dist_prune.artifacts.environment import environment
-from dist_prune.artifacts.lock import Lock
 from dist_prune.artifacts.reader import member_folder, read_run, runs_in
 from dist_prune.config.run import DATA_FREE, Run
-from dist_prune.distributed.world import World
 from dist_prune.reporting.html.page import HTML
 from dist_prune.reporting.html.several import over_all
 from dist_prune.reporting.log import LOGGER
@@ -44,22 +38,6 @@ def members(config: Run, folder: Path) -> list[Run]:
 def is_intact_file(path: Path | None) -> bool:
     """Whether statistics are there, whole."""
     return path is not None and path.is_file() and is_intact(path)
-
-
-@contextmanager
-def family_opened(config: Run, folder: Path, world: World) -> Iterator[None]:
-    """Lock the directory of a family that was tried for errors, and write its settings.
-
-    Raises:
-        CheckpointError: another process works there, or it cannot be written.
-    """
-    lock: list[Lock] = []
-    world.from_first(lambda: lock.append(run_directory.claim(folder, config, environment())))
-    try:
-        yield
-    finally:
-        for held in lock:
-            held.release()
 
 
 def draw_family(folder: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dist_prune.artifacts import checkpoints, run_directory
@@ -13,12 +14,30 @@ from dist_prune.artifacts.checkpoints import Snapshot
 from dist_prune.artifacts.environment import environment
 from dist_prune.artifacts.lock import Lock
 from dist_prune.config.flags import ConfigError
+from dist_prune.config.run import Run
 from dist_prune.distributed.preemption import restarts
+from dist_prune.distributed.world import World
 from dist_prune.factorization import layers
 from dist_prune.run.job import Job
 from dist_prune.run.prepare import notes_on
 from dist_prune.training import sensitivity
 from dist_prune.utils.files import CheckpointError
+
+
+@contextmanager
+def locked(config: Run, folder: Path, world: World) -> Iterator[None]:
+    """Hold the directory of a run or a family, as long as this is open, and write its settings.
+
+    Raises:
+        CheckpointError: another process works there, or it cannot be written.
+    """
+    lock: list[Lock] = []
+    world.from_first(lambda: lock.append(run_directory.claim(folder, config, environment())))
+    try:
+        yield
+    finally:
+        for held in lock:
+            held.release()
 
 
 @contextmanager
@@ -30,9 +49,7 @@ def opened(job: Job) -> Iterator[Job]:
         ConfigError: what was left is of other images, another network, or another number of ranks.
         NoProgressError: see `run_directory.require_progress`.
     """
-    lock: list[Lock] = []
-    job.world.from_first(lambda: lock.append(run_directory.claim(job.folder, job.config, environment())))
-    try:
+    with locked(job.config, job.folder, job.world), closing(job.report):
         if job.world.is_first:
             job.report.open(job.folder)
         job.report.say(f"run directory {job.folder}, {job.world.size} rank(s) on {job.world.device.type}")
@@ -44,10 +61,6 @@ def opened(job: Job) -> Iterator[Job]:
         if job.config.resume:
             take_up(job)
         yield job
-    finally:
-        job.report.close()
-        for held in lock:
-            held.release()
 
 
 def take_up(job: Job) -> None:
