@@ -10,7 +10,7 @@ from dist_prune.config.flags import Distillation, parse_distillation, require
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """SGD with momentum, linear warm-up and cosine decay to zero."""
+    """SGD with momentum or AdamW, linear warm-up and cosine decay to zero."""
 
     epochs: int = 0
     """Passes over the training images, with labels: fine-tuning (--pretrain.epochs: the dense network)."""
@@ -18,10 +18,12 @@ class TrainingConfig:
     """Images per rank and forward pass; the global batch is this times --accumulate times the ranks."""
     accumulate: int = 1
     """Forward and backward passes whose gradients make one step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """adamw is what transformers are trained with; it takes lower rates (0.001) and more decay (0.05)."""
     lr: float = 0.01
     """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
     momentum: float = 0.9
-    """Nesterov momentum."""
+    """Nesterov momentum; of adamw, the decay of the gradients' mean."""
     weight_decay: float = 1e-4
     """On weights of convolutions and linear layers; never on biases and batch norm."""
     warmup: float = 0.05

@@ -61,6 +61,7 @@ def train_towards(job: Job, model: nn.Module) -> None:
     how = replace(
         job.config.tuning,
         batch_size=settings.distill_batch_size,
+        optimizer="sgd",
         lr=settings.distill_lr,
         weight_decay=0.0,
         clip=1.0,  # gradients of batch norm that is frozen have no natural scale: without it, some runs diverged

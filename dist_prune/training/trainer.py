@@ -1,4 +1,4 @@
-"""Training in lockstep: SGD with momentum, warm-up and cosine decay, one generator of progress per epoch."""
+"""Training in lockstep: SGD or AdamW, warm-up and cosine decay, one generator of progress per epoch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from dist_prune.network.memory_format import lay_out, layout_of
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.statistics.probes import kl
+from dist_prune.training.optimizer import global_batch, optimizer_of, scaled_lr, schedule
 
 Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a scalar
 
@@ -67,12 +68,7 @@ class Trainer:
         self.steps = steps
         self.loss = loss or (lambda logits, batch: cross_entropy(logits, batch, settings.label_smoothing))
         self.step = 0
-        self.optimizer = torch.optim.SGD(
-            weight_decay_groups(self.model, settings.weight_decay),
-            lr=scaled_lr(settings, world.size),
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-        )
+        self.optimizer = optimizer_of(self.model, settings, world.size)
         warmup = settings.warmup * self.steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: schedule(step, self.steps, warmup)
@@ -325,16 +321,6 @@ def _require_numbers(trainer: Trainer, steps: int, seen: Sequence[tuple[float, i
         )
 
 
-def global_batch(settings: TrainingConfig, ranks: int) -> int:
-    """Images of a step: a batch on each rank, times the batches that are accumulated."""
-    return settings.batch_size * settings.accumulate * ranks
-
-
-def scaled_lr(settings: TrainingConfig, ranks: int) -> float:
-    """Peak learning rate, linear in the global batch (Goyal et al. 2017)."""
-    return settings.lr * global_batch(settings, ranks) / 256
-
-
 def steps_of(settings: TrainingConfig, batches: int) -> int:
     """Steps of an epoch of so many batches per rank."""
     return math.ceil(batches / settings.accumulate)
@@ -356,17 +342,3 @@ def format_summary(settings: TrainingConfig, batches: int, ranks: int, teacher: 
     if settings.ema:
         lines.append(f"weights evaluated and saved: running average, {settings.ema} of the old at each step")
     return "\n".join(f"   {line}" for line in lines)
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate at a step: a line up, then half a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices and kernels decay, biases and normalisation do not."""
-    wide = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    flat = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    return [{"params": wide, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]

@@ -1,0 +1,47 @@
+"""Which optimizer takes the steps of a training, and its learning rate at each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_prune.config.training import TrainingConfig
+
+
+def optimizer_of(model: nn.Module, settings: TrainingConfig, ranks: int) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW (Loshchilov & Hutter 2019), at the peak learning rate.
+
+    AdamW's decay of the mean is `momentum`, that of the squares PyTorch's 0.999.
+    """
+    groups = weight_decay_groups(model, settings.weight_decay)
+    lr, momentum = scaled_lr(settings, ranks), settings.momentum
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def global_batch(settings: TrainingConfig, ranks: int) -> int:
+    """Images of a step: a batch on each rank, times the batches that are accumulated."""
+    return settings.batch_size * settings.accumulate * ranks
+
+
+def scaled_lr(settings: TrainingConfig, ranks: int) -> float:
+    """Peak learning rate, linear in the global batch (Goyal et al. 2017)."""
+    return settings.lr * global_batch(settings, ranks) / 256
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: a line up, then half a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices and kernels decay, biases and normalisation do not."""
+    wide = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    flat = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    return [{"params": wide, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
