@@ -1,6 +1,4 @@
 import copy
-import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,10 +18,7 @@ from dist_prune.training.trainer import (
     distillation_loss,
     format_summary,
     require_possible,
-    scaled_lr,
-    schedule,
     steps_of,
-    weight_decay_groups,
 )
 from tests.ranks import RanksFailed, run_ranks
 
@@ -129,8 +124,12 @@ def left_and_restored(world: World, more: dict[str, Any], layout: torch.memory_f
 
 @pytest.mark.parametrize(
     ("more", "layout"),
-    [({}, torch.contiguous_format), (EVERYTHING, torch.channels_last)],
-    ids=["plain", "everything"],
+    [
+        ({}, torch.contiguous_format),
+        ({"optimizer": "adamw"}, torch.contiguous_format),
+        (EVERYTHING, torch.channels_last),
+    ],
+    ids=["plain", "adamw", "everything"],
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_restored_trainer_continues_to_the_same_bits(
@@ -378,31 +377,6 @@ def test_bfloat16_and_channels_last_train_too(world: World) -> None:
     assert progress[-1].loss < 0.6 * progress[0].loss
     assert trainer.model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-
-
-def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine() -> None:
-    rates = [schedule(step, 100, 10) for step in range(101)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert rates[10] == 1 == max(rates)
-    assert rates[55] == pytest.approx(0.5)
-    assert rates[100] == pytest.approx(0, abs=1e-12)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert math.isfinite(schedule(0, 0, 0))
-
-
-def test_the_learning_rate_is_linear_in_the_global_batch() -> None:
-    settings = TrainingConfig(lr=0.1, batch_size=64)
-    assert scaled_lr(settings, 4) == pytest.approx(0.1)
-    assert scaled_lr(settings, 8) == pytest.approx(0.2)
-    assert scaled_lr(replace(settings, accumulate=2), 4) == pytest.approx(0.2)
-
-
-def test_only_matrices_and_kernels_decay() -> None:
-    model = network()
-    wide, flat = weight_decay_groups(model, 0.01)
-    assert (wide["weight_decay"], flat["weight_decay"]) == (0.01, 0.0)
-    assert [p.dim() for p in wide["params"]] == [4, 2]
-    assert len(flat["params"]) == 4  # two biases, batch norm's scale and shift
 
 
 # ── the step before a resumed one ──────────────────────────────────────────────────────────────────────────
