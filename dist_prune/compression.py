@@ -18,7 +18,7 @@ from dist_prune.correction import correct as correction
 from dist_prune.correction.correct import divergence, holdout_logits
 from dist_prune.distributed.alone import present
 from dist_prune.distributed.world import World
-from dist_prune.export.formats import OPSET
+from dist_prune.export.formats import OPSET, ExportError
 from dist_prune.export.samples import Samples
 from dist_prune.export.writers import WRITERS, Exportable, Format
 from dist_prune.factorization.plan import Cost, Plan
@@ -26,6 +26,7 @@ from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
 from dist_prune.factorization.spectra import UNITS, unit_of
 from dist_prune.network.channels import KeptChannels
+from dist_prune.network.inputs import Packing
 from dist_prune.network.outputs import unanswering
 from dist_prune.network.sites import evaluating
 from dist_prune.run.collected import Collected, Measure
@@ -61,6 +62,7 @@ class Compression:
     _collected: Collected | None = field(compare=False)
     _classes: int
     _sample: Tensor
+    _packing: Packing | None = None
 
     @property
     def predicted(self) -> float | None:
@@ -121,7 +123,8 @@ class Compression:
         Args:
             path: a file.
             format: `onnx`, `torch-export`, `state-dict` or `python`.
-            images: (n, …) to compare on, three or more; by default some that the network was corrected from.
+            images: (n, …) to compare on, three or more; by default some that the network was corrected from, as
+                always where it takes several inputs.
             opset: of ONNX.
             overwrite: replace a file that is there.
 
@@ -134,7 +137,10 @@ class Compression:
         """
         with arguments_named():
             require_one_of("format", format, get_args(Format))
-            chosen = Samples((self._sample if images is None else images).cpu(), "images that were given")
+            if images is not None and self._packing:
+                raise ExportError(f"images: the network takes several inputs ({self._packing}); leave them out")
+            sample = self._sample if images is None else images
+            chosen = Samples(sample.cpu(), "images that were given", self._packing)
             network = copy.deepcopy(self.model).cpu()
             given = Exportable(network, self._description(""), lambda: chosen, opset, overwrite)
             return WRITERS[format](given, Path(path))
@@ -153,8 +159,9 @@ class Compression:
         save_new(Path(folder), self.model, self._description(arch))
 
     def _description(self, arch: str) -> Description:
-        spec = ImageSpec(0, self._sample.shape[-1])
-        return Description(arch, self._classes, spec, (), self.plan, kept=self.kept)
+        spec = ImageSpec(0, 1 if self._packing else self._sample.shape[-1])
+        inputs = self._packing.names if self._packing else ()
+        return Description(arch, self._classes, spec, (), self.plan, kept=self.kept, inputs=inputs)
 
 
 def plan_from(collected: Collected, ranks: Ranks) -> Plan:
@@ -207,6 +214,7 @@ def _followed(ready: Planned, world: World) -> Compression:
         _collected=collected,
         _classes=collected.everything.classes,
         _sample=collected.images.prepare(collected.images.pixels[:SAMPLE]).cpu(),
+        _packing=collected.given.packing,
     )
 
 

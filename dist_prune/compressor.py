@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
@@ -15,9 +16,10 @@ from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import BUDGETS, ConfigError, did_you_mean
 from dist_prune.config.run import BLIND, CompressionConfig, Method, MethodConfig, Run, Side
 from dist_prune.correction.correct import FEWEST
-from dist_prune.data.batches import keep
+from dist_prune.data.batches import Reading, keep
 from dist_prune.distributed.alone import present
 from dist_prune.factorization.plan import Cost, Plan
+from dist_prune.network.inputs import Inputs
 from dist_prune.network.layers import unwrapped
 from dist_prune.network.outputs import Outputs
 from dist_prune.network.sites import SiteError
@@ -63,6 +65,9 @@ class Compressor:
         outputs: a function of what the network returns: the tensor that counts. Without it that is the tensor
             returned; of a mapping, dataclass, tuple or list `logits`, `out` or the only tensor; of several in a
             tuple or list the first, if that is (n, classes).
+        inputs: a function of a batch: what the network is called with for it, (args, kwargs); for a network of
+            several inputs. Without it, a batch that is a mapping is passed as keywords. Tensors have the images
+            along their first dimension; `labels` among the keywords are labels, and not passed on.
         progress: a bar on the standard error output; None: if that is a terminal.
     """
 
@@ -87,6 +92,7 @@ class Compressor:
     mirrored: bool = CorrectionConfig.mirrored
     resolve_dense: bool = CorrectionConfig.resolve_dense
     outputs: Outputs | None = None
+    inputs: Inputs | None = None
     progress: bool | None = None
     _collected: Collected | None = field(default=None, init=False, repr=False)
 
@@ -98,7 +104,8 @@ class Compressor:
                 a segmentation; or with `loss="mse"` anything (n, …). Works where its parameters are, CPU or CUDA.
                 Compiled and DDP-wrapped networks are taken out of their wrapping.
             batches: of what the network takes: tensors (n, …), or tuples or lists of such a tensor and labels (n,)
-                int64. Gone through once and kept in memory, where they are.
+                int64; mappings of keyword arguments; or what `inputs` makes arguments of. Gone through once and
+                kept in memory, where they are.
             ranks: all that will be asked for, if that is known: refused here if it is out of reach, and nothing is
                 collected that it does not need.
 
@@ -120,7 +127,7 @@ class Compressor:
             device = next(network.parameters()).device
             with undisturbed(device):
                 world = present(device)
-                given = keep(batches, device, world, FEWEST)
+                given = keep(batches, device, world, FEWEST, Reading(self.inputs, _first_argument(network)))
                 self._collected = collect(run, network, self.outputs, given, asked, world, self.progress)
         return self
 
@@ -253,6 +260,10 @@ class Compressor:
             search=self.search,
         )
         return Run(compression=compression, correction=correction, seed=self.seed)
+
+
+def _first_argument(network: nn.Module) -> str:
+    return next(iter(inspect.signature(network.forward).parameters), "")
 
 
 def _without(network: nn.Module, ignored: str | nn.Module | Sequence[str | nn.Module]) -> list[str]:

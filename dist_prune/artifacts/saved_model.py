@@ -33,7 +33,10 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Description:
-    """All that is needed to build a compressed network again and preprocess images; an unknown `arch` is empty."""
+    """All that is needed to build a compressed network again and preprocess images; an unknown `arch` is empty.
+
+    `inputs` are the names of a network's several inputs, none where it takes images alone.
+    """
 
     arch: str
     classes: int
@@ -42,6 +45,7 @@ class Description:
     plan: Plan
     options: Mapping[str, Any] = field(default_factory=dict)  # that torchvision built it with
     kept: tuple[KeptChannels, ...] = ()
+    inputs: tuple[str, ...] = ()
 
 
 def save_compressed(folder: Path, model: nn.Module, description: Description) -> None:
@@ -62,7 +66,7 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
         "labels": list(description.labels),
         "choices": description.plan.to_json(),
         "widths": [each.to_json() for each in description.kept],
-    }
+    } | ({"inputs": list(description.inputs)} if description.inputs else {})
     write_text(folder / "plan.json", to_json(content))
     path = folder / WEIGHTS
     with replacing(path) as aside:
@@ -138,12 +142,12 @@ def read_description(folder: Path) -> Description:
         kept = tuple(map(KeptChannels.from_json, content.get("widths", ())))
         spec = ImageSpec(**image | {"mean": tuple(image["mean"]), "std": tuple(image["std"])})
         arch, classes, labels = str(network["arch"]), int(network["classes"]), tuple(content["labels"])
-        options = dict(network.get("options", {}))
+        options, inputs = dict(network.get("options", {})), tuple(content.get("inputs", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'plan.json'}: incomplete or edited wrongly ({error!r})") from error
     if arch.startswith(("network.py:", "network/")):
         arch = str(folder / arch)
-    return Description(arch, classes, spec, labels, plan, options, kept)
+    return Description(arch, classes, spec, labels, plan, options, kept, inputs)
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

@@ -86,4 +86,10 @@ def take(folder: Path) -> Compressed:
         raise CheckpointError(f"{folder}: there is no such folder; expected the directory of a finished run")
     if is_known(folder) and not finished(folder):
         raise CheckpointError(f"{folder}: its run is not finished (no result.json): continue it with --resume")
-    return Compressed(folder, load_compressed(folder), read_description(folder))
+    description = read_description(folder)
+    if description.inputs:
+        raise CheckpointError(
+            f"{folder}: its network takes inputs by name ({', '.join(description.inputs)}), this command knows "
+            f"images alone; in Python, use Compression.export"
+        )
+    return Compressed(folder, load_compressed(folder), description)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from dist_prune.network.inputs import Call, Packing
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.utils.files import replacing
@@ -59,19 +61,31 @@ def parts(images: Tensor) -> list[Tensor]:
     return [images[:1], images[1:]]
 
 
-def compare(found: Tensor, network: nn.Module, images: Tensor) -> Agreement:
+def call_of(images: Tensor, packing: Packing | None) -> Call:
+    """What a network is called with for these images."""
+    return ((images,), {}) if packing is None else packing.unpacked(images)
+
+
+def _arguments(network: nn.Module, call: Call) -> dict[str, Any]:
+    """What a network is called with, by the names that its forward has for it."""
+    return dict(inspect.signature(network.forward).bind(*call[0], **call[1]).arguments)
+
+
+def compare(found: Tensor, network: nn.Module, images: Tensor, packing: Packing | None = None) -> Agreement:
     """What was written, against the original.
 
     Args:
         found: (N, classes), the logits of what was read back.
         network: the original.
-        images: (N, 3, H, W).
+        images: (N, 3, H, W), or packed.
+        packing: of images that hold several inputs.
 
     Raises:
         ExportError: they differ by more than rounding.
     """
     with evaluating(network):
-        expected = logits_of(network(images)).float()
+        args, kwargs = call_of(images, packing)
+        expected = logits_of(network(*args, **kwargs)).float()
     if found.shape != expected.shape:
         shapes = f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
         raise ExportError(f"what was written returns logits of shape {shapes}; it was not kept")
@@ -86,7 +100,7 @@ def compare(found: Tensor, network: nn.Module, images: Tensor) -> Agreement:
 # ── torch.export ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def traced(network: nn.Module, images: Tensor) -> ExportedProgram:
+def traced(network: nn.Module, images: Tensor, packing: Packing | None = None) -> ExportedProgram:
     """The network as a program of operators, for any number of images of this size.
 
     Raises:
@@ -94,25 +108,30 @@ def traced(network: nn.Module, images: Tensor) -> ExportedProgram:
     """
     try:
         with evaluating(network), _quiet():
-            shapes = ({0: Dim("images")},)
-            return torch.export.export(network, (images[:2],), dynamic_shapes=shapes)
+            args, kwargs = call_of(images[:2], packing)
+            free = {0: Dim("images")}
+            named = _arguments(network, (args, kwargs)).items()
+            shapes = {name: free if isinstance(value, Tensor) else None for name, value in named}
+            return torch.export.export(network, args, dict(kwargs), dynamic_shapes=shapes)
     except Exception as error:  # torch._dynamo and torch.fx raise many kinds
         raise ExportError(f"torch.export cannot trace this network: {_reason(error)}") from error
 
 
-def write_program(path: Path, network: nn.Module, images: Tensor) -> Agreement:
+def write_program(path: Path, network: nn.Module, images: Tensor, packing: Packing | None = None) -> Agreement:
     """Write a torch.export program, whose batch size is free, and read it back.
 
     Raises:
         ExportError: see `traced` and `compare`.
     """
-    program = traced(network, images)
+    program = traced(network, images, packing)
     with replacing(path) as aside, _quiet():
         with aside.open("wb") as file:
             torch.export.save(program, file)
         with aside.open("rb") as file:
             module = torch.export.load(file).module()
-        return compare(torch.cat([logits_of(module(x)) for x in parts(images)]), network, images)
+        calls = [call_of(some, packing) for some in parts(images)]
+        found = torch.cat([logits_of(module(*args, **kwargs)) for args, kwargs in calls])
+        return compare(found, network, images, packing)
 
 
 # ── ONNX ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -132,10 +151,13 @@ def require_onnx(opset: int) -> None:
         raise ExportError(f"--opset {opset}: expected 1 to {newest}, the newest that the installed onnx knows")
 
 
-def write_onnx(path: Path, network: nn.Module, images: Tensor, opset: int = OPSET) -> Agreement:
+def write_onnx(
+    path: Path, network: nn.Module, images: Tensor, opset: int = OPSET, packing: Packing | None = None
+) -> Agreement:
     """Write ONNX through PyTorch's dynamo exporter, whose batch size is free, and run it in onnxruntime.
 
-    Input `images` (batch, 3, H, W), output `logits` (batch, classes); weights are in the same file.
+    Input `images` (batch, 3, H, W), output `logits` (batch, classes); weights are in the same file. Several inputs
+    are called as in the network's forward.
 
     Raises:
         ExportError: an operator that this opset cannot express, by name; or see `traced` and `compare`.
@@ -143,21 +165,30 @@ def write_onnx(path: Path, network: nn.Module, images: Tensor, opset: int = OPSE
     size = sum(p.nbytes for p in network.state_dict().values())
     if size >= PROTOBUF_BYTES:
         raise ExportError(f"{size / 1e9:.1f} GB of weights: an ONNX file holds 2 GB; use --format torch-export")
-    program = _converted(traced(network, images), opset)
+
+    def feeds(some: Tensor) -> dict[str, Tensor]:
+        if packing is None:
+            return {"images": some}
+        named = _arguments(network, packing.unpacked(some))
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    names = list(feeds(images[:1]))
+    program = _converted(traced(network, images, packing), opset, names)
     with replacing(path) as aside:
         with _quiet():
             program.save(str(aside), external_data=False)
-        return compare(torch.cat([*map(onnx_session(aside), parts(images))]), network, images)
+        session = onnx_runner(aside)
+        return compare(torch.cat([session(feeds(some)) for some in parts(images)]), network, images, packing)
 
 
-def _converted(program: ExportedProgram, opset: int) -> Any:  # noqa: ANN401  torch.onnx.ONNXProgram
+def _converted(program: ExportedProgram, opset: int, names: list[str]) -> Any:  # noqa: ANN401  torch's ONNXProgram
     try:
         with _quiet():
             found = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                input_names=["images"],
+                input_names=names,
                 output_names=["logits"],
                 verbose=False,
             )
@@ -193,7 +224,13 @@ def _newer_operators(model: Any, opset: int) -> list[str]:  # noqa: ANN401  onnx
 
 
 def onnx_session(path: Path, device: str = "cpu") -> Function:
-    """An ONNX file as a function, run by onnxruntime with as many threads as PyTorch uses.
+    """An ONNX file that takes images as a function; see `onnx_runner`."""
+    run = onnx_runner(path, device)
+    return lambda images: run({"images": images})
+
+
+def onnx_runner(path: Path, device: str = "cpu") -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """An ONNX file as a function of its inputs, run by onnxruntime with as many threads as PyTorch uses.
 
     Raises:
         ExportError: onnxruntime does not take the file.
@@ -206,7 +243,9 @@ def onnx_session(path: Path, device: str = "cpu") -> Function:
         session = runtime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # pybind classes without a common base
         raise ExportError(f"onnxruntime does not take what was written: {_reason(error)}") from error
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
+    return lambda given: torch.from_numpy(
+        session.run(["logits"], {n: x.cpu().numpy() for n, x in given.items()})[0]
+    )
 
 
 # ── a state dict ───────────────────────────────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ from dist_prune.data.dataset import Split, list_unlabelled, write_digits
 from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Unsharded, evaluation_stream
 from dist_prune.data.mnist import has_idx, unpack
+from dist_prune.network.inputs import Packing
 from dist_prune.utils.files import CheckpointError, caching
 from dist_prune.utils.text import read_text
 
@@ -23,10 +24,11 @@ BATCH, THREADS = 64, 2
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (N, 3, H, W) as the network wants them, on the CPU, and in words where they are from."""
+    """Images (N, 3, H, W) as the network wants them, or packed, on the CPU, and in words where they are from."""
 
     images: Tensor
     origin: str
+    packing: Packing | None = None
 
     @property
     def text(self) -> str:

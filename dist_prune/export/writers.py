@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 
 from dist_prune.artifacts.saved_model import Description
-from dist_prune.export.formats import OPSET, require_onnx, write_onnx, write_program, write_state
+from dist_prune.export.formats import OPSET, ExportError, require_onnx, write_onnx, write_program, write_state
 from dist_prune.export.samples import Samples
 from dist_prune.export.source_code import weights_of, write_source
 from dist_prune.utils.files import require_absent
@@ -58,16 +58,17 @@ def _onnx(given: Exportable, path: Path) -> str:
     require_onnx(given.opset)
     given.require_free(path)
     chosen = given.samples()
-    agreement = write_onnx(path, given.network, chosen.images, given.opset)
+    agreement = write_onnx(path, given.network, chosen.images, given.opset, chosen.packing)
     size = ", ".join(map(str, chosen.images.shape[1:]))
-    shape = f"opset {given.opset}, images (batch, {size}) → logits (batch, {given.description.classes})"
+    taken = f"images (batch, {size})" if chosen.packing is None else f"inputs {chosen.packing}"
+    shape = f"opset {given.opset}, {taken} → logits (batch, {given.description.classes})"
     return f"{_written(path)}, {shape}\nonnxruntime against PyTorch on {chosen.text}: {agreement}"
 
 
 def _program(given: Exportable, path: Path) -> str:
     given.require_free(path)
     chosen = given.samples()
-    agreement = write_program(path, given.network, chosen.images)
+    agreement = write_program(path, given.network, chosen.images, chosen.packing)
     return f"{_written(path)}, any number of images\nread back, on {chosen.text}: {agreement}"
 
 
@@ -81,6 +82,11 @@ def _python(given: Exportable, path: Path) -> str:
     weights = weights_of(path)
     given.require_free(path, weights)
     chosen, what = given.samples(), given.description
+    if chosen.packing:
+        raise ExportError(
+            f"--format python writes networks of images alone, this one takes {chosen.packing}; use torch-export "
+            f"or onnx"
+        )
     constants = [f"MEAN, STD = {what.image.mean}, {what.image.std}"] if what.arch else []
     if what.labels:
         constants += textwrap.wrap(f"LABELS = {what.labels}", 110, subsequent_indent="    ")

@@ -135,7 +135,7 @@ def measure(
         images: (N, 3, H, W): the batch to time, on the network's device.
         folder: of the cache.
     """
-    like = _Like(images.dtype, images.device, layout_of(model))
+    like = _like(model, images)
     folder, images = folder or cache_folder() / "latency", like.laid_out(images)
     shapes = input_shapes(model, list(options), images)
     key = [repr(model), str(tuple(images.shape)), *like.key]
@@ -154,7 +154,7 @@ def measure(
 
 def time_share(dense: nn.Module, compressed: nn.Module, images: Tensor) -> float:
     """What part of the dense network's time the compressed one takes, (N, …) `images` through both in turns."""
-    images = _Like(images.dtype, images.device, layout_of(dense)).laid_out(images)
+    images = _like(dense, images).laid_out(images)
     with evaluating(dense), evaluating(compressed):
         taken = sample_calls([lambda: dense(images), lambda: compressed(images)], images.device, ROUNDS[1])
     ratios = [after / before for before, after in zip(*taken, strict=True)]
@@ -163,7 +163,7 @@ def time_share(dense: nn.Module, compressed: nn.Module, images: Tensor) -> float
 
 @dataclass(frozen=True)
 class _Like:
-    """Device, type and memory format of inputs and layers: those of the network and images that are timed."""
+    """Device, type and memory format of layers and what they are given: those of the network that is timed."""
 
     dtype: torch.dtype
     device: torch.device
@@ -181,6 +181,10 @@ class _Like:
         else:
             device = f"{platform.node()} {platform.processor()} {torch.get_num_threads()} threads"
         return [str(self.layout), str(self.dtype), device, torch.__version__]
+
+
+def _like(model: nn.Module, images: Tensor) -> _Like:
+    return _Like(next(model.parameters()).dtype, images.device, layout_of(model))
 
 
 def _time_whole(model: nn.Module, images: Tensor) -> int:

@@ -61,8 +61,8 @@ def why_dense(module: nn.Conv2d | nn.Linear, owners: Mapping[int, int]) -> str:
     """
     if type(module) not in LAYERS:
         own = f"{type(module).__name__} computes its output in its own way"
-        like = "Conv2d behind padding" if isinstance(module, nn.Conv2d) else "Linear"
-        return f"{own}, not as a plain {like}: where it could, write it as one"
+        way = ", not as a plain Conv2d behind padding: where it could, write it as one"
+        return own + (way if isinstance(module, nn.Conv2d) else "")
     weight = module._parameters.get("weight")
     if weight is None:
         return "hooks make its weight: make it permanent first, as prune.remove and remove_weight_norm do"

@@ -25,6 +25,7 @@ from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.planner import Planner, follower, timed_planner
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.channels import KeptChannels
+from dist_prune.network.inputs import taking
 from dist_prune.network.outputs import Outputs, answering
 from dist_prune.network.padding import own_paddings, with_paddings
 from dist_prune.network.replacing import with_replaced
@@ -138,14 +139,15 @@ def collect(
         ValueError: in its many kinds, see `api.compress`.
     """
     basis, settings = run.compression.basis, run.correction
-    model = given_model if outputs is None else answering(given_model, outputs)
+    model = given_model if given.packing is None else taking(given_model, given.packing)
+    model = model if outputs is None else answering(model, outputs)
     world.require_same("the networks", fingerprint(model))
     if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
         model = with_replaced(model)  # gradients need ordinary tensors
     pair = given.batches[0].images[:2].to(given.device)
-    paddings = world.from_first(lambda: _asked(lambda: own_paddings(model, pair[:1]), pair))
+    paddings = world.from_first(lambda: _asked(lambda: own_paddings(model, pair[:1]), given))
     model = with_paddings(model, paddings)
-    everything = world.from_first(lambda: _asked(lambda: survey(model, pair[:1]), pair))
+    everything = world.from_first(lambda: _asked(lambda: survey(model, pair[:1]), given))
     if basis.loss != "mse":
         everything.require_classes()
     if everything.concern and basis.loss != "mse" and outputs is None:
@@ -192,19 +194,23 @@ def versions_of(model: nn.Module) -> tuple[int, ...]:
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
-def _asked(ask: Callable[[], T], images: Tensor) -> T:
-    """What is found out by giving the network these images."""
+def _asked(ask: Callable[[], T], given: Kept) -> T:
+    """What is found out by giving the network some of these images."""
     try:
         return ask()
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
+        what = given.packing or f"(n, {', '.join(map(str, given.batches[0].images.shape[1:]))})"
         raise BatchesError(
-            f"the network does not take batches of (n, {', '.join(map(str, images.shape[1:]))}): {error}"
+            f"the network does not take batches of {what}: {error}; if it takes several inputs, give batches that "
+            f"are mappings of its keyword arguments, or say by `inputs` what it is called with"
         ) from error
 
 
 def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
     """This rank's part of the images to solve from, and of the holdout; they are numbered again."""
     pixels, places = given.evenly(settings.calibrate_images)
+    if settings.mirrored and given.packing:
+        raise ConfigError(f"--mirrored: the network takes several inputs ({given.packing}), expected images alone")
     if settings.mirrored and pixels.dim() != 4:
         raise ConfigError(f"--mirrored: images are {tuple(pixels.shape[1:])}, expected (channels, height, width)")
     return Calibration(pixels, places, torch.clone, given.size, settings.mirrored)
@@ -242,7 +248,7 @@ class _Shown(Passes):
 
 def collect_again(collected: Collected, network: nn.Module, world: World) -> Collected:
     """The same of a network from which channels were removed."""
-    everything = world.from_first(lambda: _asked(lambda: survey(network, collected.image), collected.image))
+    everything = world.from_first(lambda: _asked(lambda: survey(network, collected.image), collected.given))
     found = everything.select(collected.run.compression.sites)
     narrow = replace(collected, model=network, everything=everything, found=found, channels=None)
     return _with_statistics(narrow, collected.patches, world)

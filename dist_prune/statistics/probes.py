@@ -123,8 +123,9 @@ class _Trials:
 
 def _projected_out(model: nn.Module, view: View, batch: Batch, mean: Tensor, seed: int) -> Tensor:
     """Logits with each image's own direction projected out of the site's rows."""
-    direction = probe_directions(view, batch.indices, seed).to(batch.images.dtype)
-    with perturbed(model.get_submodule(view.site.name), view, mean, read=direction, write=direction):
+    module = model.get_submodule(view.site.name)
+    direction = probe_directions(view, batch.indices, seed).to(module.get_parameter("weight").dtype)
+    with perturbed(module, view, mean, read=direction, write=direction):
         return logits_of(model(batch.images))
 
 
