@@ -26,7 +26,7 @@ from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
 from dist_prune.factorization.spectra import UNITS, unit_of
 from dist_prune.network.channels import KeptChannels
-from dist_prune.network.inputs import Packing
+from dist_prune.network.inputs import InputPacking
 from dist_prune.network.outputs import unanswering
 from dist_prune.network.sites import evaluating
 from dist_prune.run.collected import Collected, Measure
@@ -62,7 +62,7 @@ class Compression:
     _collected: Collected | None = field(compare=False)
     _classes: int
     _sample: Tensor
-    _packing: Packing | None = None
+    _packing: InputPacking | None = None
 
     @property
     def predicted(self) -> float | None:

@@ -20,7 +20,7 @@ from dist_prune import (
 from dist_prune.distributed.world import World
 from dist_prune.export import command
 from dist_prune.export.formats import ExportError
-from dist_prune.network.inputs import Packing
+from dist_prune.network.inputs import InputPacking
 from tests.ranks import run_ranks
 
 
@@ -182,7 +182,7 @@ def test_numbers_of_every_type_come_out_as_they_went_in() -> None:
         "f": torch.zeros(3, 0),
     }
     call = ((torch.arange(3, dtype=torch.uint8), None), given | {"g": "mean", "h": 0.5})
-    packing = Packing.of(call)
+    packing = InputPacking.of(call)
     rows = packing.packed(call)
     assert rows.shape == (3, 1 + 80 + 8 + 3 + 14 + 6) and rows.dtype is torch.uint8
     for some in (slice(None), slice(1, 2), slice(0, 0)):

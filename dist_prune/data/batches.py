@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
-from dist_prune.network.inputs import PLAIN, Call, Inputs, Packing
+from dist_prune.network.inputs import PLAIN, Call, InputPacking, Inputs
 from dist_prune.network.outputs import described
 
 
@@ -31,7 +31,7 @@ class Kept:
     batches: tuple[Batch, ...]
     device: torch.device
     total: int
-    packing: Packing | None = None
+    packing: InputPacking | None = None
 
     def open(self, images: int = 0) -> Iterator[Batch]:
         """This rank's part of the first so many images of all ranks; 0: of all."""
@@ -74,7 +74,7 @@ class _Item:
 
     images: Tensor
     labels: Tensor | None
-    packing: Packing | None = None
+    packing: InputPacking | None = None
 
     @property
     def kind(self) -> str:
@@ -108,7 +108,7 @@ def keep(
     return Kept(own, device, sum(counts), packing)
 
 
-def checked(batches: Iterable[Any], reading: Reading) -> tuple[list[Batch], Packing | None]:
+def checked(batches: Iterable[Any], reading: Reading) -> tuple[list[Batch], InputPacking | None]:
     """Batches as the statistics want them: labels −1 where there are none, images numbered."""
     _require_batches(batches)
     seen, first, found = 0, None, list[Batch]()
@@ -192,7 +192,7 @@ def _of_call(call: Call, first: str) -> _Item:
     alone = len(values) == 1 and tensors[0].is_floating_point() and tensors[0].dim() > 1
     if alone and (args or first in kwargs):
         return _Item(tensors[0], labels)
-    packing = Packing.of((args, kwargs))
+    packing = InputPacking.of((args, kwargs))
     return _Item(packing.packed((args, kwargs)), labels, packing)
 
 

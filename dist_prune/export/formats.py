@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from dist_prune.network.inputs import Call, Packing
+from dist_prune.network.inputs import Call, InputPacking
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.utils.files import replacing
@@ -61,7 +61,7 @@ def parts(images: Tensor) -> list[Tensor]:
     return [images[:1], images[1:]]
 
 
-def call_of(images: Tensor, packing: Packing | None) -> Call:
+def call_of(images: Tensor, packing: InputPacking | None) -> Call:
     """What a network is called with for these images."""
     return ((images,), {}) if packing is None else packing.unpacked(images)
 
@@ -71,7 +71,7 @@ def _arguments(network: nn.Module, call: Call) -> dict[str, Any]:
     return dict(inspect.signature(network.forward).bind(*call[0], **call[1]).arguments)
 
 
-def compare(found: Tensor, network: nn.Module, images: Tensor, packing: Packing | None = None) -> Agreement:
+def compare(found: Tensor, network: nn.Module, images: Tensor, packing: InputPacking | None = None) -> Agreement:
     """What was written, against the original.
 
     Args:
@@ -100,7 +100,7 @@ def compare(found: Tensor, network: nn.Module, images: Tensor, packing: Packing 
 # ── torch.export ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def traced(network: nn.Module, images: Tensor, packing: Packing | None = None) -> ExportedProgram:
+def traced(network: nn.Module, images: Tensor, packing: InputPacking | None = None) -> ExportedProgram:
     """The network as a program of operators, for any number of images of this size.
 
     Raises:
@@ -117,7 +117,9 @@ def traced(network: nn.Module, images: Tensor, packing: Packing | None = None) -
         raise ExportError(f"torch.export cannot trace this network: {_reason(error)}") from error
 
 
-def write_program(path: Path, network: nn.Module, images: Tensor, packing: Packing | None = None) -> Agreement:
+def write_program(
+    path: Path, network: nn.Module, images: Tensor, packing: InputPacking | None = None
+) -> Agreement:
     """Write a torch.export program, whose batch size is free, and read it back.
 
     Raises:
@@ -152,7 +154,7 @@ def require_onnx(opset: int) -> None:
 
 
 def write_onnx(
-    path: Path, network: nn.Module, images: Tensor, opset: int = OPSET, packing: Packing | None = None
+    path: Path, network: nn.Module, images: Tensor, opset: int = OPSET, packing: InputPacking | None = None
 ) -> Agreement:
     """Write ONNX through PyTorch's dynamo exporter, whose batch size is free, and run it in onnxruntime.
 

@@ -15,7 +15,7 @@ from dist_prune.data.dataset import Split, list_unlabelled, write_digits
 from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Unsharded, evaluation_stream
 from dist_prune.data.mnist import has_idx, unpack
-from dist_prune.network.inputs import Packing
+from dist_prune.network.inputs import InputPacking
 from dist_prune.utils.files import CheckpointError, caching
 from dist_prune.utils.text import read_text
 
@@ -28,7 +28,7 @@ class Samples:
 
     images: Tensor
     origin: str
-    packing: Packing | None = None
+    packing: InputPacking | None = None
 
     @property
     def text(self) -> str:

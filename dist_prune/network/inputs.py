@@ -23,7 +23,7 @@ PLAIN = (bool, int, float, str, type(None))  # values that are no images
 
 
 @dataclass(frozen=True)
-class Part:
+class Input:
     """A tensor among a network's arguments: what each image has of it."""
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Packing:
+class InputPacking:
     """What a network is called with, without the values: `args` by position, `kwargs` by name.
 
     Of each, the part of a tensor that an image has, or a plain value that is the same in all batches.
@@ -49,10 +49,10 @@ class Packing:
     kwargs: tuple[tuple[str, Any], ...]
 
     @staticmethod
-    def of(call: Call) -> Packing:
+    def of(call: Call) -> InputPacking:
         """Of such a call; tensors have the images along their first dimension."""
         args, kwargs = call
-        return Packing(tuple(map(_part, args)), tuple((name, _part(value)) for name, value in kwargs.items()))
+        return InputPacking(tuple(map(_part, args)), tuple((name, _part(value)) for name, value in kwargs.items()))
 
     def packed(self, call: Call) -> Tensor:
         """The images of such a call, (n, bytes) uint8."""
@@ -65,7 +65,7 @@ class Packing:
         """What the network is called with for these images (n, bytes)."""
         start, values = 0, []
         for part in (*self.args, *(part for _, part in self.kwargs)):
-            if not isinstance(part, Part):
+            if not isinstance(part, Input):
                 values.append(part)
                 continue
             own = packed[:, start : start + part.bytes].clone(memory_format=torch.contiguous_format)
@@ -77,11 +77,11 @@ class Packing:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the inputs: numbers where they go by position."""
-        return tuple(name for name, part in self._named() if isinstance(part, Part))
+        return tuple(name for name, part in self._named() if isinstance(part, Input))
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{name}: {part if isinstance(part, Part) else repr(part)}" for name, part in self._named()
+            f"{name}: {part if isinstance(part, Input) else repr(part)}" for name, part in self._named()
         )
 
     def _named(self) -> Iterable[tuple[str, Any]]:
@@ -89,10 +89,10 @@ class Packing:
 
 
 def _part(value: Any) -> Any:  # noqa: ANN401  a tensor, or a plain value that stays as it is
-    return Part(tuple(value.shape[1:]), value.dtype) if isinstance(value, Tensor) else value
+    return Input(tuple(value.shape[1:]), value.dtype) if isinstance(value, Tensor) else value
 
 
-def taking(model: nn.Module, packing: Packing) -> nn.Module:
+def taking(model: nn.Module, packing: InputPacking) -> nn.Module:
     """The same layers in a network that takes packed images; the given one stays as it is.
 
     Raises:
