@@ -15,6 +15,7 @@ from dist_prune.config.arguments import arguments_named, as_patterns, require_on
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import BUDGETS, ConfigError, did_you_mean
 from dist_prune.config.run import BLIND, CompressionConfig, Method, MethodConfig, Run, Side
+from dist_prune.config.training import TuningConfig
 from dist_prune.correction.correct import FEWEST
 from dist_prune.data.batches import Reading, keep
 from dist_prune.distributed.alone import present
@@ -52,6 +53,7 @@ class Compressor:
         calibrate_images: how many images to solve from, spread over all; an eighth of them is held out.
         seed: of random draws.
         round_to: ranks are multiples of this; 0: as `--round-to`.
+        bf16: the network will run in bfloat16 autocast: a budget of latency is timed in it.
         loss: what counts, for `fisher`, `hessian-*`, the correction and its figures: KL of the softmax, or, for
             features and regressions, half the squared change.
         draws: random gradients an image; 0: all classes, exactly.
@@ -82,6 +84,7 @@ class Compressor:
     calibrate_images: int = CorrectionConfig.calibrate_images
     seed: int = 0
     round_to: int = 0
+    bf16: bool = False
     loss: Loss = MethodConfig.loss
     draws: int = MethodConfig.draws
     damping: float = MethodConfig.damping
@@ -259,7 +262,8 @@ class Compressor:
             width="off" if isinstance(asked, Plan) else self.width,
             search=self.search,
         )
-        return Run(compression=compression, correction=correction, seed=self.seed)
+        tuning = TuningConfig(bf16=self.bf16)  # nothing is tuned here, but latency is of that precision
+        return Run(compression=compression, correction=correction, tuning=tuning, seed=self.seed)
 
 
 def _first_argument(network: nn.Module) -> str:

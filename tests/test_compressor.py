@@ -1,6 +1,7 @@
 """`Compressor` and `apply`: one collection, any number of plans, and other people's networks."""
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,18 @@ def test_a_budget_of_time_is_planned() -> None:
     wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.Linear(1024, 5))
     plan = Compressor(round_to=256).fit(wide, [images()]).plan(latency=0.8)
     assert plan.time is not None and not plan.kept and plan.ranks
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_times_are_taken_in_the_precision_asked_for(
+    bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of 1 can always be reached."""
+    monkeypatch.setenv("DIST_PRUNE_CACHE", str(tmp_path))
+    small = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 5))
+    Compressor(bf16=bf16).fit(small, [images()]).plan(latency=1.0)
+    keys = [json.loads(path.read_text())["key"] for path in (tmp_path / "latency").iterdir()]
+    assert keys and all(("bfloat16 autocast" in key) == bf16 for key in keys)
 
 
 def test_named_ranks_need_no_budget(fitted: Compressor) -> None:

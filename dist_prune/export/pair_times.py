@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.factorization.forms import FORMS, format_ranks
-from dist_prune.factorization.latency import input_shapes, sample_calls
+from dist_prune.factorization.latency import PLAIN, Execution, Input, inputs_of, sample_calls
 from dist_prune.network.factored import Factored
 from dist_prune.network.sites import Site
 
@@ -73,7 +73,11 @@ class _Times:
 
 
 def time_pairs(
-    dense: nn.Module, compressed: nn.Module, sites: Sequence[Site], images: Tensor
+    dense: nn.Module,
+    compressed: nn.Module,
+    sites: Sequence[Site],
+    images: Tensor,
+    execution: Execution = PLAIN,
 ) -> tuple[SiteSpeed, ...]:
     """Each factored site alone, at the shapes that it has for these images; equal layers are timed once.
 
@@ -81,16 +85,17 @@ def time_pairs(
     """
     factored = {site: compressed.get_submodule(site.name) for site in sites}
     pairs = {site: pair for site, pair in factored.items() if isinstance(pair, Factored)}
-    shapes, narrow = (input_shapes(network, list(pairs), images) for network in (dense, compressed))
+    wide, narrow = (inputs_of(network, list(pairs), images, execution) for network in (dense, compressed))
     call = _seconds_of_a_call(images)
     known: dict[tuple[str, ...], _Times] = {}
     found = []
     for site, pair in pairs.items():
         layer, times = dense.get_submodule(site.name), []
-        for both in zip(shapes[site.name], narrow[site.name], strict=True):
+        for both in zip(wide[site.name], narrow[site.name], strict=True):
             key = (repr(layer), repr(pair), str(both))
             if key not in known:
-                known[key] = _time_pair(layer, pair, *(images.new_empty(shape).normal_() for shape in both))
+                with torch.no_grad(), execution.autocast(images.device):
+                    known[key] = _time_pair(layer, pair, *(_random(each, images) for each in both))
             times.append(known[key])
         found.append(_site_speed(site, pair, _Times.total(times), call * len(times)))
     return tuple(found)
@@ -104,17 +109,20 @@ def _seconds_of_a_call(like: Tensor) -> float:
         return median(sample_calls([lambda: layer(x)], like.device)[0])
 
 
+def _random(given: Input, like: Tensor) -> Tensor:
+    return like.new_empty(given.shape, dtype=given.dtype).normal_()
+
+
 def _time_pair(dense: nn.Module, pair: Factored, wide: Tensor, x: Tensor) -> _Times:
-    with torch.no_grad():
-        maps = [x]
-        for layer in pair:
-            maps.append(layer(maps[-1]))
-        each = list(zip(maps, pair, maps[1:], strict=False))
-        calls: list[Callable[[], object]] = [lambda: dense(wide), lambda: pair(x)]
-        calls += [partial(layer, given) for given, layer, _ in each]
-        calls += [_move(given, layer, made) for given, layer, made in each]
-        whole, both, *rest = map(median, sample_calls(calls, x.device))
-        return _Times(whole, both, tuple(rest[: len(each)]), tuple(rest[len(each) :]))
+    maps = [x]
+    for layer in pair:
+        maps.append(layer(maps[-1]))
+    each = list(zip(maps, pair, maps[1:], strict=False))
+    calls: list[Callable[[], object]] = [lambda: dense(wide), lambda: pair(x)]
+    calls += [partial(layer, given) for given, layer, _ in each]
+    calls += [_move(given, layer, made) for given, layer, made in each]
+    whole, both, *rest = map(median, sample_calls(calls, x.device))
+    return _Times(whole, both, tuple(rest[: len(each)]), tuple(rest[len(each) :]))
 
 
 def _move(x: Tensor, layer: nn.Module, y: Tensor) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dist_prune.export.formats import OPSET, ExportError, onnx_session, require_onnx, write_onnx
 from dist_prune.export.pair_times import SiteSpeed, time_pairs
-from dist_prune.factorization.latency import sample_calls
+from dist_prune.factorization.latency import PLAIN, Execution, sample_calls
 from dist_prune.network.memory_format import channels_last
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import evaluating, survey
@@ -70,6 +70,7 @@ class Speed:
         site_batch: images.
         site_share: part of the dense eager pass that these sites take, 0 to 1; the rest is not compressed.
         notes: engines that could not be measured, and why.
+        bf16: whether all ran in bfloat16 autocast.
     """
 
     device: str
@@ -82,6 +83,7 @@ class Speed:
     site_batch: int
     site_share: float
     notes: tuple[str, ...] = ()
+    bf16: bool = False
 
     def to_json(self) -> str:
         """As `from_json` reads it."""
@@ -105,7 +107,12 @@ class Speed:
 
 
 def measure_speed(
-    dense: nn.Module, compressed: nn.Module, image: Tensor, batches: Sequence[int], engines: Sequence[Engine]
+    dense: nn.Module,
+    compressed: nn.Module,
+    image: Tensor,
+    batches: Sequence[int],
+    engines: Sequence[Engine],
+    execution: Execution = PLAIN,
 ) -> Speed:
     """Time both networks.
 
@@ -115,12 +122,13 @@ def measure_speed(
         image: (1, 3, H, W), there.
         batches: how many images a pass has.
         engines: what runs them; one that cannot is noted.
+        execution: the precision; what is compiled follows from `engines`.
     """
-    with evaluating(dense), evaluating(compressed):
+    with evaluating(dense), evaluating(compressed), execution.autocast(image.device):
         whole = [survey(network, image) for network in (dense, compressed)]
-        passes, notes = _passes(dense, compressed, image, batches, engines)
+        passes, notes = _passes(dense, compressed, image, batches, engines, execution)
         images = _batch(image, sorted(batches)[len(batches) // 2])
-        sites = time_pairs(dense, compressed, whole[0].sites, images)
+        sites = time_pairs(dense, compressed, whole[0].sites, images, execution)
         (eager,) = sample_calls([lambda: dense(images)], images.device, ROUNDS)
     return Speed(
         device=device_name(image.device),
@@ -133,6 +141,7 @@ def measure_speed(
         site_batch=len(images),
         site_share=min(1.0, sum(site.dense for site in sites) / (1e3 * median(eager))),
         notes=notes,
+        bf16=execution.bf16,
     )
 
 
@@ -160,30 +169,42 @@ def _megabytes(network: nn.Module) -> float:
 
 
 def _passes(
-    dense: nn.Module, compressed: nn.Module, image: Tensor, batches: Sequence[int], engines: Sequence[Engine]
+    dense: nn.Module,
+    compressed: nn.Module,
+    image: Tensor,
+    batches: Sequence[int],
+    engines: Sequence[Engine],
+    execution: Execution,
 ) -> tuple[tuple[TimedPass, ...], tuple[str, ...]]:
     """All that could be measured, and what could not."""
     passes: list[TimedPass] = []
     notes: list[str] = []
     for engine in engines:
         try:
-            passes += timed_passes(engine, dense, compressed, [_batch(image, n) for n in batches])
+            passes += timed_passes(engine, dense, compressed, [_batch(image, n) for n in batches], execution)
         except ExportError as error:
             notes.append(f"{engine}: {error}")
     return tuple(passes), tuple(notes)
 
 
 def timed_passes(
-    engine: Engine, dense: nn.Module, compressed: nn.Module, batches: Sequence[Tensor]
+    engine: Engine,
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Sequence[Tensor],
+    execution: Execution = PLAIN,
 ) -> list[TimedPass]:
     """Both networks on the same batches, in turns.
 
     Raises:
         ExportError: the engine cannot run them.
     """
+    if execution.bf16 and engine == "onnxruntime":
+        raise ExportError("it knows no autocast, and would run in float32; measure it without --bf16")
     torch.compiler.reset()  # what is compiled counts by function, not by network, and after eight runs eagerly
-    first, second = (ENGINES[engine](network, batches[0]) for network in (dense, compressed))
-    return [_timed(engine, first, second, images) for images in batches]
+    with execution.autocast(batches[0].device):
+        first, second = (ENGINES[engine](network, batches[0]) for network in (dense, compressed))
+        return [_timed(engine, first, second, images) for images in batches]
 
 
 def _timed(engine: Engine, dense: Network, compressed: Network, images: Tensor) -> TimedPass:

@@ -12,6 +12,7 @@ import tyro
 from dist_prune.config.flags import require
 from dist_prune.export.command import take
 from dist_prune.export.speed import Amount, Engine, Speed, measure_speed
+from dist_prune.factorization.latency import Execution
 from dist_prune.network.models import build
 from dist_prune.network.padding import own_paddings, with_paddings
 from dist_prune.utils.files import require_absent, write_text
@@ -39,6 +40,8 @@ class Timed:
     """Images per pass; sites are timed with the middle one."""
     engines: tuple[Engine, ...] = ("eager", "onnxruntime")
     """What runs the networks; channels-last: eager, in NHWC memory format; compile: torch.compile."""
+    bf16: bool = False
+    """In bfloat16 autocast, as a run with --bf16 trains; all but onnxruntime."""
     device: str = "auto"
     """auto: CUDA where there is one; or cpu, cuda."""
     threads: int = 0
@@ -81,8 +84,8 @@ def main(words: Sequence[str]) -> int:
     what = taken.description
     dense = build(what.arch, what.classes, what.options).to(device)
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    dense = with_paddings(dense, own_paddings(dense, image))
-    found = measure_speed(dense, taken.network.to(device), image, asked.batches, asked.engines)
+    dense, execution = with_paddings(dense, own_paddings(dense, image)), Execution(asked.bf16)
+    found = measure_speed(dense, taken.network.to(device), image, asked.batches, asked.engines, execution)
     write_text(path, found.to_json())
     print(f"{format_summary(found)}\nwritten to {path}")
     return 0
@@ -90,9 +93,10 @@ def main(words: Sequence[str]) -> int:
 
 def format_summary(speed: Speed) -> str:
     """For people."""
-    lines = [f"{speed.device}, torch {speed.torch}", _sizes(speed), "", _passes(speed), *speed.notes, ""]
+    precision = ", bfloat16 autocast" if speed.bf16 else ""
+    lines = [f"{speed.device}, torch {speed.torch}{precision}", _sizes(speed), "", _passes(speed)]
     share = f"{speed.site_share:.0%} of the dense eager pass is spent in these sites; the rest is not compressed"
-    return "\n".join([*lines, _sites(speed), LEGEND, share])
+    return "\n".join([*lines, *speed.notes, "", _sites(speed), LEGEND, share])
 
 
 def _sizes(speed: Speed) -> str:

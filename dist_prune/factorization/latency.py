@@ -1,6 +1,7 @@
 """How long each site takes, dense and factored: measured on this device, at the real shapes, kept on disk.
 
-The pass as a whole is measured too; what is no site takes the time that it took.
+The pass as a whole is measured too; what is no site takes the time that it took. All is measured in the precision
+that passes will have, see `Execution`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,43 @@ WARM_UP = 3  # calls before any is timed
 SAMPLE_S = 1e-3  # seconds of one sample at least, of as many calls as needed
 SHAPE_S = 1.0  # seconds of all samples of one shape together, about
 ROUNDS = (3, 15)  # samples of each call, at least and at most
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the passes run whose time counts.
+
+    Attributes:
+        bf16: in bfloat16 autocast.
+        compiled: whole networks through torch.compile. Layers alone are not: each rank would be compiled.
+    """
+
+    bf16: bool = False
+    compiled: bool = False
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """While open, passes have that precision, and weights are converted in each, as if opened for each."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+
+    def network(self, model: nn.Module) -> Callable[[Tensor], object]:
+        """The network as it will be called."""
+        return torch.compile(model) if self.compiled else model
+
+    def described(self, model: nn.Module) -> str:
+        """For people: `bfloat16 autocast, channels last`."""
+        precision = "bfloat16 autocast" if self.bf16 else _name(next(model.parameters()).dtype)
+        layout = ", channels last" if layout_of(model) is torch.channels_last else ""
+        return f"{precision}{layout}{', whole networks compiled' if self.compiled else ''}"
+
+
+PLAIN = Execution()  # in the precision of the network's own weights
+
+
+class Input(NamedTuple):
+    """What a layer is given in one of its calls."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -102,6 +141,10 @@ class LatencyTable:
         return self.whole - sum(saved)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def format_time(nanoseconds: int) -> str:
     """For people: `0.41 ms`."""
     return f"{nanoseconds / 1e6:.3g} ms"
@@ -123,51 +166,58 @@ def measure(
     options: Mapping[Site, Mapping[str, Sequence[Ints]]],
     images: Tensor,
     folder: Path | None = None,
+    execution: Execution = PLAIN,
 ) -> LatencyTable:
     """Time the network, and each site in each form at some of its ranks, on this process's device.
 
-    Layers of equal shape are measured once. What was measured before, with the same shapes, batch, type, device,
-    threads and version of torch, is read from `folder` (by default in `files.cache_folder`).
+    Layers of equal shape are measured once. What was measured before, with the same shapes, batch, types,
+    precision, device, threads and version of torch, is read from `folder` (by default in `files.cache_folder`).
 
     Args:
         model: the dense network, its kernels in the memory format to be timed; left as it was.
         options: of each site its forms, and of each form the ranks that may be chosen, an array for each rank.
         images: (N, 3, H, W): the batch to time, on the network's device.
         folder: of the cache.
+        execution: the precision; nothing is compiled.
     """
-    like = _like(model, images)
+    like = _like(model, images.device, execution)
     folder, images = folder or cache_folder() / "latency", like.laid_out(images)
-    shapes = input_shapes(model, list(options), images)
-    key = [repr(model), str(tuple(images.shape)), *like.key]
-    whole = _kept(folder, key, lambda: Timing(_time_whole(model, images)))
+    given = inputs_of(model, list(options), images, execution)
+    key = [repr(model), str(tuple(images.shape)), _name(images.dtype), *like.key]
+    whole = _kept(folder, key, lambda: Timing(_time_whole(model, images, execution)))
     timings = {}
     for site, forms in options.items():
         module, found = model.get_submodule(site.name), dict[str, Timing]()
         for form, columns in (forms or {"output": []}).items():  # the dense layer is timed in any case
             chosen = candidates(columns) if columns else ()
-            calls = [_timing(folder, module, form, chosen, like, shape) for shape in shapes[site.name]]
+            calls = [_timing(folder, module, form, chosen, like, each) for each in given[site.name]]
             chains = tuple(sum(column) for column in zip(*(c.chains for c in calls), strict=True))
             found[form] = Timing(sum(c.dense for c in calls), chosen, chains)
         timings[site.name] = found
     return LatencyTable(whole.dense, timings)
 
 
-def time_share(dense: nn.Module, compressed: nn.Module, images: Tensor) -> float:
+def time_share(dense: nn.Module, compressed: nn.Module, images: Tensor, execution: Execution = PLAIN) -> float:
     """What part of the dense network's time the compressed one takes, (N, …) `images` through both in turns."""
-    images = _like(dense, images).laid_out(images)
-    with evaluating(dense), evaluating(compressed):
-        taken = sample_calls([lambda: dense(images), lambda: compressed(images)], images.device, ROUNDS[1])
+    device = images.device
+    images = _like(dense, device, execution).laid_out(images)
+    if execution.compiled:
+        torch.compiler.reset()  # what is compiled counts by function, not by network, and after eight runs eagerly
+    with evaluating(dense), evaluating(compressed), execution.autocast(device):
+        calls = [partial(execution.network(network), images) for network in (dense, compressed)]
+        taken = sample_calls(calls, device, ROUNDS[1])
     ratios = [after / before for before, after in zip(*taken, strict=True)]
     return float(median(ratios))
 
 
 @dataclass(frozen=True)
 class _Like:
-    """Device, type and memory format of layers and what they are given: those of the network that is timed."""
+    """Device, type, memory format and precision of layers: those of the network that is timed."""
 
     dtype: torch.dtype
     device: torch.device
     layout: torch.memory_format
+    execution: Execution
 
     def laid_out(self, x: Tensor) -> Tensor:
         """The same, if it has height and width, in the network's memory format."""
@@ -180,50 +230,57 @@ class _Like:
             device = torch.cuda.get_device_name(self.device)
         else:
             device = f"{platform.node()} {platform.processor()} {torch.get_num_threads()} threads"
-        return [str(self.layout), str(self.dtype), device, torch.__version__]
+        precision = "bfloat16 autocast" if self.execution.bf16 else "no autocast"
+        return [str(self.layout), str(self.dtype), precision, "eager", device, torch.__version__]
 
 
-def _like(model: nn.Module, images: Tensor) -> _Like:
-    return _Like(next(model.parameters()).dtype, images.device, layout_of(model))
+def _like(model: nn.Module, device: torch.device, execution: Execution) -> _Like:
+    return _Like(next(model.parameters()).dtype, device, layout_of(model), execution)
 
 
-def _time_whole(model: nn.Module, images: Tensor) -> int:
-    with evaluating(model):
+def _time_whole(model: nn.Module, images: Tensor, execution: Execution) -> int:
+    with evaluating(model), execution.autocast(images.device):
         return time_calls([lambda: model(images)], images.device)[0]
 
 
 def _timing(
-    folder: Path, module: nn.Module, form: str, ranks: tuple[Ranks, ...], like: _Like, shape: tuple[int, ...]
+    folder: Path, module: nn.Module, form: str, ranks: tuple[Ranks, ...], like: _Like, given: Input
 ) -> Timing:
-    """One call of a site in a form with an input of this shape."""
+    """One call of a site in a form with an input like this one."""
 
     def timed() -> Timing:
-        x = like.laid_out(torch.randn(shape, dtype=like.dtype, device=like.device))
+        x = like.laid_out(torch.randn(given.shape, device=like.device).to(given.dtype))
         layers = [module, *(FORMS[form].build(module, each) for each in ranks)]
-        with torch.no_grad():
+        with torch.no_grad(), like.execution.autocast(like.device):
             dense, *times = time_calls([partial(layer, x) for layer in layers], like.device)
         return Timing(dense, ranks, tuple(times))
 
-    key = [repr(module), str(shape), form, str(ranks), *like.key]
+    key = [repr(module), str(given.shape), _name(given.dtype), form, str(ranks), *like.key]
     return _kept(folder, key, timed)
 
 
-def input_shapes(model: nn.Module, sites: Sequence[Site], images: Tensor) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes that each site is given, one for each of its calls in a forward pass."""
-    shapes: dict[str, list[tuple[int, ...]]] = {site.name: [] for site in sites}
+def inputs_of(
+    model: nn.Module, sites: Sequence[Site], images: Tensor, execution: Execution = PLAIN
+) -> dict[str, list[Input]]:
+    """What each site is given, one for each of its calls in a forward pass."""
+    given: dict[str, list[Input]] = {site.name: [] for site in sites}
 
     def watch(name: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: shapes[name].append(tuple(given_to(args, kwargs).shape))
+        def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            x = given_to(args, kwargs)
+            given[name].append(Input(tuple(x.shape), x.dtype))
 
-    modules = {name: model.get_submodule(name) for name in shapes}
+        return hook
+
+    modules = {name: model.get_submodule(name) for name in given}
     hooks = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in modules.items()]
     try:
-        with evaluating(model):
+        with evaluating(model), execution.autocast(images.device):
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return shapes
+    return given
 
 
 # ── the clock ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ from dist_prune.distributed.world import World
 from dist_prune.factorization import latency
 from dist_prune.factorization.budget import budget_of, options_of
 from dist_prune.factorization.forms import FORMS, Form
-from dist_prune.factorization.latency import LatencyTable
+from dist_prune.factorization.latency import Execution, LatencyTable
 from dist_prune.factorization.layers import layers_of
 from dist_prune.factorization.plan import (
     Cost,
@@ -42,7 +42,8 @@ class Planner:
 
     `repair`, for a budget, is how much later sites will repair, see `plan.make_plan`; it chooses from `forms`.
     `dense` is the cost of the dense network where the survey is of one from which channels were removed.
-    `time_of` measures, where latency is the budget, what share of the dense network's time a planned one takes.
+    `time_of` measures, where latency is the budget, what share of the dense network's time a planned one takes;
+    `timed_in` says in which precision and layout.
     """
 
     rule: Rule
@@ -55,6 +56,7 @@ class Planner:
     forms: tuple[Form, ...] = (FORMS["output"],)
     dense: Cost | None = None
     time_of: Callable[[Plan], float] | None = None
+    timed_in: str = ""
 
     @property
     def projected_forms(self) -> frozenset[str]:
@@ -202,7 +204,7 @@ class Planner:
         if self.latency is not None:
             whole, predicted = self.latency.whole, self._predicted_time(self.latency, plan)
             lines.append(
-                f"predicted latency of a batch of {self.batch}: "
+                f"predicted latency of a batch of {self.batch}, {self.timed_in}: "
                 f"{latency.format_time(whole)} → {latency.format_time(predicted)} "
                 f"({predicted / whole:.3f})"
             )
@@ -246,6 +248,9 @@ def usual_step(rule: Rule, device: torch.device) -> int:
 def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:
     """As `planner`, with times where they are the budget: taken on rank 0, for a batch of `--eval-batch-size`.
 
+    They are taken in bfloat16 autocast where the run trains in it (`--bf16`), and of whole networks that are
+    compiled where it does that (`--compile`).
+
     Args:
         config: the run.
         dense: the network, on the world's device.
@@ -261,9 +266,10 @@ def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, im
         return plain
     options = {site: options_of(View(site, plain.side), plain.round_to, plain.forms) for site in found.sites}
     images = image.expand(plain.batch, *image.shape[1:]).contiguous()
+    execution = Execution(config.tuning.bf16, config.tuning.compile)
 
     def share(plan: Plan) -> float:
-        return latency.time_share(dense, rebuild(dense, plan), images)
+        return latency.time_share(dense, rebuild(dense, plan), images, execution)
 
-    table = world.from_first(lambda: latency.measure(dense, options, images))
-    return replace(plain, latency=table, time_of=share)
+    table = world.from_first(lambda: latency.measure(dense, options, images, execution=execution))
+    return replace(plain, latency=table, time_of=share, timed_in=execution.described(dense))

@@ -12,6 +12,7 @@ from dist_prune.config.run import ImageSpec
 from dist_prune.export import speed_command
 from dist_prune.export.pair_times import _site_speed, _Times, time_pairs
 from dist_prune.export.speed import ENGINES, Speed, measure_speed, timed_passes
+from dist_prune.factorization.latency import Execution
 from dist_prune.factorization.plan import Choice, Plan, choose
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import build
@@ -166,6 +167,26 @@ def test_every_layer_of_a_chain_is_timed() -> None:
     assert (found.label, found.rank) == ("tucker 2x4", 2)
     assert found.core >= 3 > max(found.reduce, found.expand)
     assert found.macs_ratio == (3 * 2 + 9 * 2 * 4 + 4 * 8) / (9 * 3 * 8)
+
+
+def test_in_bfloat16_networks_and_layers_are_measured_and_onnxruntime_is_not(
+    dense: nn.Module, compressed: nn.Module
+) -> None:
+    seen = set[torch.dtype]()
+    hooks = [
+        network.get_submodule(name).register_forward_hook(lambda _m, _x, y: seen.add(y.dtype))
+        for network in (dense, compressed)
+        for name in ("conv1", "layer2.0.conv1")
+    ]
+    found = measure_speed(dense, compressed, IMAGE, (1,), ("eager", "onnxruntime"), Execution(bf16=True))
+    for hook in hooks:
+        hook.remove()
+    assert seen == {torch.bfloat16}
+    assert found.bf16 and [p.engine for p in found.passes] == ["eager"]
+    (note,) = found.notes
+    assert note == "onnxruntime: it knows no autocast, and would run in float32; measure it without --bf16"
+    assert "bfloat16 autocast" in speed_command.format_summary(found)
+    assert Speed.from_json(found.to_json()) == found
 
 
 # ── the command ────────────────────────────────────────────────────────────────────────────────────────────

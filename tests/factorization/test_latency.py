@@ -3,12 +3,14 @@
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from dist_prune.config.flags import parse_forms
 from dist_prune.config.recipes import parse
@@ -16,7 +18,17 @@ from dist_prune.distributed.world import World
 from dist_prune.factorization import latency
 from dist_prune.factorization.budget import options_of
 from dist_prune.factorization.forms import FORMS
-from dist_prune.factorization.latency import LatencyTable, Timing, candidates, input_shapes, measure, time_calls
+from dist_prune.factorization.latency import (
+    Execution,
+    LatencyTable,
+    Timing,
+    candidates,
+    inputs_of,
+    measure,
+    time_calls,
+    time_share,
+)
+from dist_prune.factorization.plan import undecided
 from dist_prune.factorization.planner import timed_planner
 from dist_prune.network.memory_format import channels_last
 from dist_prune.network.sites import Site, View, survey
@@ -67,11 +79,13 @@ class Clock:
     def __init__(self) -> None:
         self.timed: list[list[torch.Size]] = []
         self.laid_out: list[bool] = []  # whether all outputs with height and width lay NHWC
+        self.types: list[set[torch.dtype]] = []
 
     def __call__(self, calls: list[Callable[[], torch.Tensor]], device: torch.device) -> list[int]:
         assert device == CPU
         outputs = [call() for call in calls]
         self.timed.append([y.shape for y in outputs])
+        self.types.append({y.dtype for y in outputs})
         wide = [y for y in outputs if y.dim() == 4]
         self.laid_out.append(all(y.is_contiguous(memory_format=torch.channels_last) for y in wide))
         if len(calls) == 1:
@@ -88,10 +102,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_every_call_of_a_site_has_its_shape() -> None:
     model = network()
-    shapes = input_shapes(model, survey(model, IMAGES[:1]).sites, IMAGES)
-    assert shapes["0"] == [(4, 3, 8, 8)]
-    assert shapes["3.layer"] == [(4, 8, 8, 8), (4, 8, 4, 4)]
-    assert shapes["6"] == [(4, 8)]
+    given = inputs_of(model, survey(model, IMAGES[:1]).sites, IMAGES)
+    assert given["0"] == [((4, 3, 8, 8), torch.float32)]
+    assert given["3.layer"] == [((4, 8, 8, 8), torch.float32), ((4, 8, 4, 4), torch.float32)]
+    assert given["6"] == [((4, 8), torch.float32)]
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -277,6 +291,56 @@ def test_where_time_counts_ranks_fill_a_processor_s_registers(
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     model, run = network(), parse(["digits", *flags])
     assert timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1]).round_to == step
+
+
+def test_in_bfloat16_layers_are_given_what_they_have_in_a_pass_of_that_precision(
+    clock: Clock, tmp_path: Path
+) -> None:
+    """The images are float32, what follows a convolution is not; both times are kept, each under its own key."""
+    model, bf16 = network(), Execution(bf16=True)
+    sites = survey(model, IMAGES[:1]).sites
+    given = {name: each[0].dtype for name, each in inputs_of(model, sites, IMAGES, bf16).items()}
+    assert given == {s.name: torch.float32 if s.name == "0" else torch.bfloat16 for s in sites}
+    for _ in range(2):
+        measure(model, ranks_of(model), IMAGES, tmp_path)
+        measure(model, ranks_of(model), IMAGES, tmp_path, bf16)
+    assert clock.types == [{torch.float32}] * 6 + [{torch.bfloat16}] * 6
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("words", [(), ("--bf16",)])
+def test_times_are_of_the_precision_that_the_run_trains_in(
+    clock: Clock, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """And the plan's table says so. Whatever autocast there is around it counts for nothing."""
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
+    run, model = parse(["digits", "--ranks", "budget:latency=0.9", *words]), network()
+    found = survey(model, IMAGES[:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        plans = timed_planner(run, model, found, world, IMAGES[:1])
+    assert set().union(*clock.types) == {torch.bfloat16 if words else torch.float32}
+    shown = plans.format_table(undecided(found), {})
+    assert f"of a batch of 256, {'bfloat16 autocast' if words else 'float32'}: " in shown
+
+
+@pytest.mark.parametrize("execution", [Execution(), Execution(bf16=True), Execution(bf16=True, compiled=True)])
+def test_whole_networks_are_timed_in_the_precision_and_by_the_engine_of_the_run(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of torch.compile all but its code generation, which would take a minute."""
+    seen, sampled = set[torch.dtype](), latency.sample_calls
+
+    def watched(calls: latency.Calls, device: torch.device, least: int) -> list[list[float]]:
+        seen.update(call().dtype for call in calls)  # type: ignore[attr-defined]
+        return sampled(calls, device, least)
+
+    monkeypatch.setattr(latency, "sample_calls", watched)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    counters.clear()
+    dense, small = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8))
+    assert time_share(dense, small, torch.zeros(4, 8), execution) > 0
+    assert seen == {torch.bfloat16 if execution.bf16 else torch.float32}
+    assert counters["stats"]["unique_graphs"] == (2 if execution.compiled else 0)
 
 
 @pytest.mark.parametrize("last", [False, True])
