@@ -10,8 +10,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from dist_prune.factorization.execution import PLAIN, Execution
 from dist_prune.factorization.forms import FORMS, format_ranks
-from dist_prune.factorization.latency import PLAIN, Execution, Input, inputs_of, sample_calls
+from dist_prune.factorization.latency import LayerInput, inputs_of, sample_calls
 from dist_prune.network.factored import Factored
 from dist_prune.network.sites import Site
 
@@ -109,7 +110,7 @@ def _seconds_of_a_call(like: Tensor) -> float:
         return median(sample_calls([lambda: layer(x)], like.device)[0])
 
 
-def _random(given: Input, like: Tensor) -> Tensor:
+def _random(given: LayerInput, like: Tensor) -> Tensor:
     return like.new_empty(given.shape, dtype=given.dtype).normal_()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dist_prune.export.formats import OPSET, ExportError, onnx_session, require_onnx, write_onnx
 from dist_prune.export.pair_times import SiteSpeed, time_pairs
-from dist_prune.factorization.latency import PLAIN, Execution, sample_calls
+from dist_prune.factorization.execution import PLAIN, Execution
+from dist_prune.factorization.latency import sample_calls
 from dist_prune.network.memory_format import channels_last
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import evaluating, survey

@@ -12,7 +12,7 @@ import tyro
 from dist_prune.config.flags import require
 from dist_prune.export.command import take
 from dist_prune.export.speed import Amount, Engine, Speed, measure_speed
-from dist_prune.factorization.latency import Execution
+from dist_prune.factorization.execution import Execution
 from dist_prune.network.models import build
 from dist_prune.network.padding import own_paddings, with_paddings
 from dist_prune.utils.files import require_absent, write_text

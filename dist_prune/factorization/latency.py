@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dist_prune.factorization.execution import PLAIN, Execution
 from dist_prune.factorization.forms import FORMS, Ranks
 from dist_prune.factorization.knapsack import Floats, Ints
 from dist_prune.network.memory_format import layout_of
@@ -38,37 +39,7 @@ SHAPE_S = 1.0  # seconds of all samples of one shape together, about
 ROUNDS = (3, 15)  # samples of each call, at least and at most
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How the passes run whose time counts.
-
-    Attributes:
-        bf16: in bfloat16 autocast.
-        compiled: whole networks through torch.compile. Layers alone are not: each rank would be compiled.
-    """
-
-    bf16: bool = False
-    compiled: bool = False
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """While open, passes have that precision, and weights are converted in each, as if opened for each."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
-
-    def network(self, model: nn.Module) -> Callable[[Tensor], object]:
-        """The network as it will be called."""
-        return torch.compile(model) if self.compiled else model
-
-    def described(self, model: nn.Module) -> str:
-        """For people: `bfloat16 autocast, channels last`."""
-        precision = "bfloat16 autocast" if self.bf16 else _name(next(model.parameters()).dtype)
-        layout = ", channels last" if layout_of(model) is torch.channels_last else ""
-        return f"{precision}{layout}{', whole networks compiled' if self.compiled else ''}"
-
-
-PLAIN = Execution()  # in the precision of the network's own weights
-
-
-class Input(NamedTuple):
+class LayerInput(NamedTuple):
     """What a layer is given in one of its calls."""
 
     shape: tuple[int, ...]
@@ -141,10 +112,6 @@ class LatencyTable:
         return self.whole - sum(saved)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def format_time(nanoseconds: int) -> str:
     """For people: `0.41 ms`."""
     return f"{nanoseconds / 1e6:.3g} ms"
@@ -183,7 +150,7 @@ def measure(
     like = _like(model, images.device, execution)
     folder, images = folder or cache_folder() / "latency", like.laid_out(images)
     given = inputs_of(model, list(options), images, execution)
-    key = [repr(model), str(tuple(images.shape)), _name(images.dtype), *like.key]
+    key = [repr(model), str(tuple(images.shape)), str(images.dtype), *like.key]
     whole = _kept(folder, key, lambda: Timing(_time_whole(model, images, execution)))
     timings = {}
     for site, forms in options.items():
@@ -244,7 +211,7 @@ def _time_whole(model: nn.Module, images: Tensor, execution: Execution) -> int:
 
 
 def _timing(
-    folder: Path, module: nn.Module, form: str, ranks: tuple[Ranks, ...], like: _Like, given: Input
+    folder: Path, module: nn.Module, form: str, ranks: tuple[Ranks, ...], like: _Like, given: LayerInput
 ) -> Timing:
     """One call of a site in a form with an input like this one."""
 
@@ -255,20 +222,20 @@ def _timing(
             dense, *times = time_calls([partial(layer, x) for layer in layers], like.device)
         return Timing(dense, ranks, tuple(times))
 
-    key = [repr(module), str(given.shape), _name(given.dtype), form, str(ranks), *like.key]
+    key = [repr(module), str(given.shape), str(given.dtype), form, str(ranks), *like.key]
     return _kept(folder, key, timed)
 
 
 def inputs_of(
     model: nn.Module, sites: Sequence[Site], images: Tensor, execution: Execution = PLAIN
-) -> dict[str, list[Input]]:
+) -> dict[str, list[LayerInput]]:
     """What each site is given, one for each of its calls in a forward pass."""
-    given: dict[str, list[Input]] = {site.name: [] for site in sites}
+    given: dict[str, list[LayerInput]] = {site.name: [] for site in sites}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             x = given_to(args, kwargs)
-            given[name].append(Input(tuple(x.shape), x.dtype))
+            given[name].append(LayerInput(tuple(x.shape), x.dtype))
 
         return hook
 

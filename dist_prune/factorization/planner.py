@@ -14,8 +14,9 @@ from dist_prune.config.training import IterationConfig
 from dist_prune.distributed.world import World
 from dist_prune.factorization import latency
 from dist_prune.factorization.budget import budget_of, options_of
+from dist_prune.factorization.execution import Execution
 from dist_prune.factorization.forms import FORMS, Form
-from dist_prune.factorization.latency import Execution, LatencyTable
+from dist_prune.factorization.latency import LatencyTable
 from dist_prune.factorization.layers import layers_of
 from dist_prune.factorization.plan import (
     Cost,

@@ -24,7 +24,7 @@ from torch import Tensor
 from dist_prune import compress
 from dist_prune.distributed.world import joined
 from dist_prune.export.speed import timed_passes
-from dist_prune.factorization.latency import Execution
+from dist_prune.factorization.execution import Execution
 from dist_prune.factorization.plan import PlanError
 from dist_prune.network.memory_format import channels_last
 from dist_prune.utils.tables import table

@@ -12,7 +12,7 @@ from dist_prune.config.run import ImageSpec
 from dist_prune.export import speed_command
 from dist_prune.export.pair_times import _site_speed, _Times, time_pairs
 from dist_prune.export.speed import ENGINES, Speed, measure_speed, timed_passes
-from dist_prune.factorization.latency import Execution
+from dist_prune.factorization.execution import Execution
 from dist_prune.factorization.plan import Choice, Plan, choose
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import build

@@ -17,9 +17,9 @@ from dist_prune.config.recipes import parse
 from dist_prune.distributed.world import World
 from dist_prune.factorization import latency
 from dist_prune.factorization.budget import options_of
+from dist_prune.factorization.execution import Execution
 from dist_prune.factorization.forms import FORMS
 from dist_prune.factorization.latency import (
-    Execution,
     LatencyTable,
     Timing,
     candidates,
