@@ -31,6 +31,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
 from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, products, unwatched
+from dist_prune.statistics.symmetric import load_lower_panels_, lower_panels
 from dist_prune.utils import keyed_random
 
 Rows = Callable[[], Tensor]  # made when they are asked for
@@ -131,7 +132,6 @@ class _Sum:
         self.module, self.view, self.step, self.mean = module, view, step, mean
         self.total = torch.zeros(view.site.groups, view.width, view.width, dtype=torch.float64, device=device)
         self.first_nonfinite_batch = torch.full((), -1, device=device)  # first_nonfinite_batch
-        self.kept = Tally({"total": self.total, "first_nonfinite_batch": self.first_nonfinite_batch})
         self.images = self.calls = self.batch = 0
         self.reachable = False
         self.pending: list[tuple[Tensor, Tensor]] = []
@@ -176,10 +176,19 @@ class _Sum:
         for chunk in self.view.chunks(self.pending[0][1], self.images):
             gradients = _joined([self._gradients(g[chunk]) for _, g in self.pending])
             step = self.step(partial(self._rows, chunk), gradients)
-            self.total += step
+            self.total += step + step.mT  # the same bits on both sides of the diagonal: one is enough on disk
             sound = torch.isfinite(step.sum()) | (self.first_nonfinite_batch >= 0)
             self.first_nonfinite_batch.copy_(torch.where(sound, self.first_nonfinite_batch, self.batch))
         self.pending = []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `moments.Sums`."""
+        return {"first_nonfinite_batch": self.first_nonfinite_batch} | lower_panels("total", self.total)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `moments.Sums`."""
+        self.first_nonfinite_batch.copy_(state["first_nonfinite_batch"])
+        load_lower_panels_(self.total, "total", state)
 
     def _together(self) -> tuple[Tensor, Tensor]:
         """The calls as one over all images."""
@@ -252,7 +261,7 @@ def collect_curvature(
     mean_of = {view: None if means is None else means[view.site.name] for view in modules}
     sums = [_Sum(module, view, step, mean_of[view], world.device) for view, module in modules.items()]
     images, number = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-    kept: dict[str, Sums] = {f"curvature/{each.view.site.name}": each.kept for each in sums}
+    kept: dict[str, Sums] = {f"curvature/{each.view.site.name}": each for each in sums}
     kept["seen"] = Tally({"images": images, "batches": number})
     with differentiating(model), products(tf32=bf16), ExitStack() as stack:
         for each in sums:
@@ -271,11 +280,12 @@ def collect_curvature(
     _require_sound(sums, world)
     _require_reachable(sums, world)
     totals = {each.view.site.name: each.total for each in sums}
-    world.sum_(images, *totals.values())
+    world.sum_(images)
+    world.sum_symmetric_(*totals.values())
     if not images:
         raise StatisticsError("no images for the gradients; is the statistics split empty?")
     scale = 2 * images.to(world.device) * max(1, objective.draws)
-    return {name: (total + total.mT) / scale for name, total in totals.items()}
+    return {name: total / scale for name, total in totals.items()}
 
 
 def _backward(sums: Sequence[_Sum], logits: Tensor, losses: Sequence[Tensor]) -> None:

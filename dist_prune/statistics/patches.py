@@ -23,6 +23,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, call_of
 from dist_prune.network.windows import padded
 from dist_prune.statistics.moments import StatisticsError
+from dist_prune.statistics.symmetric import load_lower_panels_, lower_panels, mirror_
 
 CHUNK, GPU_CHUNK = 1 << 22, 1 << 27  # bytes of input that are multiplied at once: on a GPU, few large kernels
 
@@ -144,19 +145,21 @@ class PatchAccumulator:
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `moments.Sums`."""
-        sums = {"total": self.total, "channels": self.channels, "places": self.places}
-        sums["count"] = torch.tensor(self.count)
+        sums = {"total": self.total, "count": torch.tensor(self.count)}
+        sums |= lower_panels("channels", self.channels) | lower_panels("places", self.places)
         return sums if self.shift is None else sums | {"shift": self.shift}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `moments.Sums`."""
         self.count = int(state["count"])
         self.shift = state["shift"].to(self.total.device) if "shift" in state else None
-        for own, name in ((self.total, "total"), (self.channels, "channels"), (self.places, "places")):
-            own.copy_(state[name])
+        self.total.copy_(state["total"])
+        load_lower_panels_(self.channels, "channels", state)
+        load_lower_panels_(self.places, "places", state)
 
     def moments(self) -> PatchMoments:
         """The sums so far."""
+        mirror_(self.channels)  # of a product that was rounded differently on both sides, the one that is saved
         shift = self.total.new_zeros(self.total.shape[:2]) if self.shift is None else self.shift.double()
         return PatchMoments(self.total.new_tensor(self.count), shift, self.total, self.channels, self.places)
 
