@@ -14,6 +14,7 @@ from dist_prune.compressor import Compressor
 from dist_prune.config.flags import did_you_mean
 from dist_prune.factorization.plan import Plan, PlanError
 from dist_prune.factorization.project import chains
+from dist_prune.network.attention import opened_as
 from dist_prune.network.errors import ModelError
 from dist_prune.network.factored import Factored
 from dist_prune.network.layers import unwrapped
@@ -71,14 +72,19 @@ def apply(plan: Plan | str | Path, model: nn.Module) -> nn.Module:
         raise ModelError(
             f"a {type(model).__name__} holds the layers of before: apply the plan, then wrap the network"
         )
-    require_channels(model, wanted.kept)
-    narrow = narrowed(model, wanted.kept, shared=True) if wanted.kept else model
+    try:
+        open_ = opened_as(model, wanted.attention)
+    except AttributeError as error:
+        raise PlanError(f"the plan does not fit this network: {error}") from error
+    require_channels(open_, wanted.kept)
+    narrow = narrowed(open_, wanted.kept, shared=True) if wanted.kept else open_
     _require_layers(narrow, wanted)
     try:
         new = {name: narrow.get_submodule(name) for each in wanted.kept for name in each.group.members}
         new |= chains(narrow, wanted)
     except SiteError as error:
         raise PlanError(f"the plan does not fit this network: {error}") from error
+    replace_in(model, {name: open_.get_submodule(name) for name in wanted.attention})
     replace_in(model, new)
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -197,7 +197,7 @@ def _followed(ready: Planned, world: World) -> Compression:
     collected, source, plan = ready.collected, ready.source, ready.plan
     basis, (nested, _) = collected.run.compression.basis, ready.directions
     network = project(source.model, source.found.sites, source.bases, plan, basis.side, nested).eval()
-    before, after = _corrected(collected, source, plan.kept, network, world)
+    before, after = _corrected(ready, network, world)
     cost = release(network, collected.image)
     world.broadcast_(*network.state_dict().values())  # equal already, but for processors of several kinds
     network = unanswering(network, collected.given_model)
@@ -218,11 +218,10 @@ def _followed(ready: Planned, world: World) -> Compression:
     )
 
 
-def _corrected(
-    collected: Collected, source: Collected, kept: Sequence[KeptChannels], network: nn.Module, world: World
-) -> tuple[float, float]:
+def _corrected(ready: Planned, network: nn.Module, world: World) -> tuple[float, float]:
     """Correct the compressed network in place, if that is wanted; the held-out loss before and after."""
-    model, images, run = collected.model, collected.images, collected.run
+    collected, source, model = ready.collected, ready.source, ready.dense
+    images, run = collected.images, collected.run
     if run.correction.correct == "none":
         with evaluating(model), evaluating(network):
             before = divergence(network, holdout_logits(model, images), images.prepare, world, collected.measure)
@@ -239,7 +238,7 @@ def _corrected(
             run.seed,
             world,
             source=source.model,
-            kept=kept,
+            kept=ready.plan.kept,
             loss=collected.measure,
             after_site=lambda _: step(),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.factorization.release import UnsoundError, require_finite
 from dist_prune.network import user_code
+from dist_prune.network.attention import opened_as, opened_in
 from dist_prune.network.channels import KeptChannels
 from dist_prune.network.errors import ModelError
 from dist_prune.network.models import build
@@ -66,6 +67,7 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
         "labels": list(description.labels),
         "choices": description.plan.to_json(),
         "widths": [each.to_json() for each in description.kept],
+        "attention": list(opened_in(model)),
     } | ({"inputs": list(description.inputs)} if description.inputs else {})
     write_text(folder / "plan.json", to_json(content))
     path = folder / WEIGHTS
@@ -119,7 +121,7 @@ def load_compressed(run_dir: str | Path, model: nn.Module | None = None) -> nn.M
         )
     dense = build(found.arch, found.classes, found.options) if model is None else model
     try:
-        compressed = rebuild(narrowed(dense, found.kept), found.plan)
+        compressed = rebuild(narrowed(opened_as(dense, found.plan.attention), found.kept), found.plan)
         load_state(compressed, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
         require_finite(compressed)
     except UnsoundError as error:
@@ -138,7 +140,8 @@ def read_description(folder: Path) -> Description:
     content = _read_plan(folder)
     try:
         network, image = content["network"], content["image"]
-        plan = Plan.from_json(content["choices"])
+        attention = tuple(map(str, content.get("attention", ())))
+        plan = replace(Plan.from_json(content["choices"]), attention=attention)
         kept = tuple(map(KeptChannels.from_json, content.get("widths", ())))
         spec = ImageSpec(**image | {"mean": tuple(image["mean"]), "std": tuple(image["std"])})
         arch, classes, labels = str(network["arch"]), int(network["classes"]), tuple(content["labels"])

@@ -25,6 +25,7 @@ from dist_prune.network.sites import Site, Survey, View, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.statistics.probes import LOSSES
 from dist_prune.utils.tables import table
+from dist_prune.width.narrowing import kept_outputs
 
 HELD = 8  # every eighth image is the holdout
 FEWEST = 8  # images, one of which is held out
@@ -172,7 +173,7 @@ def correct(
         holdout = holdout_logits(dense, images)
         before = divergence(compressed, holdout, images.prepare, world, loss)
     source = source or dense
-    outputs = {name: torch.tensor(each.channels) for each in kept for name in each.group.producers}
+    outputs = kept_outputs(dense, kept)
     notes: list[str] = []
     if metrics is None:
         metrics, notes = metrics_of(source, sites, images, settings, seed, world, loss)

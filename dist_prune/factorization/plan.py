@@ -73,12 +73,14 @@ class Plan:
     """The ordered map site → rank, and every layer kept dense with the reason. Goes with every saved model.
 
     `time` is the share of the dense network's time that the planned one took, where that is the budget; `kept` are
-    the groups of channels that become narrower first, so that ranks are of narrow layers.
+    the groups of channels that become narrower first, so that ranks are of narrow layers. `attention` names the
+    modules that are taken apart before that, see `network.attention`.
     """
 
     choices: tuple[Choice, ...]
     time: float | None = field(default=None, compare=False)
     kept: tuple[KeptChannels, ...] = ()
+    attention: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A table of the sites, and one of the channels that go, if any do."""
@@ -126,7 +128,8 @@ class Plan:
         """
         require_absent(Path(path))
         widths = [each.to_json() for each in self.kept]
-        write_text(Path(path), to_json({"format": 1, "choices": self.to_json(), "widths": widths}))
+        content = {"format": 1, "choices": self.to_json(), "widths": widths, "attention": list(self.attention)}
+        write_text(Path(path), to_json(content))
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -140,7 +143,8 @@ class Plan:
             content = json.loads(read_text(file))
             both = content if isinstance(content, dict) else {"choices": content}
             kept = tuple(map(KeptChannels.from_json, both.get("widths", ())))
-            return replace(Plan.from_json(both["choices"]), kept=kept)
+            attention = tuple(map(str, both.get("attention", ())))
+            return replace(Plan.from_json(both["choices"]), kept=kept, attention=attention)
         except OSError as error:
             raise PlanError(f"{file}: {error.strerror}; expected a plan.json, or a folder with one") from error
         except (ValueError, KeyError, TypeError) as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.factorization.plan import Cost
 from dist_prune.factorization.project import balance, is_balanced
+from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 
@@ -32,12 +32,12 @@ def release(network: nn.Module, image: Tensor) -> Cost:
     require_finite(network)
     if not is_balanced(network):
         balance(network)
-    with evaluating(network), FlopCounterMode(display=False) as counter:
+    with evaluating(network), MultiplyAdds() as counter:
         answer = logits_of(network(image.clone()))
     if not torch.isfinite(answer).all():
         raise UnsoundError("the compressed network answers an image with NaN or infinity; keep more ranks")
     params = sum(parameter.numel() for parameter in network.parameters())
-    return Cost(counter.get_total_flops() // 2, params)  # two are counted per multiply-add
+    return Cost(counter.total, params)
 
 
 def require_finite(network: nn.Module) -> None:

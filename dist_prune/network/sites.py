@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
+from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.network.outputs import concern_about
 from dist_prune.network.trial import StandInTrial, answer_of, stand_ins, tolerance_of
 from dist_prune.network.windows import padded, patches
@@ -192,7 +192,7 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     reasons = {n: why_dense(m, owners) for n, m in modules.items()}  # before hooks of ours are there
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    with _watched(modules, calls), evaluating(model), FlopCounterMode(display=False) as counter:
+    with _watched(modules, calls), evaluating(model), MultiplyAdds() as counter:
         answer = answer_of(model, image)
     reasons |= {n: "its forward never runs" for n, reason in reasons.items() if not reason and n not in calls}
     found = [describe(n, modules[n], *_positions(modules[n], calls[n])) for n in calls if not reasons[n]]
@@ -205,7 +205,7 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
     return Survey(
         sites=tuple(site for site in found if not reasons[site.name]),
         skipped=tuple(Skipped(n, reason) for n, reason in reasons.items() if reason),
-        macs=counter.get_total_flops() // 2,  # FlopCounterMode counts two per multiply-add
+        macs=counter.total,
         params=sum(p.numel() for p in model.parameters()),
         classes=answer.shape[1],
         positions=answer.shape[2:].numel(),

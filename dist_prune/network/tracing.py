@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from dist_prune.network.attention import HeadMixing
 from dist_prune.network.padded import PaddedConv2d
 from dist_prune.network.sites import evaluating
 
@@ -97,7 +98,7 @@ class _Tracer(fx.Tracer):
     """Enters everything but torch's own layers and the like."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PaddedConv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, PaddedConv2d | HeadMixing) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_prune.config.arguments import naming_arguments
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import Run
+from dist_prune.config.run import CompressionConfig, Run
 from dist_prune.correction.channels import channels_of
 from dist_prune.correction.correct import Calibration, require_deterministic
 from dist_prune.data.batches import BatchesError, Kept
@@ -21,9 +21,10 @@ from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, solve
 from dist_prune.factorization.nested import Nested
-from dist_prune.factorization.plan import Plan
+from dist_prune.factorization.plan import Plan, PlanError
 from dist_prune.factorization.planner import Planner, follower, timed_planner
 from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.attention import opened, opened_as
 from dist_prune.network.channels import KeptChannels
 from dist_prune.network.inputs import taking
 from dist_prune.network.outputs import Outputs, answering
@@ -62,7 +63,7 @@ class Collected:
         measured: what `directions` found for earlier choices of ranks, by the forms that they allowed.
         padding: names of the convolutions that padded by themselves.
         versions: of the given network's tensors, as PyTorch counts their changes.
-        narrow: the same of the network without some channels, for the last choice of these.
+        narrow: for the last choice of channels, the network they are removed from, and the same of what is left.
     """
 
     run: Run
@@ -81,7 +82,9 @@ class Collected:
     versions: tuple[int, ...] = ()
     channels: Channels | None = None
     measured: dict[frozenset[str], Directions] = field(default_factory=dict, compare=False)
-    narrow: dict[tuple[KeptChannels, ...], Collected] = field(default_factory=dict, compare=False)
+    narrow: dict[tuple[KeptChannels, ...], tuple[nn.Module, Collected]] = field(
+        default_factory=dict, compare=False
+    )
 
     @property
     def measure(self) -> Measure:
@@ -146,7 +149,7 @@ def collect(
         model = with_replaced(model)  # gradients need ordinary tensors
     pair = given.batches[0].images[:2].to(given.device)
     paddings = world.from_first(lambda: _asked(lambda: own_paddings(model, pair[:1]), given))
-    model = with_paddings(model, paddings)
+    model = _opened(with_paddings(model, paddings), run.compression, ranks, pair[:1], world)
     everything = world.from_first(lambda: _asked(lambda: survey(model, pair[:1]), given))
     if basis.loss != "mse":
         everything.require_classes()
@@ -175,6 +178,20 @@ def collect(
         return collected
     channels = channels_of(model, groups, images, collected.sums.curvature, run.seed, world, collected.measure)
     return replace(collected, channels=channels)
+
+
+def _opened(
+    model: nn.Module, settings: CompressionConfig, ranks: str | Plan | None, image: Tensor, world: World
+) -> nn.Module:
+    """With the attention taken apart that a plan is of, or whose heads may lose dimensions."""
+    if isinstance(ranks, Plan):
+        try:
+            return opened_as(model, ranks.attention)
+        except AttributeError as error:
+            raise PlanError(f"the plan does not fit this network: {error}") from error
+    if not settings.removes_channels:
+        return model
+    return opened_as(model, world.from_first(lambda: opened(model, image, settings.sites).names))
 
 
 def _with_statistics(collected: Collected, patches: bool, world: World) -> Collected:

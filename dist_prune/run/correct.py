@@ -22,7 +22,7 @@ def correct(job: Job) -> None:
         sites = len(correction.solvable(job.state.compressed, job.everything, settings))
         shown = job.report.meter.count(sites * len(settings.dampings), solved(state), "layer")
         result = correction.correct(
-            job.dense,
+            job.state.dense,
             job.state.compressed,
             job.everything,
             images,

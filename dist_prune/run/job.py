@@ -37,7 +37,8 @@ class Job:
         folder: its directory.
         dataset: training and validation images.
         unlabelled: of `--calibrate-data`.
-        dense: the network, on this rank's device.
+        given: the network, on this rank's device.
+        dense: the same, with the attention taken apart whose heads may lose dimensions; it shares its parameters.
         dense_survey: all its sites.
         dense_planner: from the spectra of those that `--sites` chooses to a plan.
         checkpoints: where it can be stopped and resumed.
@@ -52,6 +53,7 @@ class Job:
     folder: Path
     dataset: Dataset
     unlabelled: Split | None
+    given: nn.Module
     dense: nn.Module
     dense_survey: Survey
     dense_planner: Planner

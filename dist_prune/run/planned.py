@@ -14,16 +14,24 @@ from dist_prune.factorization.nested import nested_of
 from dist_prune.factorization.plan import Plan, listed, with_losses
 from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import spectra_of, unit_of
-from dist_prune.network.channels import KeptChannels
+from dist_prune.network.attention import opened_in
+from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.padding import note_on
 from dist_prune.run.collected import Collected, Directions, collect_again
 from dist_prune.search.explore import SearchState, chosen, search
 from dist_prune.search.trial import Ground, gather_images, trial_on
+from dist_prune.statistics.curvature import Objective
 from dist_prune.utils.caller import bar
-from dist_prune.width.choose import choose_widths, costs_within, predictions
+from dist_prune.width.choose import (
+    Channels,
+    choose_widths,
+    costs_within,
+    output_metrics,
+    turned_with_moments,
+    without,
+)
 from dist_prune.width.listing import format_widths
-from dist_prune.width.moments import collect_channel_moments
-from dist_prune.width.narrowing import narrowed, require_channels
+from dist_prune.width.narrowing import require_channels
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Planned:
     Attributes:
         collected: of the network that is to be matched.
         source: of that whose layers are factored: the same one, or what is left without some channels.
+        dense: that network, or where heads of its attention lost dimensions, the same with these turned.
         plans: the rule.
         directions: of `source`.
         plan: the plan.
@@ -40,6 +49,7 @@ class Planned:
 
     collected: Collected
     source: Collected
+    dense: nn.Module
     plans: Planner
     directions: Directions
     plan: Plan
@@ -74,7 +84,7 @@ def planned(collected: Collected, ranks: str | Plan, world: World) -> Planned:
             f"--ranks {plans.rule.text}: needs other forms than the statistics were collected for; begin with a "
             f"budget"
         )
-    kept, source = _narrow(collected, ranks, plans, world)
+    kept, dense, source = _narrow(collected, ranks, plans, world)
     if kept:
         plans = plans.within(source.found)
     if isinstance(ranks, Plan):
@@ -84,12 +94,14 @@ def planned(collected: Collected, ranks: str | Plan, world: World) -> Planned:
     else:
         plans.check()
         found = directions(source, plans, world)
-        plan = _chosen(collected, source, kept, plans, found, world)
-    return Planned(collected, source, plans, found, replace(plan, kept=kept))
+        plan = _chosen(collected, dense, source, kept, plans, found, world)
+    plan = replace(plan, kept=kept, attention=opened_in(source.model))
+    return Planned(collected, source, dense, plans, found, plan)
 
 
 def _chosen(
     collected: Collected,
+    dense: nn.Module,
     source: Collected,
     kept: Sequence[KeptChannels],
     plans: Planner,
@@ -101,7 +113,7 @@ def _chosen(
     if not count or spectra is None:
         return world.from_first(lambda: plans.plan(spectra))
     ground = Ground(
-        dense=collected.model,
+        dense=dense,
         source=source.model,
         survey=source.everything,
         bases=source.bases,
@@ -122,40 +134,45 @@ def _chosen(
 
 def _narrow(
     collected: Collected, ranks: str | Plan, plans: Planner, world: World
-) -> tuple[tuple[KeptChannels, ...], Collected]:
-    """The channels that stay, and what is collected of the network without the others."""
+) -> tuple[tuple[KeptChannels, ...], nn.Module, Collected]:
+    """The channels that stay, the network that the others are removed from, and what is collected without them."""
     if isinstance(ranks, Plan):
-        kept, network = ranks.kept, _without(collected, ranks.kept, world)
+        kept = ranks.kept
+        require_channels(collected.model, kept)
     elif collected.channels is not None and plans.rule.is_counted:
         _, spectra = directions(collected, plans, world)
         costs = costs_within(
             collected.model, [each.group for each in collected.channels.groups], plans, spectra, collected.image
         )
-        choice = choose_widths(
-            collected.model, collected.channels, costs, plans.rule.amount, plans.round_to, world
-        )
-        kept, network = choice.kept, choice.network
+        kept = choose_widths(collected.channels, costs, plans.rule.amount, plans.round_to, world)
     else:
-        return (), collected
-    if kept and kept not in collected.narrow:
+        kept = ()
+    if not kept:
+        return kept, collected.model, collected
+    if kept not in collected.narrow:
+        dense, network = _without(collected, kept, world)
         found = collect_again(collected, network, world)
         collected.narrow.clear()
-        collected.narrow[kept] = found
-    return kept, collected.narrow[kept] if kept else collected
+        collected.narrow[kept] = dense, found
+    return kept, *collected.narrow[kept]
 
 
-def _without(collected: Collected, kept: Sequence[KeptChannels], world: World) -> nn.Module:
-    """The network without the channels that a plan leaves out; layers that take the others make up for them."""
-    model = collected.model
-    require_channels(model, kept)
-    moments = dict(collected.channels.moments) if collected.channels else {}
-    unknown = [c for each in kept for c in each.group.consumers if c.name not in moments]
-    if unknown:
-        images = (batch.images for batch in collected.images.prepared())
-        moments |= collect_channel_moments(model, unknown, images, world)
-    network = narrowed(model, kept, predictions(kept, moments))
-    world.broadcast_(*network.state_dict().values())
-    return network
+def _without(collected: Collected, kept: Sequence[KeptChannels], world: World) -> tuple[nn.Module, nn.Module]:
+    """The network that channels are removed from, and without them; layers that took them make up for it."""
+    groups, channels = [each.group for each in kept], collected.channels
+    if channels is None or not {each.group for each in channels.groups} >= {*groups}:
+        channels = _turned(collected, groups, world)
+    return channels.model, without(channels, kept, world)
+
+
+def _turned(collected: Collected, groups: Sequence[Group], world: World) -> Channels:
+    """For a plan that is not from these statistics: what it loses is not looked at."""
+    model, batches, known = collected.model, collected.images.prepared, collected.sums.curvature
+    heads = [group for group in groups if group.part]
+    objective = Objective(collected.measure, 1, collected.run.seed)
+    metrics = {**known, **output_metrics(model, heads, batches, objective, world, known)}
+    network, moments = turned_with_moments(model, groups, batches, metrics, world)
+    return Channels((), moments, network)
 
 
 def directions(collected: Collected, plans: Planner, world: World) -> Directions:

@@ -23,6 +23,7 @@ from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World
 from dist_prune.factorization.planner import Planner, planner, timed_planner
 from dist_prune.network import models
+from dist_prune.network.attention import opened, opened_as, opened_in
 from dist_prune.network.errors import ModelError
 from dist_prune.network.memory_format import lay_out
 from dist_prune.network.padding import note_on, own_paddings, with_paddings
@@ -91,14 +92,15 @@ def begin(config: Run, world: World, report: Report, folder: Path, flag: Flag, g
         ValueError: in its many kinds: what is given does not go together, or with the settings.
         CheckpointError: see `check_files_of`.
     """
-    found = given.everything.select(config.compression.sites)
-    ranks = timed_planner(config, given.dense, found, world, probe(config, world, 1))
-    require_reachable(config, given.dense, ranks, world)
+    dense, everything = open_attention(config, given.dense, given.everything, world, report.say)
+    found = everything.select(config.compression.sites)
+    ranks = timed_planner(config, dense, found, world, probe(config, world, 1))
+    require_reachable(config, dense, ranks, world)
     require_calibration(config, given.unlabelled or given.dataset.train)
     if config.correction.correct != "none":
         require_deterministic(given.dense, probe(config, world, 2), world)
     untrained = require_trainable(config, given.dense, world)
-    state = State(given.dense)
+    state = State(dense)
     job = Job(
         config=config,
         world=world,
@@ -106,8 +108,9 @@ def begin(config: Run, world: World, report: Report, folder: Path, flag: Flag, g
         folder=folder,
         dataset=given.dataset,
         unlabelled=given.unlabelled,
-        dense=given.dense,
-        dense_survey=given.everything,
+        given=given.dense,
+        dense=dense,
+        dense_survey=everything,
         dense_planner=ranks,
         checkpoints=CheckpointManager(
             world=world,
@@ -190,9 +193,9 @@ def trained_before(job: Job, cached: Path | None) -> nn.Module | None:
         return job.dense
     if not files.is_intact(cached):
         return None
-    network, trained = job.config.network, with_replaced(job.dense)
+    network, trained = job.config.network, with_replaced(job.given)
     models.fill(trained, network.arch, network.classes, str(cached))
-    return trained
+    return opened_as(trained, opened_in(job.dense))
 
 
 def identity_of(dataset: Dataset, unlabelled: Split | None, dense: nn.Module) -> dict[str, str]:
@@ -338,9 +341,40 @@ def load_network(
     return dense, found
 
 
+def open_attention(
+    config: Run, network: nn.Module, sites: Survey, world: World, say: Callable[[str], None]
+) -> tuple[nn.Module, Survey]:
+    """The network with its attention taken apart, if its heads may lose dimensions, and all sites of that.
+
+    Args:
+        config: says so.
+        network: left as it is; the other one shares its parameters.
+        sites: of the network.
+        world: the ranks, which all take the same apart.
+        say: given what stays as it is, and why.
+    """
+    if not config.compression.removes_channels:
+        return network, sites
+    image = probe(config, world, 1)
+    names, closed = world.from_first(lambda: _attention(network, image, config.compression.sites))
+    if closed:
+        say(f"heads of attention stay: {', '.join(f'{name} ({why})' for name, why in closed.items())}")
+    if not names:
+        return network, sites
+    dense = opened_as(network, names)
+    return dense, world.from_first(lambda: survey(dense, image))
+
+
+def _attention(network: nn.Module, image: torch.Tensor, patterns: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    found = opened(network, image, patterns)
+    return found.names, dict(found.closed)
+
+
 def show_plan(config: Run, world: World, report: Report) -> None:
     """The dry run: the plan's table from the network alone; weights are not even read."""
-    dense, everything = load_network(config, world, report.say, read=False)
+    dense, everything = open_attention(
+        config, *load_network(config, world, report.say, read=False), world, report.say
+    )
     found = everything.select(config.compression.sites)
     known = planner(config, found, world)
     if known.rule.kind == "budget" and known.rule.of != "latency":  # times follow from a run

@@ -21,7 +21,7 @@ def search_plans(job: Job) -> None:
     with job.report.phase("search"):
         images = gather_images(decode(unlabelled_stream(job), config.correction.mirrored), job.world)
         ground = Ground(
-            dense=job.dense,
+            dense=job.state.dense,
             source=job.state.source,
             survey=job.everything,
             bases=found.bases,

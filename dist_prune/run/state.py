@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +14,9 @@ from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild, unfold
 from dist_prune.factorization.spectra import Spectra
+from dist_prune.network.attention import opened_in
 from dist_prune.network.channels import KeptChannels
+from dist_prune.network.replacing import with_replaced
 from dist_prune.training.evaluate import Metrics
 from dist_prune.width.narrowing import narrowed
 
@@ -32,7 +35,8 @@ class State:
     """The same on all ranks.
 
     Attributes:
-        dense: the network that is compressed; a checkpoint does not hold it.
+        dense: the network that is compressed; once it loses channels, with the heads of its attention turned. Of
+            it, a checkpoint holds these alone.
         done: names of the stages.
         metrics: by stage, of the validation images.
         right: by stage, which validation images the network got right.
@@ -76,6 +80,10 @@ class State:
         """The network whose layers are factored: the dense one, without the channels that were removed."""
         return self.dense if self.narrow is None else self.narrow
 
+    def _turned(self) -> dict[str, dict[str, Tensor]]:
+        names = opened_in(self.dense) if self.kept else ()
+        return {name: self.dense.get_submodule(name).state_dict() for name in names}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""
         return {
@@ -86,6 +94,7 @@ class State:
             "target": self.target and self.target.to_json(),
             "unfolded": self.unfolded,
             "kept": [each.to_json() for each in self.kept],
+            "turned": self._turned(),
             "narrow": self.narrow and self.narrow.state_dict(),
             "model": self.network and self.network.state_dict(),
             "before": self.before,
@@ -97,6 +106,7 @@ class State:
         self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
         self.kept = tuple(map(KeptChannels.from_json, state.get("kept", ())))
         if self.kept:
+            self.dense = _with_turned(self.dense, state.get("turned", {}))
             self.narrow = narrowed(self.dense, self.kept)
             self.narrow.load_state_dict(state["narrow"])
         if state["target"] is not None:
@@ -108,3 +118,11 @@ class State:
         if self.unfolded:
             self.network = unfold(self.network, self.plan.ranks)
         self.network.load_state_dict(state["model"])
+
+
+def _with_turned(dense: nn.Module, turned: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+    """The network with attention of these values, all else shared."""
+    new = {name: copy.deepcopy(dense.get_submodule(name)) for name in turned}
+    for name, module in new.items():
+        module.load_state_dict(turned[name])
+    return with_replaced(dense, new.items(), [*dense.parameters(), *dense.buffers()]) if new else dense

@@ -75,12 +75,12 @@ def load_dense(job: Job) -> None:
         return
     if job.world.from_first(lambda: files.is_intact(cached)):
         job.report.say(f"dense weights from {cached}")
-        models.fill(job.dense, network.arch, network.classes, str(cached))
+        models.fill(job.given, network.arch, network.classes, str(cached))
         return
     job.checkpoints.stage = "pretrain"
     with job.report.phase("pretrain"):
-        train(job, job.dense, job.config.pretrain, "pretrain")
-    job.world.from_first(lambda: files.save_weights(cached, job.dense))
+        train(job, job.given, job.config.pretrain, "pretrain")
+    job.world.from_first(lambda: files.save_weights(cached, job.given))
     job.report.say(f"dense weights kept in {cached}")
 
 

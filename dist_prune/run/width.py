@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from dist_prune.correction import correct as correction
 from dist_prune.correction.channels import channels_of
 from dist_prune.run.compress import collect_statistics, directions_with_losses, load_statistics
 from dist_prune.run.job import Job, probe, unlabelled_stream
-from dist_prune.width.choose import choose_widths, costs_within, removable_groups
+from dist_prune.width.choose import choose_widths, costs_within, removable_groups, without
 from dist_prune.width.listing import format_widths
 
 
@@ -20,13 +22,15 @@ def remove_channels(job: Job) -> None:
         images = correction.decode(unlabelled_stream(job), config.correction.mirrored)
         channels = channels_of(job.dense, groups, images, gathered.curvature, config.seed, job.world)
         costs = costs_within(job.dense, groups, planner, found.spectra, probe(config, job.world, 1))
-        choice = choose_widths(job.dense, channels, costs, planner.rule.amount, planner.round_to, job.world)
-    if not choice.kept:
+        kept = choose_widths(channels, costs, planner.rule.amount, planner.round_to, job.world)
+    if not kept:
         job.state.directions = found
         job.report.say("no channels are removed: lower ranks lose less")
         return
-    job.state.kept, job.state.narrow = choice.kept, choice.network
-    job.report.say(format_widths(choice.kept, job.everything.macs / job.dense_survey.macs, choice.loss))
+    job.state.kept, job.state.dense = kept, channels.model
+    job.state.narrow = without(channels, kept, job.world)
+    lost = math.fsum(each.loss or 0.0 for each in kept)
+    job.report.say(format_widths(kept, job.everything.macs / job.dense_survey.macs, lost))
     job.planner.check()
 
 

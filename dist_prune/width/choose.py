@@ -23,13 +23,14 @@ from dist_prune.factorization.budget import options_of, repair_counts
 from dist_prune.factorization.knapsack import Floats, Ints
 from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import Spectra
-from dist_prune.network.channels import Consumer, Group, KeptChannels
+from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.sites import Site, View, describe, evaluating
 from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, collect_curvature
 from dist_prune.width.allocation import allocate
 from dist_prune.width.costs import WidthCosts, forms_of, width_costs
 from dist_prune.width.elimination import Elimination, Prediction, eliminate, predict
 from dist_prune.width.groups import find_groups
+from dist_prune.width.heads import elimination_of, turned
 from dist_prune.width.moments import ChannelMoments, collect_channel_moments, term_of
 from dist_prune.width.narrowing import narrowed
 
@@ -70,19 +71,14 @@ class GroupLosses:
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels that can be removed and what that loses: all that does not depend on a budget."""
+    """The channels that can be removed and what that loses: all that does not depend on a budget.
+
+    `model` is the dense network they are removed from, with the heads of attention turned, see `heads`.
+    """
 
     groups: tuple[GroupLosses, ...]
     moments: Mapping[str, ChannelMoments]
-
-
-@dataclass(frozen=True)
-class WidthChoice:
-    """The groups that become narrower, what that is predicted to lose, and the network without them."""
-
-    kept: tuple[KeptChannels, ...]
-    loss: float
-    network: nn.Module
+    model: nn.Module
 
 
 def removable_groups(model: nn.Module, sites: Iterable[Site], images: Tensor) -> list[Group]:
@@ -97,7 +93,7 @@ def removable_groups(model: nn.Module, sites: Iterable[Site], images: Tensor) ->
     """
     chosen = {site.name for site in sites}
     found = find_groups(model, images).groups
-    between = [g for g in found if chosen >= {*g.producers, *(c.name for c in g.consumers)}]
+    between = [g for g in found if chosen >= {*g.producers, *(c.name for c in g.solved)}]
     return [group for group in between if _runs(model, group, images)]
 
 
@@ -124,37 +120,58 @@ def weigh_channels(
     Raises:
         StatisticsError: NaN or infinity, or no images.
     """
+    known = {**metrics, **output_metrics(model, groups, batches, objective, world, metrics)}
+    network, moments = turned_with_moments(model, groups, batches, known, world)
+    found = [_eliminated(network, group, moments, known, world) for group in groups]
+    return Channels(tuple(measured(network, each, moments, holdout_kl) for each in found), moments, network)
+
+
+def turned_with_moments(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Callable[[], Iterable[Batch]],
+    metrics: Mapping[str, Tensor],
+    world: World,
+) -> tuple[nn.Module, dict[str, ChannelMoments]]:
+    """The network with the heads of these groups turned, and the moments of what their consumers take.
+
+    Args:
+        model: the dense network.
+        groups: of it.
+        batches: opens this rank's images.
+        metrics: of outputs, see `output_metrics`.
+        world: the ranks.
+    """
     consumers = [consumer for group in groups for consumer in group.consumers]
     moments = collect_channel_moments(model, consumers, (b.images for b in batches()), world)
-    unknown = [consumer for consumer in consumers if consumer.name not in metrics]
-    known = {**metrics, **_metrics(model, unknown, batches, objective, world)}
-    found = [_eliminated(model, group, moments, known, world) for group in groups]
-    return Channels(tuple(measured(model, each, moments, holdout_kl) for each in found), moments)
+    return turned(model, groups, moments, metrics, world)
 
 
 def choose_widths(
-    model: nn.Module, channels: Channels, costs: WidthCosts, budget: float, round_to: int, world: World
-) -> WidthChoice:
-    """The widths that go with a budget; the given network stays as it is.
+    channels: Channels, costs: WidthCosts, budget: float, round_to: int, world: World
+) -> tuple[KeptChannels, ...]:
+    """What stays of the groups that become narrower for a budget, equal on all ranks.
 
     Args:
-        model: the dense network, on the world's device.
-        channels: of it.
+        channels: of the dense network, which is on the world's device.
         costs: of it, at every width of these groups.
         budget: a fraction of the dense network's cost.
         round_to: widths are multiples of this, or full.
-        world: the ranks, which all end with the same network.
+        world: the ranks.
 
     Raises:
         WidthError: out of reach.
     """
     groups = channels.groups
     widths = world.from_first(lambda: allocate(costs, [each.losses for each in groups], budget, round_to))
-    kept = tuple(each.kept(w) for each, w in zip(groups, widths, strict=True) if w < each.group.width)
-    network = narrowed(model, kept, predictions(kept, channels.moments))
+    return tuple(each.kept(w) for each, w in zip(groups, widths, strict=True) if w < each.group.width)
+
+
+def without(channels: Channels, kept: Sequence[KeptChannels], world: World) -> nn.Module:
+    """The network with these alone left of its groups, equal on all ranks; layers that took the others make up."""
+    network = narrowed(channels.model, kept, predictions(kept, channels.moments))
     world.broadcast_(*network.state_dict().values())
-    loss = math.fsum(float(each.losses[w]) for each, w in zip(groups, widths, strict=True))
-    return WidthChoice(kept, loss, network)
+    return network
 
 
 def costs_within(
@@ -211,14 +228,25 @@ def _runs(model: nn.Module, group: Group, images: Tensor) -> bool:
     return True
 
 
-def _metrics(
+def output_metrics(
     model: nn.Module,
-    consumers: Sequence[Consumer],
+    groups: Sequence[Group],
     batches: Callable[[], Iterable[Batch]],
     objective: Objective,
     world: World,
+    known: Mapping[str, Tensor],
 ) -> Mapping[str, Tensor]:
-    """Of the consumers' outputs; where no gradient reaches one, all its outputs count alike."""
+    """Of the outputs of consumers that are not known; where no gradient reaches one, all its outputs count alike.
+
+    Args:
+        model: the dense network.
+        groups: of it.
+        batches: opens this rank's images.
+        objective: whose gradients count.
+        world: the ranks.
+        known: of other layers.
+    """
+    consumers = [c for group in groups for c in group.solved if c.name not in known]
     if not consumers:
         return {}
     views = [View(describe(c.name, model.get_submodule(c.name), 1)) for c in consumers]
@@ -236,6 +264,8 @@ def _eliminated(
     world: World,
 ) -> GroupLosses:
     def solve() -> Elimination:
+        if group.part:
+            return elimination_of(model, group, moments, metrics)
         terms = [
             term_of(model.get_submodule(c.name), c, moments[c.name], metrics[c.name]) for c in group.consumers
         ]
@@ -265,7 +295,7 @@ def predictions(kept: Iterable[KeptChannels], moments: Mapping[str, ChannelMomen
     """Of all consumers of these groups."""
     found = {}
     for each in kept:
-        for consumer in each.group.consumers:
-            own = moments[consumer.name].channels
-            found[consumer.name] = predict(own.mean[0], own.covariance[0], each.channels, RIDGE)
+        for consumer in each.group.solved:
+            own, left = moments[consumer.name].channels, consumer.channels(each.group.width, each.channels)
+            found[consumer.name] = predict(own.mean[0], own.covariance[0], left.tolist(), RIDGE)
     return found

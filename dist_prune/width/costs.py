@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.factorization.forms import FORMS, Ranks
 from dist_prune.factorization.knapsack import Floats, Ints
-from dist_prune.network.channels import Consumer, Group
+from dist_prune.network.attention import HeadMixing
+from dist_prune.network.channels import Group
+from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.network.sites import Site, evaluating
 
 Total = int | Ints  # an array where several widths are compared
 Widths = Sequence[Total]  # one of each group
+Part = tuple[int, int, int]  # of a layer's side: which group, how wide, and how many entries each channel has
 DENSE = -1  # the option to leave a layer as it is
 
 
@@ -33,14 +35,20 @@ class Forms:
 
 @dataclass(frozen=True)
 class _Side:
-    """Outputs or inputs of a layer: `size` of them, or `repeat` for each channel of a group."""
+    """Outputs or inputs of a layer: `fixed` of them, and for each channel of some groups as many as are said."""
 
-    size: int
-    group: int | None = None
-    repeat: int = 1
+    fixed: int
+    per_channel: tuple[tuple[int, int], ...] = ()  # (group, entries)
 
     def at(self, widths: Widths) -> Total:
-        return self.size if self.group is None else widths[self.group] * self.repeat
+        total: Total = self.fixed
+        for group, many in self.per_channel:
+            total = total + widths[group] * many
+        return total
+
+    @property
+    def groups(self) -> set[int]:
+        return {group for group, _ in self.per_channel}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class WidthCosts:
     def of_group(self) -> tuple[tuple[LayerCosts, ...], ...]:
         """For each group, the layers that its width changes."""
         return tuple(
-            tuple(layer for layer in self.layers if place in (layer.outputs.group, layer.inputs.group))
+            tuple(layer for layer in self.layers if place in layer.outputs.groups | layer.inputs.groups)
             for place in range(len(self.full))
         )
 
@@ -121,57 +129,71 @@ def width_costs(
         forms: layer's name → what it can become.
     """
     forms = forms or {}
-    made = {n: place for place, g in enumerate(groups) for n in (*g.producers, *g.between)}
-    taken = {c.name: (place, c) for place, g in enumerate(groups) for c in g.consumers}
+    made: defaultdict[str, list[Part]] = defaultdict(list)
+    taken: defaultdict[str, list[Part]] = defaultdict(list)
+    for place, group in enumerate(groups):
+        for name in (*group.producers, *group.between):
+            made[name].append((place, group.width, group.times))
+        for consumer in group.consumers:
+            taken[consumer.name].append((place, group.width, consumer.repeat * consumer.times))
     modules = {n: m for n, m in model.named_modules() if n in {*made, *taken, *forms}}
     values, macs = _counted(model, modules, image)
-    layers = [
-        _layer(module, values[n], made.get(n), taken.get(n), of, forms.get(n)) for n, module in modules.items()
-    ]
+    layers = [_layer(module, values[n], made[n], taken[n], of, forms.get(n)) for n, module in modules.items()]
     full = tuple(group.width for group in groups)
     now = sum(int(layer.cost(full)) for layer in layers)
     if of == "macs":
         return WidthCosts(tuple(layers), full, macs - now, macs)
     params = sum(p.numel() for p in model.parameters())
-    given = sum(len(modules[n].weight) for n in taken if modules[n].bias is None)  # a consumer gets a bias
+    solved = {consumer.name for group in groups for consumer in group.solved}
+    given = sum(len(modules[n].weight) for n in solved if modules[n].bias is None)  # a consumer gets a bias
     return WidthCosts(tuple(layers), full, params + given - now, params)
 
 
 def _layer(
     module: nn.Module,
     values: int,
-    made: int | None,
-    taken: tuple[int, Consumer] | None,
+    made: Sequence[Part],
+    taken: Sequence[Part],
     of: str,
     forms: Forms | None,
 ) -> LayerCosts:
+    if isinstance(module, HeadMixing):  # each head's queries by keys, and that by its values
+        dims = tuple((place, module.heads) for place, _, _ in (*made, *taken))
+        fixed = module.heads * (module.qk + module.vo - sum(width for _, width, _ in (*made, *taken)))
+        return LayerCosts(_Side(fixed, dims), _Side(1), values if of == "macs" else 0)
     if not isinstance(module, nn.Conv2d | nn.Linear):  # batch norm and the like: entries alone
         entries = sum(p.numel() // len(p) for p in module.parameters())
-        return LayerCosts(_Side(0, made), _Side(0), 0, entries if of == "params" else 0)
+        return LayerCosts(_side(0, made), _Side(0), 0, entries if of == "params" else 0)
     outputs, inputs = module.weight.shape[:2]
     area = module.weight[0, 0].numel()
-    side = _Side(inputs, taken[0], taken[1].repeat) if taken else _Side(inputs)
+    sides = _side(outputs, made), _side(inputs, taken)
     if of == "macs":
-        return LayerCosts(_Side(outputs, made), side, values // outputs * area, 0, forms)
-    biased = module.bias is not None or taken is not None
-    return LayerCosts(_Side(outputs, made), side, area, int(biased), forms)
+        return LayerCosts(*sides, values // outputs * area, 0, forms)
+    biased = module.bias is not None or bool(taken)
+    return LayerCosts(*sides, area, int(biased), forms)
+
+
+def _side(size: int, parts: Sequence[Part]) -> _Side:
+    """Of so many entries, of which groups have some."""
+    theirs = sum(width * many for _, width, many in parts)
+    return _Side(max(0, size - theirs), tuple((place, many) for place, _, many in parts))
 
 
 def _counted(model: nn.Module, modules: Mapping[str, nn.Module], image: Tensor) -> tuple[Counter[str], int]:
-    """How many values each module gives, and the multiply-adds of the whole."""
+    """How many values each module gives, or pairs of tokens it compares, and the multiply-adds of the whole."""
     values: Counter[str] = Counter()
 
-    def count(name: str, _module: nn.Module, _inputs: object, y: Tensor) -> None:
-        values[name] += y.numel()
+    def count(name: str, module: nn.Module, _inputs: object, y: Tensor) -> None:
+        values[name] += y.numel() // y.shape[-1] * y.shape[-2] if isinstance(module, HeadMixing) else y.numel()
 
     hooks = [module.register_forward_hook(partial(count, name)) for name, module in modules.items()]
     try:
-        with evaluating(model), FlopCounterMode(display=False) as counter:
+        with evaluating(model), MultiplyAdds() as counter:
             model(image)
     finally:
         for hook in hooks:
             hook.remove()
-    return values, counter.get_total_flops() // 2
+    return values, counter.total
 
 
 def forms_of(site: Site, options: Sequence[tuple[str, Ranks]], losses: Floats, of: str) -> Forms:

@@ -5,6 +5,9 @@ channels apart (batch norm, activations, depthwise convolutions, pooling, gates)
 up (*consumers*). A channel that is removed takes with it a row of each producer, its entries *between*, and its
 columns in each consumer; nothing else in the network changes.
 
+Attention that was taken apart has two more: the dimensions of queries and keys, and those of values, which go from
+all heads alike.
+
 Found by following the traced graph once, in execution order: every value knows along which axis it carries
 channels, and of which group.
 """
@@ -16,7 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from dist_prune.network.channels import Consumer, Group
+from dist_prune.network.attention import HeadMixing
+from dist_prune.network.channels import QUERIES, VALUES, Consumer, Group
 from dist_prune.width import channelwise
 from dist_prune.width.graph import GraphError, shape_of, traced_with_shapes
 
@@ -65,6 +69,9 @@ class _Channels:
     between: list[str] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
     reason: str = ""  # why it stays
+    part: str = ""  # see Group, as the two that follow
+    start: int = 0
+    times: int = 1
     joined: _Channels | None = None
 
     @property
@@ -90,11 +97,12 @@ class _Channels:
 
 @dataclass(frozen=True)
 class _Lane:
-    """Along which axis a value carries channels, `repeat` consecutive entries for each."""
+    """Along which axis a value carries channels, `repeat` consecutive entries for each; all that in each head."""
 
     channels: _Channels
     axis: int
     repeat: int = 1
+    times: int = 1
 
 
 class _Following:
@@ -131,8 +139,9 @@ class _Following:
                 staying.append(Staying(producers, reason))
             else:
                 consumers = tuple(sorted(channels.consumers, key=lambda c: order[c.name]))
-                found.append(Group(channels.width, producers, between, consumers))
-        found.sort(key=lambda g: order[g.name])
+                where = channels.part, channels.start, channels.times
+                found.append(Group(channels.width, producers, between, consumers, *where))
+        found.sort(key=lambda g: (order[g.producers[0]], g.start))
         return Groups(tuple(found), tuple(staying))
 
     # ── one node ───────────────────────────────────────────────────────────────────────────────────────────
@@ -143,9 +152,11 @@ class _Following:
             self._layer(node, name, module, lane)
         elif lane is None:
             self._block(node, f"used by {name} ({type(module).__name__})")
+        elif isinstance(module, HeadMixing):
+            self._heads(node, name, module, lane)
         elif self.calls[name] > 1 and any(True for _ in module.parameters()):
             lane.channels.stay(f"{name} is called more than once")
-        elif channelwise.has_entries(module) and lane.axis == 1 and lane.repeat == 1:
+        elif channelwise.has_entries(module) and (lane.axis, lane.repeat, lane.times) == (1, 1, 1):
             self._pass(node, lane, name)
         elif channelwise.keeps_apart(module, lane.axis, len(shape_of(self._source(node)))):
             self._reshaped(node, lane)
@@ -158,21 +169,37 @@ class _Following:
         axis = 1 if isinstance(module, nn.Conv2d) else len(shape_of(node)) - 1
         why = self._why_fixed(name, module)
         if groups > 1 and module.weight.shape[:2] == (groups, 1):  # depthwise
-            if lane and lane.axis == axis and lane.repeat == 1 and not why:
+            if lane and (lane.axis, lane.repeat, lane.times) == (axis, 1, 1) and not why:
                 return self._pass(node, lane, name)
             return self._block(node, why or f"used by {name} along another axis")
         if groups > 1:
             why = f"{name} is a grouped convolution"
         if lane:
-            fits = lane.axis == axis and (lane.repeat == 1 or isinstance(module, nn.Linear))
+            fits = lane.axis == axis and (lane.repeat == lane.times == 1 or isinstance(module, nn.Linear))
             if why or not fits:
                 lane.channels.stay(why or f"used by {name} along another axis")
-            lane.channels.whole.consumers.append(Consumer(name, lane.repeat))
+            lane.channels.whole.consumers.append(Consumer(name, lane.repeat, lane.times))
         if shape_of(node)[0] % self.images:
             why = why or f"{name} is not given images"
         made = _Channels(module.weight.shape[0], [name], reason=why)
         self.made.append(made)
         self.lanes[node] = _Lane(made, axis)
+        return None
+
+    def _heads(self, node: fx.Node, name: str, module: HeadMixing, lane: _Lane) -> None:
+        """The outputs of one layer, divided: queries and keys end here, values go on."""
+        fused, last = lane.channels.whole, len(shape_of(node)) - 1
+        alone = len(fused.producers) == 1 and not fused.between and not fused.consumers
+        if not alone or self.calls[name] > 1 or len(self._source(node).users) > 1:
+            return self._block(node, f"used by {name} together with others")
+        self.made.remove(fused)
+        (producer,), heads = fused.producers, module.heads
+        queries = _Channels(module.qk, [producer], reason=fused.reason, part=QUERIES, times=2 * heads)
+        queries.consumers.append(Consumer(name, times=2 * heads))
+        values = _Channels(module.vo, [producer], [name], reason=fused.reason, part=VALUES, times=heads)
+        values.start = 2 * heads * module.qk
+        self.made += [queries, values]
+        self.lanes[node] = _Lane(values, last, times=heads)
         return None
 
     def _why_fixed(self, name: str, module: nn.Module) -> str:
@@ -221,12 +248,13 @@ class _Following:
                 return self._block(node, f"combined by {name} with what is not a layer's output")
             if lane is not None and lane is not first:
                 aligned = wide and lane.axis + len(shape) - len(own) == axis and lane.repeat == first.repeat
+                aligned = aligned and lane.times == first.times == 1
                 if not aligned:
                     return self._block(node, f"combined by {name} with channels that lie otherwise")
                 if name in channelwise.SUMS:
                     first.channels.stay(RESIDUAL)
                 first.channels.join(lane.channels)
-        self.lanes[node] = _Lane(first.channels, axis, first.repeat)
+        self.lanes[node] = _Lane(first.channels, axis, first.repeat, first.times)
         return None
 
     def _reshaped(self, node: fx.Node, lane: _Lane) -> None:
@@ -234,7 +262,7 @@ class _Following:
         moved = channelwise.moved(self._described(node), shape_of(self._source(node)), shape_of(node), lane.axis)
         if moved is None or (moved.repeat > 1 and lane.repeat > 1):
             return self._block(node, f"used by {channelwise.name_of(node.target)}")
-        self.lanes[node] = _Lane(lane.channels, moved.axis, lane.repeat * moved.repeat)
+        self.lanes[node] = _Lane(lane.channels, moved.axis, lane.repeat * moved.repeat, lane.times)
         return None
 
     def _described(self, node: fx.Node) -> channelwise.Operation:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
+from dist_prune.network.attention import HeadMixing
 from dist_prune.network.channels import Consumer
 from dist_prune.network.layers import LAYERS
 from dist_prune.network.sites import evaluating, given_to
@@ -31,6 +32,8 @@ PATCH_BYTES = 1 << 26  # of patches made at once
 @dataclass(frozen=True)
 class ChannelMoments:
     """Of one consumer's input: over its `channels` (1, c, c), and over the places (s, s) that each channel has.
+
+    Of what mixes the tokens of an attention, `channels` are (2 heads, c, c): of each head's queries, then keys.
 
     Places are those of the kernel, or the consecutive inputs after a flattening. `places` is the covariance of a
     patch, summed over channels, and scaled to a mean variance of 1.
@@ -87,8 +90,12 @@ class _Watching:
 
     def __init__(self, module: nn.Module, consumer: Consumer, device: torch.device) -> None:
         self.module, self.consumer = module, consumer
-        _, self.width, places = channel_weights(module, consumer).shape
-        self.channels = Accumulator(1, self.width, device)
+        if isinstance(module, HeadMixing):
+            blocks, width, places = consumer.times, module.qk, 1
+        else:
+            blocks, (_, width, places) = 1, channel_weights(module, consumer).shape
+        self.width = width
+        self.channels = Accumulator(blocks, width, device)
         shapes = {"count": (), "total": (self.width, places), "outer": (places, places)}
         self.places = Tally({n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
 
@@ -106,6 +113,9 @@ class _Watching:
         """As columns, (c, images, positions)."""
         if isinstance(self.module, nn.Conv2d):
             return x.flatten(2).transpose(0, 1)
+        if isinstance(self.module, HeadMixing):
+            x = x[..., : self.consumer.times * self.width]
+            return x.reshape(len(x), -1, x.shape[-1]).permute(2, 0, 1)
         return x.reshape(len(x), -1, self.width, self.consumer.repeat).permute(2, 0, 1, 3).flatten(2)
 
     def _images_at_once(self, x: Tensor) -> int:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dist_prune.config.flags import did_you_mean
 from dist_prune.factorization.plan import PlanError
-from dist_prune.network.channels import Consumer, Group, KeptChannels
+from dist_prune.network.attention import HeadMixing
+from dist_prune.network.channels import QUERIES, Consumer, Group, KeptChannels
 from dist_prune.network.padding import plain
 from dist_prune.network.replacing import with_replaced
 from dist_prune.width.elimination import Prediction
@@ -43,20 +44,31 @@ def narrowed(
         return changed[name]
 
     for each in kept:
-        for consumer in each.group.consumers:
+        for consumer in each.group.solved:
             _give_bias(own(consumer.name))
             if predictions is not None:
                 _take_up(own(consumer.name), consumer, each, predictions[consumer.name])
+    for name, index in kept_outputs(model, kept).items():
+        _keep_outputs(own(name), index)
     for each in kept:
         index = torch.tensor(each.channels)
-        for name in each.group.producers:
-            _keep_outputs(own(name), index)
         for name in each.group.between:
             _keep_entries(own(name), index)
         for consumer in each.group.consumers:
-            _keep_inputs(own(consumer.name), _inputs(index, consumer))
+            _keep_inputs(own(consumer.name), consumer.inputs(each.group.width, each.channels), len(index))
     same = [*model.parameters(), *model.buffers()] if shared else []
     return with_replaced(model, changed.items(), same)
+
+
+def kept_outputs(model: nn.Module, kept: Iterable[KeptChannels]) -> dict[str, Tensor]:
+    """Which outputs stay, ascending, of all layers that make channels of these groups, perhaps of several."""
+    stays: dict[str, Tensor] = {}
+    for each in kept:
+        gone = sorted({*range(each.group.width)} - {*each.channels})
+        for name in each.group.producers:
+            every = torch.ones(len(model.get_submodule(name).get_parameter("weight")), dtype=torch.bool)
+            stays.setdefault(name, every)[each.group.outputs(gone)] = False
+    return {name: mask.nonzero()[:, 0] for name, mask in stays.items()}
 
 
 def require_channels(model: nn.Module, kept: Iterable[KeptChannels]) -> None:
@@ -82,12 +94,27 @@ def require_channels(model: nn.Module, kept: Iterable[KeptChannels]) -> None:
 
 def _widths_of(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[str, int]]:
     """Of all layers of a group, the channels that they make or take of it."""
-    for name in (*group.producers, *group.between):
+    for name in (*(group.producers if not group.part else ()), *group.between):
         weight = getattr(modules[name], "weight", None)
-        yield name, len(weight) if isinstance(weight, Tensor) else group.width
+        yield name, len(weight) if isinstance(weight, Tensor) else _dimensions(modules[name], group)
     for consumer in group.consumers:
         weight = getattr(modules[consumer.name], "weight", None)
-        yield consumer.name, weight.shape[1] // consumer.repeat if isinstance(weight, Tensor) else 0
+        inputs = consumer.repeat * consumer.times
+        yield (
+            consumer.name,
+            weight.shape[1] // inputs
+            if isinstance(weight, Tensor)
+            else _dimensions(modules[consumer.name], group),
+        )
+
+
+def _dimensions(module: nn.Module, group: Group) -> int:
+    """Of what has no weights: those of a head, or, of operations that keep channels apart, any."""
+    if not group.part:
+        return group.width
+    if not isinstance(module, HeadMixing):
+        return 0
+    return module.qk if group.part == QUERIES else module.vo
 
 
 def _give_bias(module: nn.Module) -> None:
@@ -103,14 +130,9 @@ def _take_up(module: nn.Module, consumer: Consumer, kept: KeptChannels, found: P
     weight = channel_weights(module, consumer)
     solved = torch.einsum("ocs,ck->oks", weight.double(), found.weights)
     offset = torch.einsum("ocs,c->o", weight.double(), found.offset)
-    weight[:, list(kept.channels)] = solved.to(weight.dtype)
+    weight[:, consumer.channels(kept.group.width, kept.channels)] = solved.to(weight.dtype)
     assert isinstance(module.bias, Tensor)
     module.bias += offset
-
-
-def _inputs(index: Tensor, consumer: Consumer) -> Tensor:
-    """The consumer's inputs that belong to the channels."""
-    return (index[:, None] * consumer.repeat + torch.arange(consumer.repeat)).flatten()
 
 
 def _keep_outputs(module: nn.Module, index: Tensor) -> None:
@@ -119,6 +141,8 @@ def _keep_outputs(module: nn.Module, index: Tensor) -> None:
 
 def _keep_entries(module: nn.Module, index: Tensor, names: Sequence[str] = _ENTRIES) -> None:
     """The first dimension of all that has one, and the numbers that say how long it is."""
+    if isinstance(module, HeadMixing):
+        module.vo = len(index)
     for name in names:
         _select(module, name, 0, index)
     for name in ("out_channels", "out_features", "num_features", "num_parameters"):
@@ -128,7 +152,9 @@ def _keep_entries(module: nn.Module, index: Tensor, names: Sequence[str] = _ENTR
         module.in_channels = module.groups = len(index)
 
 
-def _keep_inputs(module: nn.Module, index: Tensor) -> None:
+def _keep_inputs(module: nn.Module, index: Tensor, width: int) -> None:
+    if isinstance(module, HeadMixing):
+        module.qk = width
     _select(module, "weight", 1, index)
     for name in ("in_channels", "in_features"):
         if hasattr(module, name):

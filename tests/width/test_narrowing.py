@@ -7,9 +7,9 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dist_prune.network.channels import Group, KeptChannels
+from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.network.outputs import logits_of
 from dist_prune.width.elimination import Prediction
 from dist_prune.width.groups import find_groups
@@ -43,9 +43,9 @@ def halves(groups: Sequence[Group], seed: int = 0) -> list[KeptChannels]:
 
 
 def cost(model: nn.Module, image: Tensor) -> tuple[int, int]:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with MultiplyAdds() as counter, torch.no_grad():
         model(image)
-    return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
+    return counter.total, sum(p.numel() for p in model.parameters())
 
 
 def check_full_width_and_half(model: nn.Module, images: Tensor) -> None:

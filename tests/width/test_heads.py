@@ -1,0 +1,289 @@
+"""Dimensions of attention's heads: what they are worth, networks without some, and the budget that they share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dist_prune import apply, compress, load_compressed
+from dist_prune.compression import Compression
+from dist_prune.distributed.world import World
+from dist_prune.network.attention import HeadAttention, HeadMixing, opened, opened_as
+from dist_prune.network.channels import QUERIES, VALUES, KeptChannels
+from dist_prune.network.multiply_adds import MultiplyAdds
+from dist_prune.width.costs import width_costs
+from dist_prune.width.groups import find_groups
+from dist_prune.width.heads import blocks, directions, elimination_of, turned
+from dist_prune.width.moments import collect_channel_moments
+from dist_prune.width.narrowing import kept_outputs, narrowed
+from tests.networks import tiny_vit
+from tests.ranks import run_ranks
+
+
+def timms(**options: object) -> nn.Module:
+    return VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=5, mlp_ratio=1, **options
+    )
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=False)
+    return nn.Sequential(
+        nn.Flatten(2), nn.Linear(256, 16), nn.TransformerEncoder(layer, 1), nn.Flatten(), nn.Linear(48, 5)
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "timm": (timms, 16),
+    "torchvision": (tiny_vit, 32),
+}
+
+
+SHARES = {"timm": 0.8, "torchvision": 0.95}  # of the MACs, that heads alone can come to
+
+
+def lively(make: Callable[[], nn.Module]) -> nn.Module:
+    """With attention that attends, and a classifier that is not zero."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def images(size: int, count: int = 32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("make", "size"), [*NETWORKS.values(), (encoder, 16)])
+def test_attention_taken_apart_computes_the_same_from_the_same_parameters(
+    make: Callable[[], nn.Module], size: int
+) -> None:
+    model, x = lively(make), images(size, 3)
+    found = opened(model, x[:1])
+    assert found.names and not found.closed
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(x), model(x))
+    assert {id(p) for p in found.network.parameters()} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: timms(qk_norm=True), "parameters besides"),
+        (lambda: nn.Sequential(Net()), "something else"),
+        (lambda: Masked(), "takes no mask"),
+        (lambda: Weighing(), "reads its attribute"),
+    ],
+)
+def test_what_cannot_be_taken_apart_stays_and_says_why(make: Callable[[], nn.Module], reason: str) -> None:
+    found = opened(lively(make), images(16, 1))
+    assert not found.names
+    assert all(reason in why for why in found.closed.values()) and found.closed
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(256, 8), Scaled(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(self.stem(x.flatten(2))).mean(1))
+
+
+class Scaled(nn.Module):
+    """Looks like attention, and computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, 1.1 * v).transpose(1, 2).flatten(2))
+
+
+class Multihead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(256, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+
+class Masked(Multihead):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(2))
+        return self.head(self.attention(x, x, x, attn_mask=torch.eye(3).bool())[0].mean(1))
+
+
+class Weighing(Multihead):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(2))
+        mixed, weights = self.attention(x, x, x)
+        return self.head((mixed + weights.sum((1, 2))[:, None, None]).mean(1))
+
+
+def test_directions_lose_least_at_every_rank() -> None:
+    """Against the closed form: the tail of the singular values of M^½C^½, by square roots that are symmetric."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(2, 3, 6, 9, generator=generator, dtype=torch.float64)
+    first, second = factors @ factors.mT
+    a, b = directions(first, second)
+    torch.testing.assert_close(a.mT @ b, torch.eye(6, dtype=torch.float64).expand(3, 6, 6))
+    for head in range(3):
+        (x, p), (y, q) = (torch.linalg.eigh(m[head]) for m in (first, second))
+        roots = [v @ e.sqrt().diag() @ v.T for e, v in ((x, p), (y, q))]
+        values = torch.linalg.svdvals(roots[0] @ roots[1])
+        for rank in range(7):
+            left_out = torch.eye(6, dtype=torch.float64) - a[head, :rank].T @ b[head, :rank]
+            lost = (roots[0] @ left_out @ roots[1]).square().sum()
+            assert float(lost) == pytest.approx(float(values[rank:].square().sum()), rel=1e-4, abs=1e-6)
+
+
+def weighed(name: str, world: World) -> tuple[nn.Module, nn.Module, tuple, dict, dict, Tensor]:
+    make, size = NETWORKS[name]
+    model, x = lively(make), images(size)
+    network = opened(model, x[:1]).network
+    groups = find_groups(network, x[:2]).groups
+    moments = collect_channel_moments(network, [c for g in groups for c in g.consumers], [x], world)
+    widths = {c.name: len(network.get_submodule(c.name).weight) for g in groups for c in g.solved}
+    metrics = {n: torch.eye(w, dtype=torch.float64)[None] for n, w in widths.items()}
+    other, found = turned(network, groups, moments, metrics, world)
+    return network, other, groups, found, metrics, x
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_turned_heads_compute_the_same_and_have_the_moments_that_were_computed(name: str, world: World) -> None:
+    network, other, groups, moments, _, x = weighed(name, world)
+    heads = [group for group in groups if group.part]
+    assert {group.part for group in heads} == {QUERIES, VALUES}
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), network(x), rtol=1e-3, atol=1e-4)
+    collected = collect_channel_moments(other, [c for g in heads for c in g.consumers], [x], world)
+    for group in heads:
+        place = group.consumers[0].name
+        found, expected = moments[place].channels.covariance, collected[place].channels.covariance
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_what_queries_and_keys_lose_is_what_their_products_change_by(world: World) -> None:
+    """Half the mean squared change of qᵀk over all pairs of tokens of all images, keys about their mean."""
+    _, other, groups, moments, metrics, x = weighed("timm", world)
+    group = next(group for group in groups if group.part == QUERIES)
+    losses, given = elimination_of(other, group, moments, metrics).losses, []
+    hook = other.get_submodule(group.consumers[0].name).register_forward_pre_hook(lambda _, a: given.append(a[0]))
+    with torch.no_grad():
+        other(x)
+    hook.remove()
+    q, k = given[0][..., :48].double().flatten(0, 1).view(-1, 2, 2, 12).permute(1, 2, 0, 3)
+    k = k - k.mean(1, keepdim=True)
+    for rank in (0, 3, 9):
+        change = q[..., rank:] @ k[..., rank:].mT
+        assert losses[rank] == pytest.approx(float(change.square().mean((1, 2)).sum() / 2), rel=1e-3)
+
+
+def test_blocks_lie_on_the_diagonal() -> None:
+    matrix = torch.arange(36.0).view(6, 6)
+    assert torch.equal(blocks(matrix, 3), torch.stack([matrix[i : i + 2, i : i + 2] for i in (0, 2, 4)]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fewer_dimensions_compute_what_zeros_in_their_place_do_and_cost_what_was_counted(name: str) -> None:
+    make, size = NETWORKS[name]
+    model, x = lively(make), images(size, 3)
+    network = opened(model, x[:1]).network
+    groups = find_groups(network, x[:2]).groups
+    kept = [KeptChannels(g, tuple(range(0, g.width, 3 if g.part == QUERIES else 2))) for g in groups]
+    cut = opened_as(lively(make), opened(model, x[:1]).names)
+    with torch.no_grad():
+        for layer, left in kept_outputs(network, kept).items():
+            gone = torch.ones(len(cut.get_submodule(layer).weight), dtype=torch.bool)
+            gone[left] = False
+            cut.get_submodule(layer).weight[gone], cut.get_submodule(layer).bias[gone] = 0, 0
+        torch.testing.assert_close(narrowed(network, kept)(x), cut(x), rtol=1e-4, atol=1e-5)
+    costs = width_costs(network, groups, x[:1])
+    built = narrowed(network, kept)
+    with MultiplyAdds() as counter, torch.no_grad():
+        built(x[:1])
+    assert costs.at([len(each.channels) for each in kept]) == counter.total
+    params = width_costs(network, groups, x[:1], "params")
+    assert params.at([len(each.channels) for each in kept]) == sum(p.numel() for p in built.parameters())
+
+
+def test_fused_attention_and_the_fast_path_are_counted() -> None:
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()  # heads of 8, in the fast path
+    x = torch.randn(1, 5, 16)
+    with MultiplyAdds() as counter, torch.no_grad():
+        attention(x, x, x, need_weights=False)
+    assert counter.total == 5 * 16 * 4 * 16 + 2 * 5 * 5 * 16
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def squeezed(name: str) -> tuple[nn.Module, Compression, Tensor]:
+    make, size = NETWORKS[name]
+    model, x = lively(make), images(size)
+    how = {"forms": "dense", "sites": "*qkv,*proj,!*patch*,!conv_proj", "draws": 1, "calibrate_images": 32}
+    return model, compress(model, x.split(8), SHARES[name], **how), x
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_heads_alone_meet_a_budget_and_what_is_saved_applied_or_planned_again_is_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    model, found, x = squeezed(name)
+    assert {each.group.part for each in found.kept} <= {QUERIES, VALUES} and found.kept
+    sizes = {(m.qk, m.vo) for m in found.model.modules() if isinstance(m, HeadMixing)}
+    dense = {(m.qk, m.vo) for m in opened(model, x[:1]).network.modules() if isinstance(m, HeadMixing)}
+    assert sizes != dense
+    for network, cost in ((model, found.dense), (found.model, found.compressed)):
+        with MultiplyAdds() as counter, torch.no_grad():
+            network(x[:1])
+        assert counter.total == cost.macs
+    assert found.compressed.macs <= SHARES[name] * found.dense.macs
+    found.save(tmp_path / "saved")
+    make = NETWORKS[name][0]
+    again, applied = load_compressed(tmp_path / "saved", make()), apply(tmp_path / "saved", lively(make))
+    applied.load_state_dict(found.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(x), found.model(x)) and torch.equal(applied(x), found.model(x))
+    planned = compress(model, x.split(8), found.plan, draws=1, calibrate_images=32)
+    with torch.no_grad():
+        torch.testing.assert_close(planned.model(x), found.model(x), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "form", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("onnx", "torch-export")), "python", "state-dict"]
+)
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_exports_compute_the_same(name: str, form: str, tmp_path: Path) -> None:
+    """What is written is read back and compared; a difference is an error."""
+    _, found, x = squeezed(name)
+    assert found.export(tmp_path / "file", form, images=x[:3])
+
+
+def test_ignored_attention_stays_the_module_it_was() -> None:
+    model, x = lively(timms), images(16)
+    found = compress(model, x.split(8), 0.9, ignored=["blocks.0.attn"], draws=1, calibrate_images=32)
+    assert type(found.model.blocks[0].attn) is type(model.blocks[0].attn)
+    assert isinstance(found.model.blocks[1].attn, HeadAttention)
+
+
+def on_ranks(world: World) -> tuple[list[tuple[str, int]], float]:
+    """Shares of different sizes, in whatever order."""
+    model, x = lively(timms), images(16, 36)
+    share = x[torch.arange(36) % 6 // 2 == world.rank] if world.size == 3 else x[world.rank :: world.size]
+    share = share if world.size != 2 else (x[:12] if world.is_first else x[12:])
+    how = {"forms": "dense", "correct": "none", "sites": "*qkv,*attn.proj", "draws": 1, "calibrate_images": 36}
+    found = compress(model, share.split(5), 0.85, **how)
+    return [(each.group.name, len(each.channels)) for each in found.kept], found.compressed.macs
+
+
+def test_ranks_agree_among_themselves() -> None:
+    for size in (1, 2, 3):
+        answers = run_ranks(on_ranks, size, deadline_s=120)
+        assert answers[0][0] and all(answer == answers[0] for answer in answers)
