@@ -33,6 +33,8 @@ READMES = sorted(
 )
 DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")
 NOT_OURS = {
+    "--override",
+    "--no-sync",
     "--help-all",  # shown instead of being listed
     "--no-python",
     "--standalone",
