@@ -64,6 +64,22 @@ def read_recipe(path: Path, known: Mapping[str, Run]) -> Run:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def from_dict(content: Mapping[str, Any]) -> Run:
+    """The run of which `to_dict` gave this; what an earlier version did not know is at its default.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+    values: dict[tuple[str, ...], Any] = {}
+    for flag, setting in settings().items():
+        value: Any = content
+        for name in setting.path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            values[setting.path] = _converted(value, setting.kind, f"{flag} = {value!r}")
+    return changed(Run(), values)
+
+
 def keys_of(path: Path) -> set[str]:
     """The flags that a file has values for."""
     return set(_values({k: v for k, v in tomllib.loads(read_text(path)).items() if k != BASE}))

@@ -107,14 +107,14 @@ def traced(network: nn.Module, images: Tensor, packing: InputPacking | None = No
         ExportError: its forward depends on the values of tensors, or on the number of images.
     """
     try:
-        with evaluating(network), _quiet():
+        with evaluating(network), quiet():
             args, kwargs = call_of(images[:2], packing)
             free = {0: Dim("images")}
             named = _arguments(network, (args, kwargs)).items()
             shapes = {name: free if isinstance(value, Tensor) else None for name, value in named}
             return torch.export.export(network, args, dict(kwargs), dynamic_shapes=shapes)
     except Exception as error:  # torch._dynamo and torch.fx raise many kinds
-        raise ExportError(f"torch.export cannot trace this network: {_reason(error)}") from error
+        raise ExportError(f"torch.export cannot trace this network: {reason_of(error)}") from error
 
 
 def write_program(
@@ -126,7 +126,7 @@ def write_program(
         ExportError: see `traced` and `compare`.
     """
     program = traced(network, images, packing)
-    with replacing(path) as aside, _quiet():
+    with replacing(path) as aside, quiet():
         with aside.open("wb") as file:
             torch.export.save(program, file)
         with aside.open("rb") as file:
@@ -177,7 +177,7 @@ def write_onnx(
     names = list(feeds(images[:1]))
     program = _converted(traced(network, images, packing), opset, names)
     with replacing(path) as aside:
-        with _quiet():
+        with quiet():
             program.save(str(aside), external_data=False)
         session = onnx_runner(aside)
         return compare(torch.cat([session(feeds(some)) for some in parts(images)]), network, images, packing)
@@ -185,7 +185,7 @@ def write_onnx(
 
 def _converted(program: ExportedProgram, opset: int, names: list[str]) -> Any:  # noqa: ANN401  torch's ONNXProgram
     try:
-        with _quiet():
+        with quiet():
             found = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -196,7 +196,7 @@ def _converted(program: ExportedProgram, opset: int, names: list[str]) -> Any:  
             )
     except Exception as error:  # the exporter's kinds of errors are private
         operator = _operator_in(error)
-        what = f"operator {operator} has no translation" if operator else _reason(error)
+        what = f"operator {operator} has no translation" if operator else reason_of(error)
         raise ExportError(f"ONNX opset {opset} cannot express this network: {what}") from error
     assert found is not None
     written = found.model.opset_imports[""]
@@ -244,7 +244,7 @@ def onnx_runner(path: Path, device: str = "cpu") -> Callable[[Mapping[str, Tenso
     try:
         session = runtime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # pybind classes without a common base
-        raise ExportError(f"onnxruntime does not take what was written: {_reason(error)}") from error
+        raise ExportError(f"onnxruntime does not take what was written: {reason_of(error)}") from error
     return lambda given: torch.from_numpy(
         session.run(["logits"], {n: x.cpu().numpy() for n, x in given.items()})[0]
     )
@@ -268,7 +268,7 @@ def write_state(path: Path, network: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporters; what matters comes as an exception."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -280,7 +280,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first line that says something, and the user's line of code where one is named."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     places = [line for line in lines if re.match(r'File ".+", line \d+', line)]

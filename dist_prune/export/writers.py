@@ -23,7 +23,7 @@ FILES: dict[Format, str] = {
     "state-dict": "model.pt",
     "python": "model.py",
 }
-_ADVICE = "name another file with --out, or add --overwrite"
+ADVICE = "name another file with --out, or add --overwrite"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Exportable:
             CheckpointError: one would be.
         """
         for path in () if self.overwrite else paths:
-            require_absent(path, _ADVICE)
+            require_absent(path, ADVICE)
 
 
 def _onnx(given: Exportable, path: Path) -> str:

@@ -179,7 +179,8 @@ def check_files_of(job: Job) -> None:
         CheckpointError: statistics that are absent or damaged; a cache that cannot be written, by its variable.
         StatisticsError: statistics of another network or other images.
     """
-    given, weights = job.config.compression.basis.statistics, cached_weights(job)
+    given = job.config.compression.basis.statistics
+    weights = cached_weights(job.config, job.world.size, job.dataset.train)
     if given is not None:
         origin = made_of(job, trained_before(job, weights))
         statistics.require_fitting(given, job.survey.sites, origin, job.planner.needs_patches)

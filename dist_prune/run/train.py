@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_prune.config.run import Run, to_dict
 from dist_prune.config.training import TrainingConfig, TuningConfig
+from dist_prune.data.dataset import Split
 from dist_prune.data.loader import Batch, Stream, training_stream
 from dist_prune.factorization.project import balance
 from dist_prune.network import models, user_code
@@ -48,9 +49,8 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, befo
         trainer.finish()
 
 
-def cached_weights(job: Job) -> Path | None:
-    """Where weights that this run trains first are kept for other runs; None if they are given."""
-    config = job.config
+def cached_weights(config: Run, ranks: int, train: Split) -> Path | None:
+    """Where weights that a run trains first are kept for other runs; None if they are given."""
     if config.network.weights != "none":
         return None
     settings = [
@@ -59,18 +59,18 @@ def cached_weights(job: Job) -> Path | None:
         config.pretrain,
         config.channels_last,
         config.seed,
-        job.world.size,
+        ranks,
         torch.__version__,
     ]
     arch = config.network.arch
     code = list(map(files.checksum, user_code.sources(arch).values())) if user_code.is_file(arch) else []
-    key = [*map(str, map(to_dict, settings)), job.dataset.train.digest(), *code]
+    key = [*map(str, map(to_dict, settings)), train.digest(), *code]
     return files.cache_folder() / f"{arch.replace('/', '_')}-{files.name_of(key)}.pt"
 
 
 def load_dense(job: Job) -> None:
     """Without given weights, train the dense network, or take the one an earlier run trained the same way."""
-    network, cached = job.config.network, cached_weights(job)
+    network, cached = job.config.network, cached_weights(job.config, job.world.size, job.dataset.train)
     if cached is None:
         return
     if job.world.from_first(lambda: files.is_intact(cached)):

@@ -1,14 +1,15 @@
 """Recipes in TOML: written, read, overridden by flags, and refused with the file's name."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from dist_prune.cli.main import main
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.recipe_files import read_recipe, to_toml
+from dist_prune.config.recipe_files import from_dict, read_recipe, to_toml
 from dist_prune.config.recipes import RECIPES, parse
-from dist_prune.config.run import Run
+from dist_prune.config.run import Run, to_dict
 from dist_prune.config.settings import changed, settings
 
 
@@ -21,6 +22,20 @@ def written(folder: Path, text: str) -> str:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_was_written_is_read_as_it_was(recipe: str, tmp_path: Path) -> None:
     assert read_recipe(Path(written(tmp_path, to_toml(RECIPES[recipe]))), {}) == RECIPES[recipe]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_s_own_record_gives_its_settings_back(recipe: str) -> None:
+    """As config.json has them; one of an earlier version leaves at their defaults what it did not know."""
+    words = [recipe, "--metric-damping", "0.5", "--calibrate-data", "images", "--run-dir", "there", "--no-flip"]
+    run = parse(words)
+    record = json.loads(json.dumps(to_dict(run)))
+    assert from_dict(record) == run
+    del record["tuning"]["optimizer"], record["pretrain"]["compile"]
+    assert from_dict(record) == run
+    record["images"]["threads"] = "many"
+    with pytest.raises(ConfigError, match="threads = 'many': expected a whole number"):
+        from_dict(record)
 
 
 def test_flags_override_the_file_as_they_override_a_recipe(tmp_path: Path) -> None:
