@@ -48,7 +48,7 @@ COMPARED = 64  # images that a float32 file is compared with PyTorch on
 
 
 @dataclass(frozen=True)
-class Source:
+class RunSource:
     """The run that a network is of: its settings, images, and ranks."""
 
     config: Run
@@ -87,7 +87,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FourWay:
     """All files of a run that were measured, in turns, on `device`, and what could not be."""
 
     device: str
@@ -140,7 +140,7 @@ class Comparison:
         return next(f.metrics.top1 for f in self.files if (f.network, f.precision) == (network, precision))
 
 
-class Session(nn.Module):
+class SessionModule(nn.Module):
     """A file as a network, as far as it can be asked for logits."""
 
     def __init__(self, function: Function) -> None:
@@ -152,7 +152,7 @@ class Session(nn.Module):
         return self.function(images)
 
 
-def source_of(folder: Path, count: int) -> Source:
+def source_of(folder: Path, count: int) -> RunSource:
     """The run in that directory, and a seeded choice of `count` of the images that it was calibrated on.
 
     Raises:
@@ -169,10 +169,10 @@ def source_of(folder: Path, count: int) -> Source:
     calibration = limited(unlabelled or dataset.train, count, config.seed)
     if len(calibration) < FEWEST:
         raise DataError(f"--int8 is calibrated on images, {FEWEST} or more; {folder} has {len(calibration)}")
-    return Source(config, dataset, calibration, int(read_json(folder / "result.json")["world_size"]))
+    return RunSource(config, dataset, calibration, int(read_json(folder / "result.json")["world_size"]))
 
 
-def dense_of(source: Source) -> nn.Module:
+def dense_of(source: RunSource) -> nn.Module:
     """The dense network of a run, on the CPU.
 
     Raises:
@@ -188,7 +188,7 @@ def dense_of(source: Source) -> nn.Module:
     return dense
 
 
-def compare(compressed: nn.Module, source: Source, path: Path, opset: int) -> Comparison:
+def compare(compressed: nn.Module, source: RunSource, path: Path, opset: int) -> FourWay:
     """Write the compressed network in int8, and measure it beside the others.
 
     Args:
@@ -217,10 +217,10 @@ def compare(compressed: nn.Module, source: Source, path: Path, opset: int) -> Co
         measured = tuple(measure(files, source))
         with replacing(path) as aside:
             shutil.copyfile(files[-1].path, aside)
-    return Comparison(device_name(CPU), measured, tuple(notes))
+    return FourWay(device_name(CPU), measured, tuple(notes))
 
 
-def measure(files: Sequence[File], source: Source) -> Iterator[Measured]:
+def measure(files: Sequence[File], source: RunSource) -> Iterator[Measured]:
     """Accuracy of all files on the run's validation images; KL is to the first of them. Sizes and times."""
     sessions = [onnx_session(file.path) for file in files]
     found = [_predictions(session, source, str(file)) for session, file in zip(sessions, files, strict=True)]
@@ -230,9 +230,9 @@ def measure(files: Sequence[File], source: Source) -> Iterator[Measured]:
         yield Measured(file.network, file.precision, metrics, file.path.stat().st_size / 1e6, spent, file.how)
 
 
-def _predictions(session: Function, source: Source, name: str) -> Predictions:
+def _predictions(session: Function, source: RunSource, name: str) -> Predictions:
     stream = _stream(source, source.dataset.val)
-    return predict(Session(session), _shown(name, stream, len(stream)))
+    return predict(SessionModule(session), _shown(name, stream, len(stream)))
 
 
 def _watched(name: str, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -257,6 +257,6 @@ def _times(sessions: Sequence[Function], crop: int) -> list[dict[int, float]]:
     return spent
 
 
-def _stream(source: Source, split: Split) -> Stream:
+def _stream(source: RunSource, split: Split) -> Stream:
     images = source.config.images
     return evaluation_stream(split, images.image, Alone(CPU), images.eval_batch_size, images.threads)

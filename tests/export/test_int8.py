@@ -13,7 +13,7 @@ from dist_prune.data.listing import DataError
 from dist_prune.export.command import main
 from dist_prune.export.formats import ExportError, onnx_session, write_onnx
 from dist_prune.export.int8 import CalibrationImages, quantise
-from dist_prune.export.quantised import Comparison, Measured
+from dist_prune.export.quantised import FourWay, Measured
 from dist_prune.network.models import build
 from dist_prune.network.sites import evaluating
 from dist_prune.training.evaluate import Metrics
@@ -143,7 +143,7 @@ def figures(network: str, precision: str, accuracy: float) -> Measured:
 @pytest.mark.parametrize(("small", "warned"), [(89.1, False), (88.9, True)])
 def test_more_than_a_point_below_float32_is_warned_of(small: float, warned: bool) -> None:
     files = figures("compressed", "float32", 90.0), figures("compressed", "int8", small)
-    shown = str(Comparison("a CPU", files, ()))
+    shown = str(FourWay("a CPU", files, ()))
     assert ("warning: int8 of the compressed network is 1.10 points of top-1 below" in shown) == warned
 
 
