@@ -13,6 +13,7 @@ from dist_prune.config.flags import require
 from dist_prune.export.command import take
 from dist_prune.export.speed import Amount, Engine, Speed, measure_speed
 from dist_prune.factorization.execution import Execution
+from dist_prune.network.attention import opened_as, opened_in
 from dist_prune.network.models import build
 from dist_prune.network.padding import own_paddings, with_paddings
 from dist_prune.utils.files import require_absent, write_text
@@ -84,7 +85,8 @@ def main(words: Sequence[str]) -> int:
     what = taken.description
     dense = build(what.arch, what.classes, what.options).to(device)
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    dense, execution = with_paddings(dense, own_paddings(dense, image)), Execution(asked.bf16)
+    dense = opened_as(with_paddings(dense, own_paddings(dense, image)), opened_in(taken.network))
+    execution = Execution(asked.bf16)
     found = measure_speed(dense, taken.network.to(device), image, asked.batches, asked.engines, execution)
     write_text(path, found.to_json())
     print(f"{format_summary(found)}\nwritten to {path}")

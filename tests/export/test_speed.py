@@ -15,6 +15,7 @@ from dist_prune.export.speed import ENGINES, Speed, measure_speed, timed_passes
 from dist_prune.factorization.execution import Execution
 from dist_prune.factorization.plan import Choice, Plan, choose
 from dist_prune.factorization.project import rebuild
+from dist_prune.network.attention import opened_as
 from dist_prune.network.models import build
 from dist_prune.network.sites import evaluating, survey
 from dist_prune.utils.files import CheckpointError
@@ -202,6 +203,23 @@ def test_the_command_shows_and_keeps_what_it_measured(folder: Path, capsys: pyte
     with pytest.raises(CheckpointError, match=r"speed\.json is there already"):
         speed_command.main(words)
     assert speed_command.main([*words, "--overwrite"]) == 0
+
+
+def test_layers_of_attention_that_was_taken_apart_have_their_dense_ones_beside_them(tmp_path: Path) -> None:
+    """nn.MultiheadAttention has none of that name until it is taken apart in the same way."""
+    (tmp_path / "net.py").write_text(
+        "from torchvision.models import VisionTransformer\n"
+        "def vit(num_classes):\n"
+        "    return VisionTransformer(16, 4, 2, 2, 16, 16, num_classes=num_classes)\n"
+    )
+    arch, attention = f"{tmp_path / 'net.py'}:vit", "encoder.layers.encoder_layer_1.self_attention"
+    plan = Plan((Choice(f"{attention}.qkv", 4),), attention=(attention,))
+    compressed = rebuild(opened_as(build(arch, 10), plan.attention), plan)
+    save_compressed(tmp_path, compressed, Description(arch, 10, ImageSpec(0, 16), (), plan))
+    assert speed_command.main([str(tmp_path), "--batches", "2", "--engines", "eager"]) == 0
+    found = Speed.from_json((tmp_path / "speed.json").read_text())
+    assert [(s.site, s.rank) for s in found.sites] == [(f"{attention}.qkv", 4)]
+    assert found.sites[0].macs_ratio == pytest.approx(4 * (16 + 48) / (16 * 48))
 
 
 def test_what_cannot_be_measured_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
