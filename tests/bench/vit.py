@@ -1,6 +1,6 @@
 """A vision transformer on CIFAR-10, compressed in closed form with and without dimensions of its heads.
 
-    uv run python -m tests.bench.vit --data DIR --weights FILE [--budgets 0.7 0.5]
+    uv run python -m tests.bench.vit --data DIR --weights FILE
 
 DIR is a CIFAR-10 folder of JPEGs (train/ and val/), FILE a state dict of `tiny_vit.py`. All ways see the same
 training images without labels; figures are of the whole validation set.
@@ -25,7 +25,7 @@ from tests.bench.timing import heading, write_json
 RESULT = Path(__file__).parent / "results" / "vit.json"
 COMMAND = "uv run python -m tests.bench.vit --data DIR --weights FILE"
 ARCH = f"{Path(__file__).parent / 'tiny_vit.py'}:vit"
-BUDGETS = (0.7, 0.5)
+BUDGETS = (0.7, 0.5, 0.25)
 WAYS = {
     "forms, widths and heads": Way({"width": "on"}),
     "forms and widths, attention left alone": Way({"width": "on", "ignored": ["*.attn"]}),
