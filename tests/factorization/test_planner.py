@@ -70,7 +70,8 @@ def test_a_budget_of_time_is_measured_once_and_told(bench: Bench, tmp_path: Path
     assert len(kept) == 3, "the network and two layers"
     second = bench.commands.succeed(*bench.words(tmp_path / "2", **words), ranks=2)
     assert {p: p.stat().st_mtime_ns for p in cache.iterdir()} == kept
-    text = [re.search(r"predicted latency of a batch of 256: (\S+) ms", done.out) for done in (first, second)]
+    line = r"predicted latency of a batch of 256, float32: (\S+) ms"
+    text = [re.search(line, done.out) for done in (first, second)]
     assert text[0] and text[1] and text[0][0] == text[1][0]
 
 
