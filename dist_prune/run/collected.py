@@ -149,7 +149,7 @@ def collect(
         model = with_replaced(model)  # gradients need ordinary tensors
     pair = given.batches[0].images[:2].to(given.device)
     paddings = world.from_first(lambda: _asked(lambda: own_paddings(model, pair[:1]), given))
-    model = _opened(with_paddings(model, paddings), run.compression, ranks, pair[:1], world)
+    model = _opened(with_paddings(model, paddings), run.compression, ranks, given, world)
     everything = world.from_first(lambda: _asked(lambda: survey(model, pair[:1]), given))
     if basis.loss != "mse":
         everything.require_classes()
@@ -181,7 +181,7 @@ def collect(
 
 
 def _opened(
-    model: nn.Module, settings: CompressionConfig, ranks: str | Plan | None, image: Tensor, world: World
+    model: nn.Module, settings: CompressionConfig, ranks: str | Plan | None, given: Kept, world: World
 ) -> nn.Module:
     """With the attention taken apart that a plan is of, or whose heads may lose dimensions."""
     if isinstance(ranks, Plan):
@@ -191,7 +191,9 @@ def _opened(
             raise PlanError(f"the plan does not fit this network: {error}") from error
     if not settings.removes_channels:
         return model
-    return opened_as(model, world.from_first(lambda: opened(model, image, settings.sites).names))
+    image = given.batches[0].images[:1].to(given.device)
+    found = world.from_first(lambda: _asked(lambda: opened(model, image, settings.sites), given).names)
+    return opened_as(model, found)
 
 
 def _with_statistics(collected: Collected, patches: bool, world: World) -> Collected:
