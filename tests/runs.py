@@ -162,7 +162,7 @@ def torchrun(
         env=commands.environ | environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
