@@ -13,8 +13,7 @@ from dist_prune.compression import Compression, Ranks
 from dist_prune.compressor import Compressor
 from dist_prune.config.flags import did_you_mean
 from dist_prune.factorization.plan import Plan, PlanError
-from dist_prune.factorization.project import chains
-from dist_prune.network.attention import opened_as
+from dist_prune.factorization.project import chains, opened_for
 from dist_prune.network.errors import ModelError
 from dist_prune.network.factored import Factored
 from dist_prune.network.layers import unwrapped
@@ -72,10 +71,7 @@ def apply(plan: Plan | str | Path, model: nn.Module) -> nn.Module:
         raise ModelError(
             f"a {type(model).__name__} holds the layers of before: apply the plan, then wrap the network"
         )
-    try:
-        open_ = opened_as(model, wanted.attention)
-    except AttributeError as error:
-        raise PlanError(f"the plan does not fit this network: {error}") from error
+    open_ = opened_for(model, wanted)
     require_channels(open_, wanted.kept)
     narrow = narrowed(open_, wanted.kept, shared=True) if wanted.kept else open_
     _require_layers(narrow, wanted)

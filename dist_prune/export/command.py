@@ -16,9 +16,9 @@ from dist_prune.export.formats import OPSET
 from dist_prune.export.int8 import FEWEST, require_int8
 from dist_prune.export.quantised import compare, source_of
 from dist_prune.export.samples import Samples, samples
-from dist_prune.export.writers import ADVICE, FILES, WRITERS, Exportable, Format
+from dist_prune.export.writers import FILES, WRITERS, Exportable, Format, require_free
 from dist_prune.run.finish import finished
-from dist_prune.utils.files import CheckpointError, require_absent, write_text
+from dist_prune.utils.files import CheckpointError, write_text
 
 INT8_FILE = "model-int8.onnx"
 IMAGES = 64  # that the written network is compared on
@@ -97,8 +97,7 @@ def export_int8(asked: Export, taken: Compressed) -> str:
     path = asked.out or asked.run / INT8_FILE
     figures = path.with_suffix(".json")
     require_int8(asked.opset)
-    for each in () if asked.overwrite else (path, figures):
-        require_absent(each, ADVICE)
+    require_free(asked.overwrite, path, figures)
     source = source_of(taken.folder, asked.calibration_images)
     found = compare(taken.network, source, path, asked.opset)
     write_text(figures, found.to_json())

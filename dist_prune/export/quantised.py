@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dist_prune.artifacts.reader import read_json
+from dist_prune.artifacts.reader import read_run
 from dist_prune.artifacts.run_directory import CONFIG
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.recipe_files import from_dict
@@ -156,12 +156,13 @@ def source_of(folder: Path, count: int) -> RunSource:
     """The run in that directory, and a seeded choice of `count` of the images that it was calibrated on.
 
     Raises:
-        CheckpointError: not the directory of a run.
+        CheckpointError: not the directory of a finished run.
         DataError: its images are gone, or fewer than can be calibrated on.
     """
+    run = read_run(folder)
     try:
-        config = from_dict(read_json(folder / CONFIG)["run"])
-    except (ConfigError, KeyError) as error:
+        config = from_dict(run.settings)
+    except ConfigError as error:
         raise ConfigError(
             f"{folder / CONFIG}: damaged, or of another version of this program ({error})"
         ) from error
@@ -169,7 +170,7 @@ def source_of(folder: Path, count: int) -> RunSource:
     calibration = limited(unlabelled or dataset.train, count, config.seed)
     if len(calibration) < FEWEST:
         raise DataError(f"--int8 is calibrated on images, {FEWEST} or more; {folder} has {len(calibration)}")
-    return RunSource(config, dataset, calibration, int(read_json(folder / "result.json")["world_size"]))
+    return RunSource(config, dataset, calibration, int(run.result["world_size"]))
 
 
 def dense_of(source: RunSource) -> nn.Module:

@@ -23,7 +23,7 @@ FILES: dict[Format, str] = {
     "state-dict": "model.pt",
     "python": "model.py",
 }
-ADVICE = "name another file with --out, or add --overwrite"
+_ADVICE = "name another file with --out, or add --overwrite"
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,20 @@ class Exportable:
     opset: int = OPSET
     overwrite: bool = False
 
-    def require_free(self, *paths: Path) -> None:
-        """Refuse to replace files, unless that was asked for.
 
-        Raises:
-            CheckpointError: one would be.
-        """
-        for path in () if self.overwrite else paths:
-            require_absent(path, ADVICE)
+def require_free(overwrite: bool, *paths: Path) -> None:
+    """Refuse to replace files, unless that was asked for.
+
+    Raises:
+        CheckpointError: one would be.
+    """
+    for path in () if overwrite else paths:
+        require_absent(path, _ADVICE)
 
 
 def _onnx(given: Exportable, path: Path) -> str:
     require_onnx(given.opset)
-    given.require_free(path)
+    require_free(given.overwrite, path)
     chosen = given.samples()
     agreement = write_onnx(path, given.network, chosen.images, given.opset, chosen.packing)
     size = ", ".join(map(str, chosen.images.shape[1:]))
@@ -66,21 +67,21 @@ def _onnx(given: Exportable, path: Path) -> str:
 
 
 def _program(given: Exportable, path: Path) -> str:
-    given.require_free(path)
+    require_free(given.overwrite, path)
     chosen = given.samples()
     agreement = write_program(path, given.network, chosen.images, chosen.packing)
     return f"{_written(path)}, any number of images\nread back, on {chosen.text}: {agreement}"
 
 
 def _state(given: Exportable, path: Path) -> str:
-    given.require_free(path)
+    require_free(given.overwrite, path)
     count = write_state(path, given.network)
     return f"{_written(path)}, {count} tensors, read back with equal bits"
 
 
 def _python(given: Exportable, path: Path) -> str:
     weights = weights_of(path)
-    given.require_free(path, weights)
+    require_free(given.overwrite, path, weights)
     chosen, what = given.samples(), given.description
     if chosen.packing:
         raise ExportError(

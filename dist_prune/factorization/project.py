@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dist_prune.factorization.bases import Basis
 from dist_prune.factorization.forms import FORMS, Form, Ranks, composed, kernels, set_weight
 from dist_prune.factorization.nested import Nested
-from dist_prune.factorization.plan import Plan
+from dist_prune.factorization.plan import Plan, PlanError
+from dist_prune.network.attention import opened_as
 from dist_prune.network.factored import Factored
 from dist_prune.network.layers import LAYERS
 from dist_prune.network.padding import plain
@@ -211,6 +212,18 @@ def unfold(model: nn.Module, names: Iterable[str]) -> nn.Module:
     chains = ((name, model.get_submodule(name)) for name in names)
     folds = [(name, FORMS[made.form].fold(made)) for name, made in chains if isinstance(made, Factored)]
     return with_replaced(model, folds)
+
+
+def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
+    """The network with the attention taken apart that the plan is of, see `attention.opened_as`.
+
+    Raises:
+        PlanError: it has no such attention.
+    """
+    try:
+        return opened_as(model, plan.attention)
+    except AttributeError as error:
+        raise PlanError(f"the plan does not fit this network: {error}") from error
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:

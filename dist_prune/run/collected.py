@@ -21,8 +21,9 @@ from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, solve
 from dist_prune.factorization.nested import Nested
-from dist_prune.factorization.plan import Plan, PlanError
+from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.planner import Planner, follower, timed_planner
+from dist_prune.factorization.project import opened_for
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.attention import opened, opened_as
 from dist_prune.network.channels import KeptChannels
@@ -185,10 +186,7 @@ def _opened(
 ) -> nn.Module:
     """With the attention taken apart that a plan is of, or whose heads may lose dimensions."""
     if isinstance(ranks, Plan):
-        try:
-            return opened_as(model, ranks.attention)
-        except AttributeError as error:
-            raise PlanError(f"the plan does not fit this network: {error}") from error
+        return opened_for(model, ranks)
     if not settings.removes_channels:
         return model
     image = given.batches[0].images[:1].to(given.device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import View, call_of, evaluating
+from dist_prune.statistics.symmetric import load_lower_panels_, lower_panels, mirror_, panels
 
 T = TypeVar("T")
 
@@ -177,8 +178,7 @@ class Accumulator:
         """See `Sums`."""
         self._flush()
         sums = {"count": torch.tensor(self.count), "total": self.total}
-        starts = range(0, self.outer.shape[-1], self._panel)
-        sums |= {f"outer/{at}": self.outer[:, at:, at : at + self._panel].clone() for at in starts}
+        sums |= lower_panels("outer", self.outer, self._panel)
         return sums if self.shift is None else sums | {"shift": self.shift}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -186,17 +186,12 @@ class Accumulator:
         self._product, self._unflushed, self.count = None, 0, int(state["count"])
         self.shift = state["shift"].to(self.total.device) if "shift" in state else None
         self.total.copy_(state["total"])
-        for name, panel in state.items():
-            if name.startswith("outer/"):
-                at = int(name.removeprefix("outer/"))
-                end = at + panel.shape[-1]
-                self.outer[:, at:, at:end] = panel.to(self.outer.device)
-                self.outer[:, at:end, end:] = self.outer[:, end:, at:end].mT  # panels may be wider on this device
+        load_lower_panels_(self.outer, "outer", state)  # panels may be wider on this device
 
     def moments(self) -> Moments:
         """The sums so far."""
         self._flush()
-        _mirror_lower(self.outer, self._panel)
+        mirror_(self.outer, self._panel)
         shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift.double()
         return Moments(self.total.new_tensor(self.count), shift, self.total, self.outer)
 
@@ -220,23 +215,16 @@ def _minus(blocks: Sequence[Tensor], shift: Tensor) -> Tensor:
     return centred.flatten(2)
 
 
-def _add_lower_product(product: Tensor, columns: Tensor, panel: int) -> None:
+def _add_lower_product(product: Tensor, columns: Tensor, step: int) -> None:
     """Add columns·columnsᵀ, (g, k, k), in panels of columns that begin at the diagonal: about half of it."""
-    for start in range(0, product.shape[-1], panel):
-        end = start + panel
-        product[:, start:, start:end].baddbmm_(columns[:, start:], columns[:, start:end].mT)
+    for p in panels(product.shape[-1], step):
+        product[:, p.start :, p].baddbmm_(columns[:, p.start :], columns[:, p].mT)
 
 
-def _add_lower(sums: Tensor, product: Tensor, panel: int) -> None:
+def _add_lower(sums: Tensor, product: Tensor, step: int) -> None:
     """Add the panels that `_add_lower_product` computes."""
-    for start in range(0, product.shape[-1], panel):
-        sums[:, start:, start : start + panel] += product[:, start:, start : start + panel]
-
-
-def _mirror_lower(product: Tensor, panel: int) -> None:
-    """Copy what the panels computed to the other side of the diagonal."""
-    for end in range(panel, product.shape[-1], panel):
-        product[:, end - panel : end, end:] = product[:, end:, end - panel : end].mT
+    for p in panels(product.shape[-1], step):
+        sums[:, p.start :, p] += product[:, p.start :, p]
 
 
 def collect_moments(

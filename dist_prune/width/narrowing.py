@@ -98,14 +98,10 @@ def _widths_of(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple
         weight = getattr(modules[name], "weight", None)
         yield name, len(weight) if isinstance(weight, Tensor) else _dimensions(modules[name], group)
     for consumer in group.consumers:
-        weight = getattr(modules[consumer.name], "weight", None)
-        inputs = consumer.repeat * consumer.times
-        yield (
-            consumer.name,
-            weight.shape[1] // inputs
-            if isinstance(weight, Tensor)
-            else _dimensions(modules[consumer.name], group),
-        )
+        module, inputs = modules[consumer.name], consumer.repeat * consumer.times
+        weight = getattr(module, "weight", None)
+        wide = weight.shape[1] // inputs if isinstance(weight, Tensor) else _dimensions(module, group)
+        yield consumer.name, wide
 
 
 def _dimensions(module: nn.Module, group: Group) -> int:

@@ -22,13 +22,6 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("taken") / "run"
-    bench.commands.succeed(*bench.words(folder, method="weight-svd", epochs=0), ranks=0)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def validation(bench: Bench) -> Tensor:
     return images_of(bench.data / "val")[0]
 

@@ -26,13 +26,6 @@ WORDS = ("--format", "onnx", "--int8", "--calibration-images", "24")
 
 
 @pytest.fixture(scope="module")
-def run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small") / "run"
-    bench.commands.succeed(*bench.words(folder, method="weight-svd", epochs=0), ranks=0)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def said(run: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
