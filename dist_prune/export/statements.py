@@ -185,7 +185,7 @@ def literal(value: Any) -> str:  # noqa: ANN401
     """
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.memory_format):
         return repr(value)
     if isinstance(value, torch.device):
         return f'torch.device("{value}")'

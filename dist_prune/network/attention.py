@@ -1,104 +1,34 @@
 """Self-attention taken apart: two linear layers, and between them what mixes the tokens.
 
 Networks compute attention in modules that hide their linear layers, or have the number of dimensions of a head
-written into them. Those that are known here can be replaced by one that computes the same from `qkv`, `mix` and
-`proj`, and in which queries and keys may have other dimensions than values.
+written into them. Those that are known here can be replaced by one of `head_attention`, which computes the same
+from `qkv`, `mix` and `proj`, and in which queries and keys may have other dimensions than values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
+from dist_prune.network.head_attention import (
+    HeadAttention,
+    HeadMixing,
+    MapHeadAttention,
+    MultiheadHeadAttention,
+    Positions,
+    WindowHeadAttention,
+)
 from dist_prune.network.layers import has_hooks
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import Site, describe, evaluating, matches
 from dist_prune.network.trial import StandInTrial, answer_of, tolerance_of
-
-
-class HeadMixing(nn.Module):
-    """softmax(QKᵀ · scale) V for each head: (…, tokens, heads · (2 qk + vo)) → (…, tokens, heads · vo).
-
-    The input holds the queries of all heads, then their keys, then their values. The scale stays that of the
-    dense network, whatever the dimensions.
-    """
-
-    def __init__(self, heads: int, qk: int, vo: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.heads, self.qk, self.vo = heads, qk, vo
-        self.scale, self.dropout = scale, dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        sizes = [self.heads * size for size in (self.qk, self.qk, self.vo)]
-        parts = (torch.unflatten(part, -1, (self.heads, -1)) for part in torch.split(x, sizes, -1))
-        queries, keys, values = (part.transpose(-2, -3) for part in parts)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(queries, keys, values, None, dropout, scale=self.scale)
-        return mixed.transpose(-2, -3).flatten(-2)
-
-    def extra_repr(self) -> str:
-        """Sizes."""
-        return f"heads={self.heads}, qk={self.qk}, vo={self.vo}, scale={self.scale:.4g}"
-
-
-class HeadAttention(nn.Module):
-    """Attention of tokens (images, tokens, channels) among themselves, without a mask."""
-
-    def __init__(self, qkv: nn.Module, mix: HeadMixing, proj: nn.Module, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.qkv, self.mix, self.proj, self.drop = qkv, mix, proj, nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """The tokens mixed, (images, tokens, channels).
-
-        Raises:
-            ValueError: a mask, or causal attention.
-        """
-        if attn_mask is not None or is_causal:
-            raise ValueError("attention whose heads were compressed takes no mask: expected attn_mask=None")
-        mixed: Tensor = self.drop(self.proj(self.mix(self.qkv(x))))
-        return mixed
-
-
-class MultiheadHeadAttention(HeadAttention):
-    """The same, called as nn.MultiheadAttention is; returns no weights."""
-
-    in_proj_bias = None  # with which nn.TransformerEncoderLayer does not read the weights by itself
-
-    def __init__(self, qkv: nn.Module, mix: HeadMixing, proj: nn.Module, batch_first: bool) -> None:
-        super().__init__(qkv, mix, proj)
-        self.batch_first = batch_first
-
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: None = None,
-        need_weights: bool = True,
-        attn_mask: None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """The tokens mixed, and None for the weights.
-
-        Keys and values are not looked at: that they are the queries was seen when the module was taken apart.
-
-        Raises:
-            ValueError: a mask, or causal attention.
-        """
-        if key_padding_mask is not None:
-            raise ValueError("attention whose heads were compressed takes no mask: expected key_padding_mask=None")
-        if self.batch_first:
-            return super().forward(query, attn_mask, is_causal), None
-        return super().forward(query.transpose(0, 1), attn_mask, is_causal).transpose(0, 1), None
 
 
 @dataclass(frozen=True)
@@ -234,27 +164,53 @@ def _heads(module: nn.Module) -> int:
     return heads
 
 
-def _others(module: nn.Module, *known: nn.Module) -> bool:
-    """Whether it has further parameters or buffers: norms, gates, biases of positions."""
-    tensors = {id(tensor) for each in known for tensor in each.parameters()}
-    return any(id(tensor) not in tensors for tensor in [*module.parameters(), *module.buffers()])
+def _others(module: nn.Module, *layers: nn.Module) -> bool:
+    """Whether it has parameters or buffers that are not known: norms, gates, other biases of positions."""
+    positions = _positions(module)
+    known: list[Tensor] = [tensor for each in layers for tensor in each.parameters()]
+    known += [positions.table, positions.index] if positions else []
+    ids = {id(tensor) for tensor in known}
+    return any(id(tensor) not in ids for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _positions(module: nn.Module) -> Positions | None:
+    """What the bias of relative positions is made from, in attention that has one for each pair of tokens."""
+    table = module._parameters.get("relative_position_bias_table")
+    index = module._buffers.get("relative_position_index")
+    if table is None or index is None or table.dim() != 2 or math.isqrt(index.numel()) ** 2 != index.numel():
+        return None
+    return Positions(table, index, "relative_position_index" not in module._non_persistent_buffers_set)
 
 
 def _open(module: nn.Module) -> HeadAttention:
-    if isinstance(module, nn.MultiheadAttention):
-        size = module.head_dim
-        mix = HeadMixing(module.num_heads, size, size, size**-0.5, module.dropout)
-        qkv = _linear(module.in_proj_weight, module.in_proj_bias)
-        proj = _linear(module.out_proj.weight, module.out_proj.bias)
-        new: HeadAttention = MultiheadHeadAttention(qkv, mix, proj, module.batch_first)
-    else:
-        heads, output = _heads(module), module.get_submodule("proj")
-        assert isinstance(output, nn.Linear)
-        size = output.in_features // heads
-        scale = getattr(module, "scale", size**-0.5)
-        mix = HeadMixing(heads, size, size, float(scale), _probability(module, "attn_drop"))
-        new = HeadAttention(module.get_submodule("qkv"), mix, output, _probability(module, "proj_drop"))
+    new = _open_multihead(module) if isinstance(module, nn.MultiheadAttention) else _open_fused(module)
     return new.train(module.training)
+
+
+def _open_multihead(module: nn.MultiheadAttention) -> HeadAttention:
+    size = module.head_dim
+    mix = HeadMixing(module.num_heads, size, size, size**-0.5, module.dropout)
+    qkv = _linear(module.in_proj_weight, module.in_proj_bias)
+    proj = _linear(module.out_proj.weight, module.out_proj.bias)
+    return MultiheadHeadAttention(qkv, mix, proj, module.batch_first)
+
+
+def _open_fused(module: nn.Module) -> HeadAttention:
+    """Queries, keys and values from one layer; among all tokens, those of a window, or of windows of a map."""
+    heads, qkv, proj = _heads(module), module.get_submodule("qkv"), module.get_submodule("proj")
+    assert isinstance(proj, nn.Linear)
+    size = proj.in_features // heads
+    dropout, last = (
+        _probability(module, "attn_drop", "attention_dropout"),
+        _probability(module, "proj_drop", "dropout"),
+    )
+    mix = HeadMixing(heads, size, size, float(getattr(module, "scale", size**-0.5)), dropout)
+    positions = _positions(module)
+    if positions is None:
+        return HeadAttention(qkv, mix, proj, last)
+    if isinstance(module, ShiftedWindowAttention):
+        return MapHeadAttention(qkv, mix, proj, last, positions, module.window_size, module.shift_size)
+    return WindowHeadAttention(qkv, mix, proj, last, positions)
 
 
 def _sites(name: str, new: HeadAttention) -> Iterator[Site]:
@@ -272,7 +228,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _probability(module: nn.Module, name: str) -> float:
-    """Of a dropout."""
-    dropout = getattr(module, name, None)
-    return float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+def _probability(module: nn.Module, *names: str) -> float:
+    """Of a dropout that has one of these names, a module or a number."""
+    found = next((getattr(module, name) for name in names if hasattr(module, name)), 0.0)
+    if isinstance(found, nn.Dropout):
+        return float(found.p)
+    return float(found) if isinstance(found, float | int) else 0.0

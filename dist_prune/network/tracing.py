@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from dist_prune.network.attention import HeadMixing
+from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.padded import PaddedConv2d
 from dist_prune.network.sites import evaluating
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dist_prune.factorization.forms import FORMS, Ranks
 from dist_prune.factorization.knapsack import Floats, Ints
-from dist_prune.network.attention import HeadMixing
 from dist_prune.network.channels import Group
+from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.network.sites import Site, evaluating
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dist_prune.network.attention import HeadMixing
+from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.sites import evaluating
 
 WHOLE = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention, HeadMixing, _NormBase)

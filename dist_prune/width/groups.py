@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from dist_prune.network.attention import HeadMixing
 from dist_prune.network.channels import QUERIES, VALUES, Consumer, Group
+from dist_prune.network.head_attention import HeadMixing
 from dist_prune.width import channelwise
 from dist_prune.width.graph import GraphError, shape_of, traced_with_shapes
 
@@ -277,8 +277,9 @@ class _Following:
         return node.all_input_nodes[0]
 
     def _only_lane(self, node: fx.Node) -> _Lane | None:
-        """Of the one value that a module is given."""
-        return self.lanes.get(node.all_input_nodes[0]) if len(node.all_input_nodes) == 1 else None
+        """Of the one value that a module is given; what mixes tokens is given a bias, too, which has none."""
+        alone = len(node.all_input_nodes) == 1 or isinstance(self.modules[str(node.target)], HeadMixing)
+        return self.lanes.get(self._source(node)) if alone else None
 
     def _block(self, node: fx.Node, reason: str) -> None:
         """All channels that come here stay."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
-from dist_prune.network.attention import HeadMixing
 from dist_prune.network.channels import Consumer
+from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.layers import LAYERS
 from dist_prune.network.sites import evaluating, given_to
 from dist_prune.network.windows import padded, patches

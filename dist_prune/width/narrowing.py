@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dist_prune.config.flags import did_you_mean
 from dist_prune.factorization.plan import PlanError
-from dist_prune.network.attention import HeadMixing
 from dist_prune.network.channels import QUERIES, Consumer, Group, KeptChannels
+from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.padding import plain
 from dist_prune.network.replacing import with_replaced
 from dist_prune.width.elimination import Prediction

@@ -1,19 +1,27 @@
 """Dimensions of attention's heads: what they are worth, networks without some, and the budget that they share."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from dist_prune import apply, compress, load_compressed
 from dist_prune.compression import Compression
 from dist_prune.distributed.world import World
-from dist_prune.network.attention import HeadAttention, HeadMixing, opened, opened_as
+from dist_prune.factorization.plan import Plan
+from dist_prune.network.attention import opened, opened_as
 from dist_prune.network.channels import QUERIES, VALUES, KeptChannels
+from dist_prune.network.head_attention import HeadAttention, HeadMixing
 from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.width.costs import width_costs
 from dist_prune.width.groups import find_groups
@@ -37,13 +45,26 @@ def encoder() -> nn.Module:
     )
 
 
+def swin(stages: int = 2) -> nn.Module:
+    """Maps of 8 and 4, cut into windows that do not divide them, every second time shifted."""
+    return torchvision.models.SwinTransformer([2, 2], 8, [2] * stages, [2, 4][:stages], [3, 2], num_classes=5)
+
+
+def timms_swin() -> nn.Module:
+    return timm.models.SwinTransformer(
+        img_size=16, patch_size=2, embed_dim=8, depths=(2, 1), num_heads=(2, 4), window_size=4, num_classes=5
+    )
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "timm": (timms, 16),
     "torchvision": (tiny_vit, 32),
+    "swin": (swin, 16),
+    "timm's swin": (timms_swin, 16),
 }
 
 
-SHARES = {"timm": 0.8, "torchvision": 0.95}  # of the MACs, that heads alone can come to
+SHARES = {"timm": 0.8, "torchvision": 0.95, "swin": 0.9, "timm's swin": 0.9}  # that heads alone can come to
 
 
 def lively(make: Callable[[], nn.Module]) -> nn.Module:
@@ -215,6 +236,17 @@ def test_fewer_dimensions_compute_what_zeros_in_their_place_do_and_cost_what_was
     assert params.at([len(each.channels) for each in kept]) == sum(p.numel() for p in built.parameters())
 
 
+@pytest.mark.parametrize("size", [(2, 3), (4, 4), (5, 9), (8, 6), (12, 3)])
+def test_windows_of_maps_of_any_size_are_those_of_torchvision(size: tuple[int, int]) -> None:
+    """Smaller than a window, a multiple of it, or neither; shifted, and shifted along one axis only."""
+    x = torch.randn(2, *size, 8, dtype=torch.float64)
+    for shift in ([0, 0], [2, 1], [0, 1]):
+        attention = ShiftedWindowAttention(8, [4, 3], shift, 2).double().eval()
+        nn.init.normal_(attention.relative_position_bias_table)
+        with torch.no_grad():
+            torch.testing.assert_close(opened_as(nn.Sequential(attention), ["0"])(x), attention(x))
+
+
 def test_fused_attention_and_the_fast_path_are_counted() -> None:
     attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()  # heads of 8, in the fast path
     x = torch.randn(1, 5, 16)
@@ -256,10 +288,14 @@ def test_heads_alone_meet_a_budget_and_what_is_saved_applied_or_planned_again_is
         torch.testing.assert_close(planned.model(x), found.model(x), rtol=1e-2, atol=1e-3)
 
 
+FORMS = ("onnx", "torch-export", "python", "state-dict")
+FAST = {("timm", "state-dict"), ("timm", "python"), ("swin", "python")}
+
+
 @pytest.mark.parametrize(
-    "form", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("onnx", "torch-export")), "python", "state-dict"]
+    ("name", "form"),
+    [pytest.param(*both, marks=() if both in FAST else pytest.mark.slow) for both in product(NETWORKS, FORMS)],
 )
-@pytest.mark.parametrize("name", ["timm", "torchvision"])
 def test_exports_compute_the_same(name: str, form: str, tmp_path: Path) -> None:
     """What is written is read back and compared; a difference is an error."""
     _, found, x = squeezed(name)
@@ -273,17 +309,24 @@ def test_ignored_attention_stays_the_module_it_was() -> None:
     assert isinstance(found.model.blocks[1].attn, HeadAttention)
 
 
-def on_ranks(world: World) -> tuple[list[tuple[str, int]], float]:
-    """Shares of different sizes, in whatever order."""
-    model, x = lively(timms), images(16, 36)
-    share = x[torch.arange(36) % 6 // 2 == world.rank] if world.size == 3 else x[world.rank :: world.size]
-    share = share if world.size != 2 else (x[:12] if world.is_first else x[12:])
-    how = {"forms": "dense", "correct": "none", "sites": "*qkv,*attn.proj", "draws": 1, "calibrate_images": 36}
-    found = compress(model, share.split(5), 0.85, **how)
-    return [(each.group.name, len(each.channels)) for each in found.kept], found.compressed.macs
+SHARED_OUT = {1: (0, 24), 2: (0, 7, 24), 3: (0, 4, 15, 24)}  # which images each rank has
 
 
-def test_ranks_agree_among_themselves() -> None:
-    for size in (1, 2, 3):
+def on_ranks(world: World) -> tuple[Plan, dict[str, Tensor]]:
+    model, bounds = lively(partial(swin, stages=1)), SHARED_OUT[world.size]
+    own = images(16, 24)[bounds[world.rank] : bounds[world.rank + 1]]
+    found = compress(model, own.split(5), 0.6, forms="dense", draws=1, calibrate_images=24)
+    choices = tuple(replace(choice, loss=None) for choice in found.plan.choices)
+    return replace(found.plan, choices=choices), found.model.state_dict()
+
+
+def test_heads_and_widths_and_weights_are_the_same_on_any_number_of_ranks(world: World) -> None:
+    alone, weights = on_ranks(world)
+    assert {each.group.part for each in alone.kept} == {"", QUERIES, VALUES}
+    for size in (2, 3):
         answers = run_ranks(on_ranks, size, deadline_s=120)
-        assert answers[0][0] and all(answer == answers[0] for answer in answers)
+        for plan, state in answers:
+            assert plan == alone
+            for name, tensor in state.items():
+                assert torch.equal(tensor, answers[0][1][name])
+                torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
