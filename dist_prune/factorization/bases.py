@@ -18,7 +18,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, View, bias_of, weight_of
 from dist_prune.statistics.collect import Statistics
 from dist_prune.statistics.moments import Moments
-from dist_prune.utils.decompositions import eigh, eigvalsh
+from dist_prune.utils.decompositions import eigh
 
 
 @dataclass(frozen=True)
@@ -88,26 +88,25 @@ def by_fisher(moments: Moments, metric: Tensor, damping: float) -> Basis:
     Half the sum of the eigenvalues left out is the predicted KL divergence, if G is summed over positions and
     rows and gradients are independent. G is damped by `damping` times its largest eigenvalue.
     """
-    values = eigvalsh(metric)[:, -1:, None]
-    identity = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
-    return metric_basis(moments.covariance, moments.mean, metric + damping * values.clamp(min=0) * identity)
+    return metric_basis(moments.covariance, moments.mean, metric, damping)
 
 
-def metric_basis(covariance: Tensor, mean: Tensor, metric: Tensor) -> Basis:
+def metric_basis(covariance: Tensor, mean: Tensor, metric: Tensor, damping: float = 0.0) -> Basis:
     """PCA of a covariance (g, k, k) in a metric (g, k, k), whose negative and vanishing eigenvalues are lifted.
 
-    Its scale goes into the spectrum alone, or a metric of 1e-300 would give directions that float32 cannot hold.
-    Where it is zero, as for a layer that the loss does not depend on, that is plain PCA, and no direction is worth
-    anything.
+    The metric's scale goes into the spectrum alone, or one of 1e-300 would give directions that float32 cannot
+    hold. Where it is zero, as for a layer that the loss does not depend on, that is plain PCA, and no direction is
+    worth anything. To the metric is added `damping` times its largest eigenvalue.
     """
     values, vectors = eigh(metric)
     largest = values[:, -1:].clamp(min=0)
     relative = torch.where(largest > 0, values / torch.where(largest > 0, largest, 1), 1)
-    root = relative.clamp(min=1e-12).sqrt()[:, None]
-    inner = (vectors * root) @ vectors.mT
-    basis = eigenbasis(inner @ covariance @ inner, mean)
-    encode, decode = basis.encode @ inner, (vectors / root) @ vectors.mT @ basis.decode
-    return Basis(encode, decode, mean, basis.spectrum.clamp(min=0) * largest)
+    root = ((relative + damping) / (1 + damping)).clamp(min=1e-12).sqrt()[:, None]
+    # In the metric's own axes, where its root is diagonal: two products less.
+    turned = vectors * root
+    basis = eigenbasis(turned.mT @ covariance @ turned, mean)
+    worth = basis.spectrum.clamp(min=0) * (1 + damping) * largest
+    return Basis(basis.encode @ turned.mT, (vectors / root) @ basis.decode, mean, worth)
 
 
 def by_weight(weight: Tensor, bias: Tensor, side: str) -> Basis:

@@ -34,10 +34,11 @@ from dist_prune.statistics.second_order import (
     collect_losses,
 )
 from dist_prune.statistics.terms import ChainTerms, Directions, Terms, offset_of
-from dist_prune.utils.decompositions import svd
+from dist_prune.utils.decompositions import eigh
 
 FOLDS = 4
 FEW = 4  # rows per dimension, below which a site has few
+ROUNDING = 1e-13  # of the largest squared singular value: rows are float32, and smaller ones rounding
 DRAWS = 1  # of random signs per image: images differ more than draws
 
 
@@ -212,7 +213,7 @@ def _losses(sample: Sample, images: Tensor, held: Tensor, damping: float) -> tup
     seen, gradients = sample.rows[~held].movedim(1, 0), sample.gradients[:, ~held].flatten(0, 1).movedim(1, 0)
     mean = seen.mean(1, keepdim=True)
     root = _Root(gradients, damping)
-    _, _, directions = svd(root.times(seen - mean))  # g, q, c
+    directions = _right_singular(root.times(seen - mean))  # g, q, c
     rows, g = sample.rows[held].movedim(1, 0) - mean, sample.gradients[:, held].movedim(2, 1)
     each = ((root.times(rows) @ directions.mT) * (root.over(g) @ directions.mT)).sum(1)  # draws, rows, q
     total = (rows * g).sum((1, 3))
@@ -222,23 +223,46 @@ def _losses(sample: Sample, images: Tensor, held: Tensor, damping: float) -> tup
     return summed.square().mean(0) / 2, numbers
 
 
+def _right_singular(matrix: Tensor) -> Tensor:
+    """Right singular vectors (g, min(n, c), c) of (g, n, c), largest first, from the smaller of the Gram matrices.
+
+    What is left of rows that depend on others has no direction: its vectors are zero.
+    """
+    tall = matrix.shape[1] > matrix.shape[2]
+    values, vectors = eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    vectors = vectors.flip(-1).mT
+    if tall:
+        return vectors
+    squares = values.flip(-1)[..., None]
+    known = squares > ROUNDING * squares[:, :1]
+    return torch.where(known, squares, 1).rsqrt() * known * (vectors @ matrix)
+
+
 class _Root:
-    """The square root of ΓᵀΓ + δI, δ a share of its largest eigenvalue, from Γ (g, n, c) itself."""
+    """The square root of ΓᵀΓ + δI, ΓᵀΓ scaled to a largest eigenvalue of 1, from Γ (g, n, c) itself.
+
+    With ΓΓᵀ = UΛUᵀ and B = UᵀΓ it is √δ·I + Bᵀ (√(Λ + δ) + √δ)⁻¹ B: nothing is divided by a small eigenvalue, and
+    no matrix is larger than Γ.
+    """
 
     def __init__(self, gradients: Tensor, damping: float) -> None:
-        _, values, self.vectors = svd(gradients)
-        largest = values[:, :1].square()
-        self.shift = (max(damping, 1e-12) * largest).clamp(min=torch.finfo(values.dtype).tiny).sqrt()
-        self.values = (values.square() + self.shift.square()).sqrt()
+        if gradients.shape[1] > gradients.shape[2]:
+            gradients = torch.linalg.qr(gradients, "r")[1]  # ΓᵀΓ is the same
+        values, vectors = eigh(gradients @ gradients.mT)
+        scale = torch.where(values[:, -1:] > 0, values[:, -1:], 1)
+        self.terms = vectors.mT @ gradients / scale[..., None].sqrt()
+        self.shift = max(damping, 1e-12) ** 0.5
+        self.values = ((values / scale).clamp(min=0) + self.shift**2).sqrt()
 
     def times(self, rows: Tensor) -> Tensor:
         """Rows (…, g, n, c) times the root."""
-        return self._applied(rows, self.values, self.shift)
+        return self.shift * rows + self._along(rows, 1 / (self.values + self.shift))
 
     def over(self, rows: Tensor) -> Tensor:
         """Rows times the inverse root."""
-        return self._applied(rows, 1 / self.values, 1 / self.shift)
+        inner = 1 / (self.shift * self.values * (self.values + self.shift))
+        return rows / self.shift - self._along(rows, inner)
 
-    def _applied(self, rows: Tensor, values: Tensor, rest: Tensor) -> Tensor:
-        within: Tensor = ((rows @ self.vectors.mT) * (values - rest)[:, None]) @ self.vectors
-        return rest[..., None] * rows + within
+    def _along(self, rows: Tensor, values: Tensor) -> Tensor:
+        within: Tensor = ((rows @ self.terms.mT) * values[:, None]) @ self.terms
+        return within

@@ -20,7 +20,7 @@ from dist_prune.factorization.forms import FORMS, kernels
 from dist_prune.network.sites import Site
 from dist_prune.statistics.collect import Statistics
 from dist_prune.statistics.patches import PatchMoments, white
-from dist_prune.utils.decompositions import eigh, eigvalsh
+from dist_prune.utils.decompositions import eigh
 
 # The axis of the kernel (g, C, c, kh, kw) that the first layer takes besides the channels.
 FIRST_AXIS = {"input": None, "vertical": 3, "horizontal": 4}
@@ -48,35 +48,56 @@ class Nested:
         return self.first[:, :each], self.second[:, :, :each]
 
 
-def decompose(form: str, weight: Tensor, patches: PatchMoments, metric: Tensor, worth: Tensor) -> Nested:
-    """The chains of a form.
+@dataclass(frozen=True)
+class Whitened:
+    """A kernel (g, C, c, kh, kw) as it is and whitened on all axes; of each axis the root and its inverse."""
+
+    plain: Tensor
+    white: Tensor
+    roots: Mapping[int, tuple[Tensor, Tensor]]
+    mean: Tensor
+
+
+def whitened(weight: Tensor, patches: PatchMoments, metric: Tensor, damping: float = 0.0) -> Whitened:
+    """What the decompositions of all forms begin with.
 
     Args:
-        form: `input`, `vertical` or `horizontal`.
         weight: (g, C, c, kh, kw), float64.
         patches: of the layer's inputs.
         metric: of its outputs, (g, C, C), not negative.
-        worth: all directions of the outputs together, (g,): what the spectrum sums to.
+        damping: of the metric, a share of its largest eigenvalue.
     """
-    groups, outputs, channels, tall, wide = weight.shape
+    groups, _, _, tall, wide = weight.shape
     spatial = patches.places.reshape(groups, tall, wide, tall, wide)
     roots = {
-        1: root_of(metric),
+        1: root_of(metric, damping),
         2: root_of(patches.channels),
         3: root_of(torch.einsum("ghwiw->ghi", spatial)),
         4: root_of(torch.einsum("ghwhv->gwv", spatial)),
     }
-    white = weight
+    found = weight
     for axis, (root, _) in roots.items():
-        white = _along(white, root, axis)
+        found = _along(found, root, axis)
+    return Whitened(weight, found, roots, patches.mean)
+
+
+def decompose(form: str, kernel: Whitened, worth: Tensor) -> Nested:
+    """The chains of a form.
+
+    Args:
+        form: `input`, `vertical` or `horizontal`.
+        kernel: of the layer.
+        worth: all directions of the outputs together, (g,): what the spectrum sums to.
+    """
+    weight, roots = kernel.plain, kernel.roots
+    groups, outputs, channels, tall, wide = weight.shape
     own = FIRST_AXIS[form]
     rows = [2] if own is None else [2, own]
     columns = [axis for axis in (1, 3, 4) if axis not in rows]
     order = (0, *rows, *columns)
-    matrix = white.permute(order).flatten(1 + len(rows)).flatten(1, len(rows))  # g, rows, columns
-    values, vectors = eigh(matrix @ matrix.mT)
-    most = min(matrix.shape[1:])
-    values, vectors = values.flip(-1)[:, :most].clamp(min=0), vectors.flip(-1)[..., :most]
+    matrix = kernel.white.permute(order).flatten(1 + len(rows)).flatten(1, len(rows))  # g, rows, columns
+    values, vectors = _left_singular(matrix)
+    most = values.shape[-1]
     one = [1 if axis not in rows else size for axis, size in ((3, tall), (4, wide))]
     first = vectors.mT.reshape(groups, most, channels, *one)  # its rows in the whitened axes
     encode = first
@@ -90,17 +111,32 @@ def decompose(form: str, weight: Tensor, patches: PatchMoments, metric: Tensor, 
     return Nested(
         first.contiguous(),
         second.reshape(groups, most, outputs, *rest).transpose(1, 2).contiguous(),
-        patches.mean,
+        kernel.mean,
         values * scale[:, None],
     )
 
 
-def root_of(matrix: Tensor, floor: float = 1e-9) -> tuple[Tensor, Tensor]:
-    """The symmetric root of a covariance (g, k, k), scaled to 1, and its inverse; small eigenvalues are lifted."""
+def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values (g, q), largest first, and left vectors (g, rows, q) of (g, rows, columns).
+
+    From a Gram matrix (q, q), q the smaller of both: that of a tall matrix's triangular factor.
+    """
+    tall = matrix.shape[1] > matrix.shape[2]
+    before, square = torch.linalg.qr(matrix) if tall else (None, matrix)
+    values, vectors = eigh(square @ square.mT)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    return values, vectors if before is None else before @ vectors
+
+
+def root_of(matrix: Tensor, damping: float = 0.0, floor: float = 1e-9) -> tuple[Tensor, Tensor]:
+    """The symmetric root of a covariance (g, k, k), scaled to 1, and its inverse; small eigenvalues are lifted.
+
+    To all eigenvalues is added `damping` times the largest one.
+    """
     values, vectors = eigh(matrix)
     largest = values[:, -1:]
     relative = torch.where(largest > 0, values / torch.where(largest > 0, largest, 1), 1)
-    root = relative.clamp(min=floor).sqrt()[:, None]
+    root = ((relative + damping) / (1 + damping)).clamp(min=floor).sqrt()[:, None]
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
@@ -120,7 +156,7 @@ def nested_of(
     damping: float,
     world: World,
 ) -> dict[str, dict[str, Nested]]:
-    """The chains of all forms that are wanted, of the sites that can take them; each solved on one rank.
+    """The chains of all forms that are wanted, of the sites that can take them; each site solved on one rank.
 
     Args:
         model: the dense network.
@@ -136,32 +172,31 @@ def nested_of(
         site → form → chains.
     """
     wanted = {*forms, *(["input"] if "tucker" in forms else [])} & FIRST_AXIS.keys()
-    tasks = [
-        (site, name) for site in sites for name in FIRST_AXIS if name in wanted and not FORMS[name].why_not(site)
-    ]
-    owners = spread([_work(site, name) for site, name in tasks], world.size)
+    possible = {site: [n for n in FIRST_AXIS if n in wanted and not FORMS[n].why_not(site)] for site in sites}
+    tasks = {site: names for site, names in possible.items() if names}
+    owners = spread([sum(_work(site, name) for name in names) for site, names in tasks.items()], world.size)
     found: dict[str, dict[str, Nested]] = {}
-    for (site, name), owner in zip(tasks, owners, strict=True):
-        solved = _blank(site, name, world.device)
-        if owner == world.rank:
-            weight = kernels(model.get_submodule(site.name), site.groups)
-            worth = bases[site.name].spectrum.clamp(min=0).sum(-1)
-            patches = statistics.patches.get(site.name) or white(site, world.device)
-            solved = decompose(name, weight, patches, _metric(site, statistics, damping, world.device), worth)
-        found.setdefault(site.name, {})[name] = solved
+    for (site, names), owner in zip(tasks.items(), owners, strict=True):
+        if owner != world.rank:
+            found[site.name] = {name: _blank(site, name, world.device) for name in names}
+            continue
+        worth = bases[site.name].spectrum.clamp(min=0).sum(-1)
+        patches = statistics.patches.get(site.name) or white(site, world.device)
+        weight = kernels(model.get_submodule(site.name), site.groups)
+        kernel = whitened(weight, patches, _metric(site, statistics, world.device), damping)
+        found[site.name] = {name: decompose(name, kernel, worth) for name in names}
     for rank in sorted(set(owners)):
-        own = [found[site.name][name] for (site, name), owner in zip(tasks, owners, strict=True) if owner == rank]
+        theirs = [site for site, owner in zip(tasks, owners, strict=True) if owner == rank]
+        own = [nested for site in theirs for nested in found[site.name].values()]
         world.broadcast_(*(t for n in own for t in (n.first, n.second, n.mean, n.spectrum)), source=rank)
     return found
 
 
-def _metric(site: Site, statistics: Statistics, damping: float, device: torch.device) -> Tensor:
-    identity = torch.eye(site.width, dtype=torch.float64, device=device).expand(site.groups, -1, -1)
+def _metric(site: Site, statistics: Statistics, device: torch.device) -> Tensor:
     metric = statistics.curvature.get(site.name)
     if metric is None or metric.shape[-1] != site.width:
-        return identity
-    largest: Tensor = eigvalsh(metric)[:, -1:, None].clamp(min=0)
-    return metric + damping * largest * identity
+        return torch.eye(site.width, dtype=torch.float64, device=device).expand(site.groups, -1, -1)
+    return metric
 
 
 def _work(site: Site, name: str) -> float:

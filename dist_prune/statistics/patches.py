@@ -6,7 +6,8 @@ Both are exact, for any stride, dilation and padding, and need no patches in mem
 
 - an input position that n patches contain counts n times in C_c: one product of channels, with weights n;
 - two places that lie δ apart are a product of the input with itself moved by δ, which all pairs of places with
-  that distance share: (2k−1)² / 2 products instead of k⁴.
+  that distance share: (2k−1)² / 2 products instead of k⁴. Where patches do not overlap, as of a transformer's
+  first layer, nothing is shared, and all pairs are one product.
 """
 
 from __future__ import annotations
@@ -133,6 +134,11 @@ class PatchAccumulator:
         self.channels += weighted @ weighted.mT
         total = x.sum(0).double()
         self.total += torch.stack([windows.at(total, i, j).sum((-2, -1)) for i, j in places], -1)
+        if windows.apart:
+            patches = torch.stack([windows.at(x, i, j) for i, j in places], 2)
+            patches = patches.permute(1, 2, 0, 3, 4, 5).flatten(2)
+            self.places += patches @ patches.mT
+            return
         for down, right in _distances(height, width):
             products = windows.times_moved(x, down, right)
             for i, j in places:
@@ -160,6 +166,7 @@ class PatchAccumulator:
     def moments(self) -> PatchMoments:
         """The sums so far."""
         mirror_(self.channels)  # of a product that was rounded differently on both sides, the one that is saved
+        mirror_(self.places)
         shift = self.total.new_zeros(self.total.shape[:2]) if self.shift is None else self.shift.double()
         return PatchMoments(self.total.new_tensor(self.count), shift, self.total, self.channels, self.places)
 
@@ -177,6 +184,12 @@ class _Windows:
 
     module: nn.Conv2d
     size: torch.Size
+
+    @property
+    def apart(self) -> bool:
+        """Whether no position is in two patches."""
+        how = zip(self.module.kernel_size, self.module.dilation, self.module.stride, strict=True)
+        return all(stride > dilation * (kernel - 1) for kernel, dilation, stride in how)
 
     def at(self, maps: Tensor, i: int, j: int) -> Tensor:
         """Of maps (…, H, W), what all patches have at the place (i, j): (…, size)."""

@@ -13,6 +13,7 @@ chosen afterwards, from statistics of the network that is left.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,15 +111,17 @@ def _spent(
 
     Layers keep the forms that they have at this price.
     """
-    now, options = widths, [layer.best(widths, price) for layer in costs.layers]
+    now, options = list(widths), [layer.best(widths, price) for layer in costs.layers]
+    left = limit - costs.at(now, options)
     while True:
-        cost, steps = costs.at(now, options), []
+        steps = []
         for place, known in enumerate(allowed):
-            for width in known[known > now[place]][:1]:
-                wider = (*now[:place], int(width), *now[place + 1 :])
-                more = costs.at(wider, options) - cost
-                if more <= limit - cost:
-                    steps.append((float(losses[place][now[place]] - losses[place][width]) / max(more, 1), wider))
+            for width in known[known > now[place]][:1].tolist():
+                more = costs.more(now, place, width, options)
+                if more <= left:
+                    saved = float(losses[place][now[place]] - losses[place][width]) / max(more, 1)
+                    steps.append((saved, place, width, more))
         if not steps:
-            return now
-        now = max(steps)[1]
+            return tuple(now)
+        _, place, width, more = max(steps, key=operator.itemgetter(0))
+        now[place], left = width, left - more

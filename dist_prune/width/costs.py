@@ -103,13 +103,25 @@ class WidthCosts:
         chosen = options or [DENSE] * len(self.layers)
         return self.fixed + sum(int(layer.cost(widths, o)) for layer, o in zip(self.layers, chosen, strict=True))
 
+    def more(self, widths: Sequence[int], place: int, width: int, options: Sequence[int]) -> int:
+        """What it costs more if one group gets another width."""
+        wider = (*widths[:place], width, *widths[place + 1 :])
+        layers = [(self.layers[each], options[each]) for each in self.changing[place]]
+        return sum(int(layer.cost(wider, o)) - int(layer.cost(widths, o)) for layer, o in layers)
+
+    @cached_property
+    def changing(self) -> tuple[tuple[int, ...], ...]:
+        """For each group, the places of the layers that its width changes."""
+        touched = [layer.outputs.groups | layer.inputs.groups for layer in self.layers]
+        return tuple(
+            tuple(each for each, groups in enumerate(touched) if place in groups)
+            for place in range(len(self.full))
+        )
+
     @cached_property
     def of_group(self) -> tuple[tuple[LayerCosts, ...], ...]:
         """For each group, the layers that its width changes."""
-        return tuple(
-            tuple(layer for layer in self.layers if place in layer.outputs.groups | layer.inputs.groups)
-            for place in range(len(self.full))
-        )
+        return tuple(tuple(self.layers[each] for each in places) for places in self.changing)
 
 
 def width_costs(

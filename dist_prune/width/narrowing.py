@@ -33,7 +33,7 @@ def narrowed(
         kept: of all groups that become narrower.
         predictions: consumer's name → how what it loses follows from what it keeps: its weights and its bias take
             that up. Without, the values of all that is left stay as they are.
-        shared: whether layers that do not change are the dense network's own, for a network to look at only.
+        shared: whether modules that do not change are the dense network's own, for a network to look at only.
     """
     kept = tuple(kept)
     changed: dict[str, nn.Module] = {}
@@ -56,8 +56,15 @@ def narrowed(
             _keep_entries(own(name), index)
         for consumer in each.group.consumers:
             _keep_inputs(own(consumer.name), consumer.inputs(each.group.width, each.channels), len(index))
-    same = [*model.parameters(), *model.buffers()] if shared else []
-    return with_replaced(model, changed.items(), same)
+    return with_replaced(model, changed.items(), _without_any(model, changed) if shared else [])
+
+
+def _without_any(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The modules that hold none of these and are none of them."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    above = {".".join(parts[:end]) for parts in (n.split(".") for n in names) for end in range(len(parts) + 1)}
+    around = {id(module) for name, module in modules if name in above}
+    return [module for _, module in modules if id(module) not in around]
 
 
 def kept_outputs(model: nn.Module, kept: Iterable[KeptChannels]) -> dict[str, Tensor]:

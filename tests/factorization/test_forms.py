@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_prune.config import flags
 from dist_prune.config.flags import ConfigError, parse_forms, parse_rule
 from dist_prune.factorization.forms import FORMS, Form, fitting_forms, folded, kernels
-from dist_prune.factorization.nested import FIRST_AXIS, decompose
+from dist_prune.factorization.nested import FIRST_AXIS, decompose, whitened
 from dist_prune.factorization.plan import Plan, PlanError, choose, cost, make_plan
 from dist_prune.factorization.project import balanced_kernels, chain, rebuild
 from dist_prune.factorization.spectra import Spectra
@@ -21,6 +21,7 @@ from dist_prune.statistics.patches import PatchMoments
 
 LAYERS = {
     "plain": nn.Conv2d(6, 8, 3, padding=1),
+    "few outputs": nn.Conv2d(6, 3, 3, padding=1),
     "strided, dilated, reflected": nn.Conv2d(
         6, 8, (3, 5), (2, 1), (1, 2), (2, 1), bias=False, padding_mode="reflect"
     ),
@@ -173,10 +174,11 @@ def patch_moments(site: Site, module: nn.Module, x: Tensor) -> tuple[PatchMoment
     return found, centred @ centred.mT / count
 
 
+@pytest.mark.parametrize("layer", ["plain", "few outputs"])
 @pytest.mark.parametrize("form", FIRST_AXIS)
-def test_a_decomposition_is_exact_at_full_rank_and_its_spectrum_is_what_is_lost(form: str) -> None:
+def test_a_decomposition_is_exact_at_full_rank_and_its_spectrum_is_what_is_lost(form: str, layer: str) -> None:
     """On independent inputs of equal variance the product of covariances is exact: so are the tails."""
-    site, module = surveyed("plain"), in_double("plain")
+    site, module = surveyed(layer), in_double(layer)
     weight = kernels(module, site.groups)
     identity = torch.eye(site.width, dtype=torch.float64)[None]
     metric = identity + 0.5
@@ -187,7 +189,7 @@ def test_a_decomposition_is_exact_at_full_rank_and_its_spectrum_is_what_is_lost(
     covariance = torch.einsum("gab,st->gasbt", channels, torch.eye(9, dtype=torch.float64)).reshape(1, 54, 54)
     flat = weight.flatten(2)
     worth = (metric @ flat @ covariance * flat).sum((1, 2))
-    found = decompose(form, weight, patches, metric, worth)
+    found = decompose(form, whitened(weight, patches, metric), worth)
     losses = []
     for rank in range(1, found.spectrum.shape[1] + 1):
         first, second = found.kept(rank)
@@ -208,7 +210,7 @@ def test_tails_predict_what_a_projection_loses_on_real_maps() -> None:
     flat, metric = weight.flatten(2), torch.eye(8, dtype=torch.float64)[None]
     worth = (flat @ covariance * flat).sum((1, 2))
     for form in FIRST_AXIS:
-        found = decompose(form, weight, patches, metric, worth)
+        found = decompose(form, whitened(weight, patches, metric), worth)
         for rank in half(FORMS[form], site):
             first, second = found.kept(rank)
             parts = (t.expand(*t.shape[:3], 3, 3) for t in (second, first))
