@@ -31,25 +31,24 @@ from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
 from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, products, unwatched
-from dist_prune.statistics.symmetric import load_lower_panels_, lower_panels
+from dist_prune.statistics.symmetric import SymmetricSum
 from dist_prune.utils import keyed_random
 
 Rows = Callable[[], Tensor]  # made when they are asked for
-Step = Callable[[Rows, Tensor], Tensor]  # a and g, (G, k, N, P) each → (G, k, k), summed over N images
+Step = Callable[[SymmetricSum, Rows, Tensor], None]  # adds a sum over images of a and g, (G, k, N, P) each
 
 
-def gradient_step(rows: Rows, g: Tensor) -> Tensor:
+def gradient_step(total: SymmetricSum, rows: Rows, g: Tensor) -> None:
     """Σ_n Σ_p a_p g_pᵀ."""
-    return rows().flatten(2) @ g.flatten(2).mT
+    total.add_product(rows().flatten(2), g.flatten(2))
 
 
-def fisher_step(_rows: Rows, g: Tensor) -> Tensor:
+def fisher_step(total: SymmetricSum, _rows: Rows, g: Tensor) -> None:
     """Σ_n Σ_p g_p g_pᵀ."""
-    g = g.flatten(2)  # once: it copies
-    return g @ g.mT
+    total.add_square(g.flatten(2))
 
 
-def hessian_step(rows: Rows, g: Tensor) -> Tensor:
+def hessian_step(total: SymmetricSum, rows: Rows, g: Tensor) -> None:
     """Σ_n S(tr(S)I + S + Sᵀ)/(k+2), never forming S where the image has fewer positions than dimensions."""
     a, g = rows().transpose(1, 2), g.transpose(1, 2)  # (G, N, k, P)
     width, positions = a.shape[2:]
@@ -60,7 +59,8 @@ def hessian_step(rows: Rows, g: Tensor) -> Tensor:
     else:
         left = a @ g.mT
         right = left + left.mT + trace * torch.eye(width, dtype=a.dtype, device=a.device)
-    return torch.einsum("gnkp,gnlp->gkl", left, right) / (width + 2)
+    left, right = (each.transpose(1, 2).flatten(2) for each in (left, right))
+    total.add_product(left, right, 1 / (width + 2))
 
 
 STEPS: dict[str, Step] = {
@@ -130,15 +130,14 @@ class _Sum:
         self, module: nn.Module, view: View, step: Step, mean: Tensor | None, device: torch.device
     ) -> None:
         self.module, self.view, self.step, self.mean = module, view, step, mean
-        self.total = torch.zeros(view.site.groups, view.width, view.width, dtype=torch.float64, device=device)
-        self.first_nonfinite_batch = torch.full((), -1, device=device)  # first_nonfinite_batch
-        self.images = self.calls = self.batch = 0
+        self.total = SymmetricSum(view.site.groups, view.width, device)
+        self.images = self.calls = 0
         self.reachable = False
         self.pending: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self, batch: int, images: int) -> None:
+    def begin(self, images: int) -> None:
         """A new batch."""
-        self.batch, self.images, self.calls = batch, images, 0
+        self.images, self.calls = images, 0
 
     def forward(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
@@ -175,20 +174,16 @@ class _Sum:
             self.pending = [self._together()]
         for chunk in self.view.chunks(self.pending[0][1], self.images):
             gradients = _joined([self._gradients(g[chunk]) for _, g in self.pending])
-            step = self.step(partial(self._rows, chunk), gradients)
-            self.total += step + step.mT  # the same bits on both sides of the diagonal: one is enough on disk
-            sound = torch.isfinite(step.sum()) | (self.first_nonfinite_batch >= 0)
-            self.first_nonfinite_batch.copy_(torch.where(sound, self.first_nonfinite_batch, self.batch))
+            self.step(self.total, partial(self._rows, chunk), gradients)
         self.pending = []
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `moments.Sums`."""
-        return {"first_nonfinite_batch": self.first_nonfinite_batch} | lower_panels("total", self.total)
+        return self.total.state_dict("total")
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `moments.Sums`."""
-        self.first_nonfinite_batch.copy_(state["first_nonfinite_batch"])
-        load_lower_panels_(self.total, "total", state)
+        self.total.load_state_dict("total", state)
 
     def _together(self) -> tuple[Tensor, Tensor]:
         """The calls as one over all images."""
@@ -216,8 +211,15 @@ class _Sum:
     def _by_image(self, rows: Tensor) -> Tensor:
         """(g·k, entries, positions) → (g, k, images, all positions of the image), float32 or wider."""
         entries = len(self.pending[0][1]) // self.images
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = _wide(rows)
         return rows.reshape(self.view.site.groups, -1, rows.shape[1] // entries, entries * rows.shape[2])
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """In float32 or wider, (k, entries, positions); where that copies, laid out for the product to come."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    flattens = rows.stride(1) == rows.shape[2] * rows.stride(2)
+    return rows.to(dtype, memory_format=torch.preserve_format if flattens else torch.contiguous_format)
 
 
 def _joined(calls: Sequence[Tensor]) -> Tensor:
@@ -262,7 +264,8 @@ def collect_curvature(
     sums = [_Sum(module, view, step, mean_of[view], world.device) for view, module in modules.items()]
     images, number = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     kept: dict[str, Sums] = {f"curvature/{each.view.site.name}": each for each in sums}
-    kept["seen"] = Tally({"images": images, "batches": number})
+    first_nonfinite_batch = torch.full((len(sums),), -1, device=world.device)
+    kept["seen"] = Tally({"images": images, "batches": number, "first_nonfinite_batch": first_nonfinite_batch})
     with differentiating(model), products(tf32=bf16), ExitStack() as stack:
         for each in sums:
             stack.callback(each.module.register_forward_hook(each.forward, with_kwargs=True).remove)
@@ -271,20 +274,23 @@ def collect_curvature(
                 objective.require_labels(batch)
             if len(batch.images):
                 for each in sums:
-                    each.begin(int(number), len(batch.images))
+                    each.begin(len(batch.images))
                 with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
                     logits = logits_of(model(batch.images))
                 _backward(sums, logits, list(objective(logits.float() if bf16 else logits, batch)))
+                _note_nonfinite(sums, first_nonfinite_batch, int(number))
+                for each in sums:
+                    each.total.close_batch()
             images += len(batch.images)
             number += 1
-    _require_sound(sums, world)
+    _require_sound(sums, first_nonfinite_batch, world)
     _require_reachable(sums, world)
-    totals = {each.view.site.name: each.total for each in sums}
+    totals = {each.view.site.name: each.total.matrix() for each in sums}
     world.sum_(images)
     world.sum_symmetric_(*totals.values())
     if not images:
         raise StatisticsError("no images for the gradients; is the statistics split empty?")
-    scale = 2 * images.to(world.device) * max(1, objective.draws)
+    scale = images.to(world.device) * max(1, objective.draws)
     return {name: total / scale for name, total in totals.items()}
 
 
@@ -311,9 +317,15 @@ def _require_reachable(sums: list[_Sum], world: World) -> None:
         )
 
 
-def _require_sound(sums: list[_Sum], world: World) -> None:
-    first_nonfinite_batch = torch.stack([each.first_nonfinite_batch for each in sums]).tolist()
-    for each, batch in zip(sums, first_nonfinite_batch, strict=True):
+def _note_nonfinite(sums: Sequence[_Sum], first: Tensor, batch: int) -> None:
+    """Note in `first` (sites,) the batch where a product is not finite, once; nothing waits for the device."""
+    if sums:
+        largest = torch.stack(torch._foreach_norm([each.total.unflushed for each in sums], torch.inf))
+        first.masked_fill_((first < 0) & ~torch.isfinite(largest), batch)
+
+
+def _require_sound(sums: Sequence[_Sum], first_nonfinite_batch: Tensor, world: World) -> None:
+    for each, batch in zip(sums, first_nonfinite_batch.tolist(), strict=True):
         if batch >= 0:
             raise StatisticsError(
                 f"{each.view.site.name}: its gradients hold NaN or infinity, first in batch {batch} of rank "

@@ -13,34 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import View, call_of, evaluating
-from dist_prune.statistics.symmetric import load_lower_panels_, lower_panels, mirror_, panels
+from dist_prune.statistics.symmetric import SymmetricSum, tiles_of
 
 T = TypeVar("T")
-
-
-class Tiles(NamedTuple):
-    """How a device's products are cut.
-
-    Attributes:
-        bytes: of centred rows multiplied at once.
-        panel: least width of a panel of their symmetric product.
-        batches: whose float32 products are summed before they are added to the sums in float64.
-    """
-
-    bytes: int
-    panel: int
-    batches: int
-
-
-CPU_TILES = Tiles(2 << 20, 48, 1)  # what stays in a core's cache, and the width at which MKL is fastest
-GPU_TILES = Tiles(1 << 27, 256, 16)  # few large kernels
 
 
 class StatisticsError(ValueError):
@@ -128,9 +110,7 @@ class Accumulator:
         self.count = 0
         self.shift: Tensor | None = None
         self.total = torch.zeros(groups, width, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(groups, width, width, dtype=torch.float64, device=device)  # its lower panels
-        self._product: Tensor | None = None
-        self._unflushed = 0  # batches in it
+        self.outer = SymmetricSum(groups, width, device)
 
     @torch.no_grad()
     def add(self, *blocks: Tensor) -> None:
@@ -145,59 +125,31 @@ class Accumulator:
         parts = [block.view(groups, -1, *block.shape[1:]) for block in blocks]
         if self.shift is None:
             self.shift = torch.cat([part.mean((2, 3), dtype=dtype) for part in parts], 1)
-        tiles, product = _tiles(self.outer), self._product_of(dtype)
         count, positions = blocks[0].shape[1:]
-        images = max(1, tiles.bytes // (self.total.numel() * positions * dtype.itemsize))
+        images = max(1, tiles_of(self.total).bytes // (self.total.numel() * positions * dtype.itemsize))
         for some in zip(*(torch.split(part, images, dim=2) for part in parts), strict=True):
             columns = _minus(some, self.shift)
-            _add_lower_product(product, columns, self._panel)
+            self.outer.add_square(columns)
             self.total += columns.sum(-1)
         self.count += count * positions
-        self._unflushed += 1
-        if self._unflushed == tiles.batches:
-            self._flush()
-
-    def _product_of(self, dtype: torch.dtype) -> Tensor:
-        """The sum of the last batches' products, in the precision that they are taken in."""
-        if self._product is None or self._product.dtype != dtype:
-            self._flush()
-            self._product = self.outer.new_zeros(self.outer.shape, dtype=dtype)
-        return self._product
-
-    def _flush(self) -> None:
-        """Add it to the sums in float64."""
-        if self._product is not None:
-            _add_lower(self.outer, self._product, self._panel)
-        self._product, self._unflushed = None, 0
-
-    @property
-    def _panel(self) -> int:
-        return max(_tiles(self.outer).panel, self.outer.shape[-1] // 4)
+        self.outer.close_batch()
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Sums`."""
-        self._flush()
-        sums = {"count": torch.tensor(self.count), "total": self.total}
-        sums |= lower_panels("outer", self.outer, self._panel)
+        sums = {"count": torch.tensor(self.count), "total": self.total} | self.outer.state_dict("outer")
         return sums if self.shift is None else sums | {"shift": self.shift}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Sums`."""
-        self._product, self._unflushed, self.count = None, 0, int(state["count"])
+        self.count = int(state["count"])
         self.shift = state["shift"].to(self.total.device) if "shift" in state else None
         self.total.copy_(state["total"])
-        load_lower_panels_(self.outer, "outer", state)  # panels may be wider on this device
+        self.outer.load_state_dict("outer", state)
 
     def moments(self) -> Moments:
         """The sums so far."""
-        self._flush()
-        mirror_(self.outer, self._panel)
         shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift.double()
-        return Moments(self.total.new_tensor(self.count), shift, self.total, self.outer)
-
-
-def _tiles(tensor: Tensor) -> Tiles:
-    return GPU_TILES if tensor.is_cuda else CPU_TILES
+        return Moments(self.total.new_tensor(self.count), shift, self.total, self.outer.matrix())
 
 
 def _minus(blocks: Sequence[Tensor], shift: Tensor) -> Tensor:
@@ -213,18 +165,6 @@ def _minus(blocks: Sequence[Tensor], shift: Tensor) -> Tensor:
         own = slice(end - block.shape[1], end)
         torch.sub(block, shift[:, own, None, None], out=centred[:, own])
     return centred.flatten(2)
-
-
-def _add_lower_product(product: Tensor, columns: Tensor, step: int) -> None:
-    """Add columns·columnsᵀ, (g, k, k), in panels of columns that begin at the diagonal: about half of it."""
-    for p in panels(product.shape[-1], step):
-        product[:, p.start :, p].baddbmm_(columns[:, p.start :], columns[:, p].mT)
-
-
-def _add_lower(sums: Tensor, product: Tensor, step: int) -> None:
-    """Add the panels that `_add_lower_product` computes."""
-    for p in panels(product.shape[-1], step):
-        sums[:, p.start :, p] += product[:, p.start :, p]
 
 
 def collect_moments(

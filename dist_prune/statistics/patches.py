@@ -2,31 +2,32 @@
 
 A patch x is seen as c channels × k² places. Planning takes its covariance as a product, C_xx ≈ C_c ⊗ C_s, made of
 the two block traces: C_c, between channels, averaged over places, and C_s, between places, summed over channels.
-Both are exact, for any stride, dilation and padding, and need no patches in memory:
+Both are exact, for any stride, dilation and padding:
 
 - an input position that n patches contain counts n times in C_c: one product of channels, with weights n;
-- two places that lie δ apart are a product of the input with itself moved by δ, which all pairs of places with
-  that distance share: (2k−1)² / 2 products instead of k⁴. Where patches do not overlap, as of a transformer's
-  first layer, nothing is shared, and all pairs are one product.
+- C_s is the sum over images and channels of products of (k² × positions) matrices with themselves, which are
+  copied once, for a few images at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, call_of
-from dist_prune.network.windows import padded
+from dist_prune.network.windows import padded, patches
 from dist_prune.statistics.moments import StatisticsError
-from dist_prune.statistics.symmetric import load_lower_panels_, lower_panels, mirror_
+from dist_prune.statistics.symmetric import SymmetricSum, load_lower_panels_, lower_panels, mirror_
 
-CHUNK, GPU_CHUNK = 1 << 22, 1 << 27  # bytes of input that are multiplied at once: on a GPU, few large kernels
+CHUNK, GPU_CHUNK = 1 << 22, 1 << 29  # bytes of patches that are multiplied at once: on a GPU, few large kernels
 
 
 @dataclass(frozen=True)
@@ -95,64 +96,64 @@ class PatchAccumulator:
     def __init__(self, site: Site, device: torch.device) -> None:
         places = site.kernel[0] * site.kernel[1]
         channels = site.inputs // places
-        self.kernel = site.kernel
         self.count = 0
         self.shift: Tensor | None = None
         self.total = torch.zeros(site.groups, channels, places, dtype=torch.float64, device=device)
-        self.channels = self.total.new_zeros(site.groups, channels, channels)
+        self.channels = SymmetricSum(site.groups, channels, device)
         self.places = self.total.new_zeros(site.groups, places, places)
+        self._weights: dict[torch.Size, Tensor] = {}  # by size of the input
 
     @torch.no_grad()
-    def add(self, module: nn.Conv2d, x: Tensor, size: torch.Size) -> None:
+    def add(self, module: nn.Conv2d, x: Tensor) -> None:
         """Add the patches of an input.
 
         Args:
             module: the convolution, which knows stride, dilation and padding.
             x: what it was given, (N, in, H, W).
-            size: height and width of what it gave.
         """
         if not x.numel():
             return
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
         if self.shift is None:
-            self.shift = x.mean((0, 2, 3)).reshape(self.total.shape[:2])
-        windows = _Windows(module, size)
-        for some in torch.split(
-            x, max(1, (GPU_CHUNK if x.is_cuda else CHUNK) // (x[0].numel() * x.element_size()))
-        ):
+            self.shift = x.mean((0, 2, 3)).view(self.total.shape[:2])
+        groups, channels, places = self.total.shape
+        summed = x.new_zeros((), dtype=torch.float64)  # over images
+        patch_bytes = x[0].numel() * x.element_size() * places // math.prod(module.stride)  # of an image, about
+        few = (GPU_CHUNK if x.is_cuda else CHUNK) // max(1, patch_bytes)
+        for some in torch.split(x, max(1, few)):
             # Padding is zero before the shift, not after.
-            shifted = padded(module, some)
-            shifted = shifted.view(len(some), *self.shift.shape, *shifted.shape[2:]) - self.shift[..., None, None]
-            self._add(windows, windows.reached(shifted))
-            self.count += len(some) * size.numel()
+            shifted = padded(module, some) - self.shift.view(-1, 1, 1)
+            self._add_products(module, shifted)
+            summed = summed + shifted.sum(0)
+        rows = patches(module, summed[None]).view(groups, channels, places, -1)
+        self.total += rows.sum(-1)
+        self.count += len(x) * rows.shape[-1]
+        self.channels.close_batch()
 
-    def _add(self, windows: _Windows, x: Tensor) -> None:
-        """Of the chunk (N, g, c, H, W), padded and shifted."""
-        height, width = self.kernel
-        places = [(i, j) for i in range(height) for j in range(width)]
-        weighted = (x * windows.counts(self.kernel, x).sqrt()).permute(1, 2, 0, 3, 4).flatten(2)
-        self.channels += weighted @ weighted.mT
-        total = x.sum(0).double()
-        self.total += torch.stack([windows.at(total, i, j).sum((-2, -1)) for i, j in places], -1)
-        if windows.apart:
-            patches = torch.stack([windows.at(x, i, j) for i, j in places], 2)
-            patches = patches.permute(1, 2, 0, 3, 4, 5).flatten(2)
-            self.places += patches @ patches.mT
-            return
-        for down, right in _distances(height, width):
-            products = windows.times_moved(x, down, right)
-            for i, j in places:
-                if i + down < height and 0 <= j + right < width:
-                    first, second = i * width + j, (i + down) * width + j + right
-                    value = windows.at(products, i, j + min(0, right)).sum((-2, -1))
-                    self.places[:, first, second] += value
-                    if first != second:
-                        self.places[:, second, first] += value
+    def _add_products(self, module: nn.Conv2d, x: Tensor) -> None:
+        """Of a few images (N, in, H, W), padded and shifted."""
+        groups, channels, places = self.total.shape
+        rows = patches(module, x).view(len(x), groups, channels, places, -1)
+        if rows.shape[-1] < places:  # fewer positions, as behind a transformer's first layer: one large product
+            rows = rows.permute(1, 3, 0, 2, 4).flatten(2)
+            self.places += rows @ rows.mT
+        else:
+            self.places += (rows @ rows.mT).sum((0, 2), dtype=torch.float64)
+        self.channels.add_square((x * self._weighted(module, x)).transpose(0, 1).reshape(groups, channels, -1))
+
+    def _weighted(self, module: nn.Conv2d, x: Tensor) -> Tensor:
+        """The root of how many patches contain a position, (1, 1, H, W)."""
+        size = x.shape[-2:]
+        if size not in self._weights:
+            ones = patches(module, torch.ones(1, 1, *size, dtype=torch.float64))
+            how = {"dilation": module.dilation, "stride": module.stride}
+            self._weights[size] = F.fold(ones, size, module.kernel_size, **how).sqrt().to(x)
+        return self._weights[size]
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `moments.Sums`."""
         sums = {"total": self.total, "count": torch.tensor(self.count)}
-        sums |= lower_panels("channels", self.channels) | lower_panels("places", self.places)
+        sums |= self.channels.state_dict("channels") | lower_panels("places", self.places)
         return sums if self.shift is None else sums | {"shift": self.shift}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -160,73 +161,16 @@ class PatchAccumulator:
         self.count = int(state["count"])
         self.shift = state["shift"].to(self.total.device) if "shift" in state else None
         self.total.copy_(state["total"])
-        load_lower_panels_(self.channels, "channels", state)
+        self.channels.load_state_dict("channels", state)
         load_lower_panels_(self.places, "places", state)
 
     def moments(self) -> PatchMoments:
         """The sums so far."""
-        mirror_(self.channels)  # of a product that was rounded differently on both sides, the one that is saved
         mirror_(self.places)
         shift = self.total.new_zeros(self.total.shape[:2]) if self.shift is None else self.shift.double()
-        return PatchMoments(self.total.new_tensor(self.count), shift, self.total, self.channels, self.places)
-
-
-def _distances(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """How far two places of a kernel can lie apart, down and right, each pair once."""
-    for down in range(height):
-        for right in range(1 - width if down else 0, width):
-            yield down, right
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """Which positions of a padded input a convolution reads."""
-
-    module: nn.Conv2d
-    size: torch.Size
-
-    @property
-    def apart(self) -> bool:
-        """Whether no position is in two patches."""
-        how = zip(self.module.kernel_size, self.module.dilation, self.module.stride, strict=True)
-        return all(stride > dilation * (kernel - 1) for kernel, dilation, stride in how)
-
-    def at(self, maps: Tensor, i: int, j: int) -> Tensor:
-        """Of maps (…, H, W), what all patches have at the place (i, j): (…, size)."""
-        rows, columns = (
-            slice(place * d, place * d + (n - 1) * s + 1, s)
-            for place, d, n, s in zip((i, j), self.module.dilation, self.size, self.module.stride, strict=True)
+        return PatchMoments(
+            self.total.new_tensor(self.count), shift, self.total, self.channels.matrix(), self.places
         )
-        return maps[..., rows, columns]
-
-    def reached(self, maps: Tensor) -> Tensor:
-        """Without the last rows and columns, if a stride leaves them out."""
-        ends = [
-            (n - 1) * s + (k - 1) * d + 1
-            for n, s, k, d in zip(
-                self.size, self.module.stride, self.module.kernel_size, self.module.dilation, strict=True
-            )
-        ]
-        return maps[..., : ends[0], : ends[1]]
-
-    def counts(self, kernel: tuple[int, int], like: Tensor) -> Tensor:
-        """How many patches contain each position, (H, W)."""
-        counts = like.new_zeros(like.shape[-2:])
-        for i in range(kernel[0]):
-            for j in range(kernel[1]):
-                self.at(counts, i, j).add_(1)
-        return counts
-
-    def times_moved(self, x: Tensor, down: int, right: int) -> Tensor:
-        """Σ over images and channels of x(q)·x(q + δ), (g, …), float64, δ in places, `down` ≥ 0.
-
-        Its columns begin where both are inside.
-        """
-        down, right = down * self.module.dilation[0], right * self.module.dilation[1]
-        height, width = x.shape[-2:]
-        here = x[..., : height - down, max(0, -right) : width - max(0, right)]
-        there = x[..., down:, max(0, right) : width - max(0, -right)]
-        return (here * there).sum((0, 2)).double()
 
 
 @contextmanager
@@ -250,7 +194,7 @@ def _feed(site: Site, accumulator: PatchAccumulator) -> Callable[..., None]:
         assert isinstance(module, nn.Conv2d)
         x, y = call_of(site, args, kwargs, output)
         with torch.autocast(y.device.type, enabled=False):
-            accumulator.add(module, x.detach(), y.shape[-2:])
+            accumulator.add(module, x.detach())
 
     return hook
 

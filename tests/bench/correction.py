@@ -27,7 +27,7 @@ from dist_prune.distributed.world import World, joined
 from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.sites import survey
-from dist_prune.statistics import moments
+from dist_prune.statistics import symmetric
 from tests.bench.speed import Setting, forward, network, run
 from tests.bench.timing import Row, seconds, synchronise
 from tests.ranks import run_ranks
@@ -101,16 +101,16 @@ def cost(world: World, setting: Setting) -> Cost:
 @contextmanager
 def timed_products(taken: list[float], device: torch.device, clock: str) -> Iterator[None]:
     """While open, the seconds of every product of rows are noted."""
-    plain: Callable[[Tensor, Tensor, int], None] = moments._add_lower_product
+    plain: Callable[[Tensor, Tensor, int], None] = symmetric.add_lower_product
 
     def timed(product: Tensor, columns: Tensor, panel: int) -> None:
         taken.append(seconds(partial(plain, product, columns, panel), device, clock))
 
-    moments._add_lower_product = timed
+    symmetric.add_lower_product = timed
     try:
         yield
     finally:
-        moments._add_lower_product = plain
+        symmetric.add_lower_product = plain
         synchronise(device)
 
 

@@ -85,7 +85,7 @@ def test_an_older_schema_is_refused(bench: Bench, left: Path, tmp_path: Path) ->
         files.seal(path)
     done = bench.commands(*bench.words(folder, **FLAGS, resume=True), ranks=2)
     assert done.codes == [1, 1]
-    assert "has schema 1, this version of dist_prune reads 5" in done.errors[0]
+    assert "has schema 1, this version of dist_prune reads 6" in done.errors[0]
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(bench: Bench, left: Path, tmp_path: Path) -> None:

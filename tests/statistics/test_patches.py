@@ -57,7 +57,7 @@ def test_block_traces_are_those_of_the_covariance_of_patches(kind: str) -> None:
     conv = nn.Conv2d(4, 8, **LAYERS[kind], dtype=torch.float64)
     accumulator, x = PatchAccumulator(describe("conv", conv), torch.device("cpu")), images()
     for batch in (x[:2], x[:0], x[2:]):
-        accumulator.add(conv, batch, conv(batch).shape[-2:])
+        accumulator.add(conv, batch)
     require_equal(accumulator.moments(), conv, x)
     resumed = PatchAccumulator(describe("conv", conv), torch.device("cpu"))
     resumed.load_state_dict(accumulator.state_dict())
@@ -67,7 +67,7 @@ def test_block_traces_are_those_of_the_covariance_of_patches(kind: str) -> None:
 def test_float32_far_from_zero_keeps_its_digits() -> None:
     conv, x = nn.Conv2d(4, 8, 3), 1000 + images().float()
     accumulator = PatchAccumulator(describe("conv", conv), torch.device("cpu"))
-    accumulator.add(conv, x, conv(x).shape[-2:])
+    accumulator.add(conv, x)
     _, channels, places = block_traces(conv.double(), x.double())
     torch.testing.assert_close(accumulator.moments().channels, channels, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(accumulator.moments().places, places, rtol=1e-4, atol=1e-3)
