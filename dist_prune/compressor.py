@@ -187,6 +187,13 @@ class Compressor:
         return {each.name: each.reason for each in self._fitted().found.skipped}
 
     @property
+    def staying_(self) -> dict[str, str]:
+        """Layers whose channels, and attention whose heads, no budget can remove, and why."""
+        found = self._fitted()
+        channels = {name: each.reason for each in found.possible.staying for name in each.producers}
+        return {**channels, **found.attention}
+
+    @property
     def dense_(self) -> Cost:
         """Multiply-adds of one image, and parameters, of the network as it was given."""
         found = self._fitted().everything

@@ -74,7 +74,8 @@ def opened_as(model: nn.Module, names: Iterable[str]) -> nn.Module:
         module = model.get_submodule(name)
         if not isinstance(module, HeadAttention):
             if not _looks_like_attention(module) or (reason := _why_closed(module)):
-                raise AttributeError(f"{name}: a {type(module).__name__}, {reason or 'expected attention'}")
+                what = reason or "expected attention: nn.MultiheadAttention, or a module with `qkv` and `proj`"
+                raise AttributeError(f"{name} is a {type(module).__name__}; {what}")
             found[name] = _open(module)
     return with_replaced(model, found.items(), [*model.parameters(), *model.buffers()]) if found else model
 

@@ -56,6 +56,11 @@ class Group:
         return f"{self.producers[0]} ({self.part})" if self.part else self.producers[0]
 
     @property
+    def heads(self) -> int:
+        """Of the attention whose dimensions these are; queries and keys come once for each."""
+        return self.times // 2 if self.part == QUERIES else self.times
+
+    @property
     def solved(self) -> tuple[Consumer, ...]:
         """The consumers that have weights, which can make up for what they lose."""
         return () if self.part == QUERIES else self.consumers

@@ -21,7 +21,7 @@ from dist_prune.network.errors import ModelError
 from dist_prune.network.layers import UNKNOWN, require_layers, why_dense
 from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.network.outputs import concern_about
-from dist_prune.network.trial import StandInTrial, answer_of, stand_ins, tolerance_of
+from dist_prune.network.trial import StandInTrial, answer_of, stand_ins, tolerance_of, unlike_batches
 from dist_prune.network.windows import padded, patches
 
 
@@ -200,7 +200,10 @@ def survey(model: nn.Module, image: Tensor) -> Survey:
         model, image, answer, tolerance_of([answer, *(y for each in calls.values() for _, y in each)])
     )
     with evaluating(model):
-        reasons |= tried.altering(stand_ins({site.name: modules[site.name] for site in found}))
+        outputs = {site.name: [y for _, y in calls[site.name]] for site in found}
+        reasons |= unlike_batches(model, image, {name: modules[name] for name in outputs}, outputs)
+        left = {site.name: modules[site.name] for site in found if not reasons[site.name]}
+        reasons |= tried.altering(stand_ins(left))
     reasons |= {n: f"{type(m).__name__} is not factored: only Conv2d and Linear are" for n, m in others.items()}
     return Survey(
         sites=tuple(site for site in found if not reasons[site.name]),

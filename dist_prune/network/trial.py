@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +61,49 @@ class StandInTrial:
         if off <= self.tolerance * self.expected.double().norm():
             return ""
         return "the network computes something else as soon as another module stands there"
+
+
+def unlike_batches(
+    model: nn.Module,
+    image: Tensor,
+    modules: Mapping[str, nn.Conv2d | nn.Linear],
+    outputs: Mapping[str, Sequence[Tensor]],
+) -> dict[str, str]:
+    """The layers of whose rows no image is the owner, as their first dimension is not that of images: name → why.
+
+    Such as those that are given coordinates, or tokens before images. A network that takes single images has none.
+
+    Args:
+        model: the network.
+        image: (1, …).
+        modules: the layers.
+        outputs: of all their calls for the image, their values do not matter.
+    """
+    one = {name: sum(_entries(module, y) for y in outputs[name]) for name, module in modules.items()}
+    two: Counter[str] = Counter()
+
+    def count(name: str, module: nn.Module, _args: object, y: Tensor) -> None:
+        two[name] += _entries(module, y)
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(partial(count, name)).remove)
+        try:
+            answer_of(model, torch.cat([image, image]))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever the network's own code raises for two images
+            return {}
+    return {
+        name: f"its first dimension is not that of images: {one[name]} for one image, {two[name]} for two"
+        for name in one
+        if two[name] != 2 * one[name]
+    }
+
+
+def _entries(module: nn.Module, y: Tensor) -> int:
+    """How long the first dimension is; of what is called without one, 1."""
+    return 1 if y.dim() == (3 if isinstance(module, nn.Conv2d) else 1) else len(y)
 
 
 def answer_of(model: nn.Module, image: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from dist_prune.statistics.collect import Passes, Statistics
 from dist_prune.statistics.moments import StatisticsError, Sums
 from dist_prune.utils.caller import bar, warn
 from dist_prune.width.choose import Channels, removable_groups, require_reachable_widths
+from dist_prune.width.groups import Groups
 
 T = TypeVar("T")
 Measure = Literal["kl", "mse"]
@@ -64,6 +65,8 @@ class Collected:
         measured: what `directions` found for earlier choices of ranks, by the forms that they allowed.
         padding: names of the convolutions that padded by themselves.
         versions: of the given network's tensors, as PyTorch counts their changes.
+        attention: whose heads stay, name → why.
+        possible: channels that could be removed, and which stay and why.
         narrow: for the last choice of channels, the network they are removed from, and the same of what is left.
     """
 
@@ -81,6 +84,8 @@ class Collected:
     patches: bool = False
     padding: tuple[str, ...] = ()
     versions: tuple[int, ...] = ()
+    attention: Mapping[str, str] = field(default_factory=dict)
+    possible: Groups = field(default_factory=Groups)
     channels: Channels | None = None
     measured: dict[frozenset[str], Directions] = field(default_factory=dict, compare=False)
     narrow: dict[tuple[KeptChannels, ...], tuple[nn.Module, Collected]] = field(
@@ -150,7 +155,7 @@ def collect(
         model = with_replaced(model)  # gradients need ordinary tensors
     pair = given.batches[0].images[:2].to(given.device)
     paddings = world.from_first(lambda: _asked(lambda: own_paddings(model, pair[:1]), given))
-    model = _opened(with_paddings(model, paddings), run.compression, ranks, given, world)
+    model, closed = _opened(with_paddings(model, paddings), run.compression, ranks, given, world)
     everything = world.from_first(lambda: _asked(lambda: survey(model, pair[:1]), given))
     if basis.loss != "mse":
         everything.require_classes()
@@ -163,9 +168,11 @@ def collect(
     collected = Collected(
         run, given_model, model, everything, found, Statistics(), {}, given, images, image, progress
     )
+    possible = removable_groups(model, found.sites, pair) if run.compression.removes_channels else Groups()
     collected = replace(collected, padding=tuple(paddings), versions=versions_of(given_model))
+    collected = replace(collected, attention=closed, possible=possible)
     plans = collected.planner(run.compression.ranks if ranks is None else ranks, world)
-    groups = removable_groups(model, found.sites, pair) if run.compression.removes_channels else []
+    groups = possible.groups
     if groups and ranks is not None:
         require_reachable_widths(model, groups, plans, image)
     elif ranks is not None:
@@ -183,15 +190,20 @@ def collect(
 
 def _opened(
     model: nn.Module, settings: CompressionConfig, ranks: str | Plan | None, given: Kept, world: World
-) -> nn.Module:
-    """With the attention taken apart that a plan is of, or whose heads may lose dimensions."""
+) -> tuple[nn.Module, dict[str, str]]:
+    """With the attention taken apart that a plan is of, or whose heads may lose some; and why others stay."""
     if isinstance(ranks, Plan):
-        return opened_for(model, ranks)
+        return opened_for(model, ranks), {}
     if not settings.removes_channels:
-        return model
+        return model, {}
     image = given.batches[0].images[:1].to(given.device)
-    found = world.from_first(lambda: _asked(lambda: opened(model, image, settings.sites), given).names)
-    return opened_as(model, found)
+
+    def names() -> tuple[tuple[str, ...], dict[str, str]]:
+        found = opened(model, image, settings.sites)
+        return found.names, dict(found.closed)
+
+    found, closed = world.from_first(lambda: _asked(names, given))
+    return opened_as(model, found), closed
 
 
 def _with_statistics(collected: Collected, patches: bool, world: World) -> Collected:

@@ -30,7 +30,7 @@ from dist_prune.width.choose import (
     turned_with_moments,
     without,
 )
-from dist_prune.width.listing import format_widths
+from dist_prune.width.listing import format_widths, note_on_staying
 from dist_prune.width.narrowing import require_channels
 
 
@@ -59,7 +59,8 @@ class Planned:
         """What happens to each layer, and the totals; first which channels go."""
         plan, unit = self.plan, unit_of(self.source.run.compression.basis)
         text = self.plans.format_table(replace(plan, kept=()), {}, unit)
-        text = "\n".join(filter(None, (note_on(self.collected.padding), text)))
+        staying = note_on_staying(self.collected.possible, self.collected.attention)
+        text = "\n".join(filter(None, (note_on(self.collected.padding), staying, text)))
         if not plan.kept:
             return text
         lost = sum(each.loss or 0.0 for each in plan.kept)

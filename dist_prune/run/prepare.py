@@ -43,8 +43,8 @@ from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils import files
 from dist_prune.width.choose import removable_groups, require_reachable_widths
-from dist_prune.width.groups import find_groups
-from dist_prune.width.listing import format_groups
+from dist_prune.width.groups import Groups, find_groups
+from dist_prune.width.listing import format_groups, note_on_staying
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def require_reachable(config: Run, dense: nn.Module, ranks: Planner, world: Worl
     if not config.compression.removes_channels:
         ranks.check()
         return
-    groups = removable_groups(dense, ranks.survey.sites, probe(config, world, 2))
+    groups = removable_groups(dense, ranks.survey.sites, probe(config, world, 2)).groups
     require_reachable_widths(dense, groups, ranks, probe(config, world, 1))
 
 
@@ -359,7 +359,7 @@ def open_attention(
     image = probe(config, world, 1)
     names, closed = world.from_first(lambda: _attention(network, image, config.compression.sites))
     if closed:
-        say(f"heads of attention stay: {', '.join(f'{name} ({why})' for name, why in closed.items())}")
+        say(note_on_staying(Groups(), closed))
     if not names:
         return network, sites
     dense = opened_as(network, names)

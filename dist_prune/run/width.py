@@ -9,19 +9,21 @@ from dist_prune.correction.channels import channels_of
 from dist_prune.run.compress import collect_statistics, directions_with_losses, load_statistics
 from dist_prune.run.job import Job, probe, unlabelled_stream
 from dist_prune.width.choose import choose_widths, costs_within, removable_groups, without
-from dist_prune.width.listing import format_widths
+from dist_prune.width.listing import format_widths, note_on_staying
 
 
 def remove_channels(job: Job) -> None:
     """Choose widths, in closed form from the calibration images, and narrow the network."""
     config, planner = job.config, job.dense_planner
-    groups = removable_groups(job.dense, job.survey.sites, probe(config, job.world, 2))
+    possible = removable_groups(job.dense, job.survey.sites, probe(config, job.world, 2))
+    if possible.unknown:
+        job.report.say(note_on_staying(possible))
     gathered = load_statistics(job)
     found = directions_with_losses(job, gathered)
     with job.report.phase("width"):
         images = correction.decode(unlabelled_stream(job), config.correction.mirrored)
-        channels = channels_of(job.dense, groups, images, gathered.curvature, config.seed, job.world)
-        costs = costs_within(job.dense, groups, planner, found.spectra, probe(config, job.world, 1))
+        channels = channels_of(job.dense, possible.groups, images, gathered.curvature, config.seed, job.world)
+        costs = costs_within(job.dense, possible.groups, planner, found.spectra, probe(config, job.world, 1))
         kept = choose_widths(channels, costs, planner.rule.amount, planner.round_to, job.world)
     if not kept:
         job.state.directions = found

@@ -29,7 +29,7 @@ from dist_prune.statistics.curvature import STEPS, NoGradientError, Objective, c
 from dist_prune.width.allocation import allocate
 from dist_prune.width.costs import WidthCosts, forms_of, width_costs
 from dist_prune.width.elimination import Elimination, Prediction, eliminate, predict
-from dist_prune.width.groups import find_groups
+from dist_prune.width.groups import Groups, Staying, find_groups
 from dist_prune.width.heads import elimination_of, turned
 from dist_prune.width.moments import ChannelMoments, collect_channel_moments, term_of
 from dist_prune.width.narrowing import narrowed
@@ -81,8 +81,8 @@ class Channels:
     model: nn.Module
 
 
-def removable_groups(model: nn.Module, sites: Iterable[Site], images: Tensor) -> list[Group]:
-    """The groups between chosen layers without which the network still runs.
+def removable_groups(model: nn.Module, sites: Iterable[Site], images: Tensor) -> Groups:
+    """The groups between chosen layers without which the network still runs; all others stay.
 
     Some code has a number of channels written into it.
 
@@ -92,9 +92,16 @@ def removable_groups(model: nn.Module, sites: Iterable[Site], images: Tensor) ->
         images: (2, …), any that it takes.
     """
     chosen = {site.name for site in sites}
-    found = find_groups(model, images).groups
-    between = [g for g in found if chosen >= {*g.producers, *(c.name for c in g.solved)}]
-    return [group for group in between if _runs(model, group, images)]
+    found, groups, staying = find_groups(model, images), [], list[Staying]()
+    for group in found.groups:
+        fixed = {*group.producers, *(c.name for c in group.solved)} - chosen
+        if fixed:
+            staying.append(Staying(group.producers, f"{min(fixed)} stays as it is"))
+        elif not _runs(model, group, images):
+            staying.append(Staying(group.producers, "the network does not run without some of them"))
+        else:
+            groups.append(group)
+    return Groups(tuple(groups), (*found.staying, *staying), found.unknown)
 
 
 def weigh_channels(

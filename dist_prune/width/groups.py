@@ -37,10 +37,14 @@ class Staying:
 
 @dataclass(frozen=True)
 class Groups:
-    """All channels of a network, in execution order: those that can be removed, and those that stay."""
+    """All channels of a network, in execution order: those that can be removed, and those that stay.
 
-    groups: tuple[Group, ...]
-    staying: tuple[Staying, ...]
+    `unknown` says why nothing is known of them, where the network cannot be traced.
+    """
+
+    groups: tuple[Group, ...] = ()
+    staying: tuple[Staying, ...] = ()
+    unknown: str = ""
 
 
 def find_groups(model: nn.Module, image: Tensor) -> Groups:
@@ -56,7 +60,7 @@ def find_groups(model: nn.Module, image: Tensor) -> Groups:
         graph = traced_with_shapes(model, image)
     except GraphError as error:
         made = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
-        return Groups((), (Staying(made, str(error)),) if made else ())
+        return Groups((), (Staying(made, str(error)),) if made else (), str(error))
     return _Following(model, graph).groups()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import indent
 
 from dist_prune.network.channels import KeptChannels
@@ -26,6 +26,13 @@ def format_groups(found: Groups) -> str:
         rows = [[_named(each.producers), each.reason] for each in found.staying]
         lines.append(indent(table(["channels made by", "stay, because"], rows), "   "))
     return "\n".join(lines)
+
+
+def note_on_staying(found: Groups, attention: Mapping[str, str] | None = None) -> str:
+    """Why heads of attention stay, name → reason, and all channels of a network that cannot be traced, if so."""
+    heads = ", ".join(f"{name} ({why})" for name, why in (attention or {}).items())
+    lines = [f"heads of attention stay: {heads}"] if heads else []
+    return "\n".join([*lines, *([f"channels stay: {found.unknown}"] if found.unknown else [])])
 
 
 def format_widths(kept: Sequence[KeptChannels], macs: float, loss: float) -> str:

@@ -94,9 +94,19 @@ def require_channels(model: nn.Module, kept: Iterable[KeptChannels]) -> None:
                 )
         if not channels or list(channels) != sorted({*channels} & {*range(group.width)}):
             raise PlanError(f"channels kept of {group.name}: expected some of 0 to {group.width - 1}, ascending")
+        for name, heads in _heads_of(modules, group):
+            if heads != group.heads:
+                raise PlanError(f"{name} has {heads} heads here; the plan is of a network with {group.heads}")
         for name, width in _widths_of(modules, group):
             if width != group.width:
                 raise PlanError(f"{name} has {width} channels here; the plan is of a network with {group.width}")
+
+
+def _heads_of(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[str, int]]:
+    """Of what mixes the tokens, where the group is of attention."""
+    for name in group.members if group.part else ():
+        if isinstance(module := modules[name], HeadMixing):
+            yield name, module.heads
 
 
 def _widths_of(modules: Mapping[str, nn.Module], group: Group) -> Iterator[tuple[str, int]]:

@@ -105,7 +105,7 @@ def solved_again(network: nn.Module, ground: Ground, images: int, seed: int) -> 
     """The same channels removed as this project does it: consumers take up what they lose, layers are solved."""
     dense, world = ground.dense, ground.world
     pair = torch.zeros(2, 3, SPEC.crop, SPEC.crop)
-    groups = removable_groups(dense, survey(dense, pair[:1]).sites, pair)
+    groups = removable_groups(dense, survey(dense, pair[:1]).sites, pair).groups
     all_kept = [KeptChannels(group, surviving(dense, network, group)) for group in groups]
     kept = [each for each in all_kept if len(each.channels) < each.group.width]
     seen = decode(ground.stream(ground.training(images, seed)), mirrored=True)

@@ -55,6 +55,29 @@ def test_survey_finds_sites_in_execution_order_and_gives_reasons(zoo: Zoo) -> No
     assert found.classes == 5
 
 
+class Coordinates(nn.Module):
+    """A bias made from coordinates, and tokens that come before images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.each, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.bias, self.alone = nn.Linear(2, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.stem(x.flatten(2)) + self.bias(torch.ones(1, 2))
+        mixed = self.each(tokens.transpose(0, 1)).mean(0)
+        return self.head(torch.stack([self.alone(image) for image in mixed]))
+
+
+def test_layers_whose_rows_are_of_no_image_stay() -> None:
+    found = survey(Coordinates(), torch.zeros(1, 3, 3, 4))
+    assert [site.name for site in found.sites] == ["stem", "alone", "head"]
+    assert {s.name: s.reason for s in found.skipped} == {
+        "bias": "its first dimension is not that of images: 1 for one image, 1 for two",
+        "each": "its first dimension is not that of images: 3 for one image, 3 for two",
+    }
+
+
 def test_a_module_used_twice_is_one_site_with_both_calls_rows(zoo: Zoo) -> None:
     found = {site.name: site for site in survey(zoo, torch.zeros(1, 3, 6, 6)).sites}
     assert found["stem"].rows == 36

@@ -249,8 +249,8 @@ def test_few_passes_find_a_few_such_layers_among_many() -> None:
     layers[10].register_forward_hook(lambda *_: None)
     layers[40].forward = lambda x: F.linear(x, layers[40].weight)
     model.register_forward_hook(lambda *_: calls.update(["pass"]))
-    assert len(surveyed(model, 8).sites) == 63 and calls["pass"] == 2  # the plain one, and one trial of all
-    assert calls["pass"] == 2
+    assert len(surveyed(model, 8).sites) == 63
+    assert calls["pass"] == 3  # the plain one, one of two images, and one trial of all
 
 
 def test_layers_of_other_kinds_are_listed_with_the_reason() -> None:

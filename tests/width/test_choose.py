@@ -93,7 +93,8 @@ def test_channels_alone() -> None:
 def test_only_chosen_layers_lose_channels() -> None:
     model = wasteful()
     found = removable_groups(model, survey(model, images()[0][:1]).select("second,head").sites, images()[0][:2])
-    assert [group.name for group in found] == ["second"]
+    assert [group.name for group in found.groups] == ["second"]
+    assert {each.producers: each.reason for each in found.staying}[("first",)] == "first stays as it is"
 
 
 def test_a_group_s_curve_is_scaled_by_what_held_out_images_say_of_it_alone(world: World) -> None:
