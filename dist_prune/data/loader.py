@@ -70,21 +70,26 @@ class Batch:
 
 
 def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
-    """(N, 3, H, W) uint8 → (N, 3, H, W) float32: (pixels/255 − mean)/std, on the device of `pixels`."""
-    mean, std = _constants(spec, pixels.device)
-    return pixels.div(255).sub_(mean).div_(std)  # in place: new pages cost more than the arithmetic
+    """(N, 3, H, W) uint8 → (N, 3, H, W) float32, (pixels/255 − mean)/std; where and laid out as `pixels` are."""
+    last = pixels.is_contiguous(memory_format=torch.channels_last) and not pixels.is_contiguous()
+    rows = pixels.permute(0, 2, 3, 1).flatten(2) if last else pixels  # three alone would not fill vector registers
+    mean, std = _constants(spec, pixels.device, pixels.shape[3] if last else 0)
+    rows = rows.div(255).sub_(mean).div_(std)  # in place: new pages cost more than the arithmetic
+    return rows.view(len(rows), rows.shape[1], -1, 3).permute(0, 3, 1, 2) if last else rows
 
 
 @functools.cache  # a copy to a GPU waits for it
-def _constants(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
-    return mean, std
+def _constants(spec: ImageSpec, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (3, 1, 1), or for rows of so many pixels, (width·3,)."""
+    mean, std = (torch.tensor(values, device=device) for values in (spec.mean, spec.std))
+    return (mean.repeat(width), std.repeat(width)) if width else (mean.view(3, 1, 1), std.view(3, 1, 1))
 
 
 @dataclass(eq=False)
 class Stream:
     """One rank's share of a split; iterating gives one epoch of normalised batches, `raw` the same as uint8.
 
+    Images lie as `layout` says, as the network wants them: DALI decodes to NHWC, of which channels_last is a view.
     An evaluation epoch (`augment` is None) starts from the beginning, unless it was restored. A training epoch
     that was left early resumes where it was left. A damaged file raises a DataError that names it.
     """
@@ -96,6 +101,7 @@ class Stream:
     threads: int
     seed: int = 0
     augment: Augment | None = None
+    layout: torch.memory_format = torch.contiguous_format
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.threads) < 1:
@@ -193,7 +199,8 @@ class Stream:
         )
         with pipeline:
             encoded, indices = self._read_shards(dali, scratch) if self.split.archive else self._read(dali)
-            decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed")
+            planar = self.layout is not torch.channels_last
+            decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed", planar)
             pixels = decoder.augmented(encoded, self.augment) if self.augment else decoder.centred(encoded)
             pipeline.set_outputs(pixels, indices)
         return cast("Pipeline", pipeline)
@@ -268,7 +275,9 @@ class Stream:
         found, device = parts["indices"], self.world.device
         indices = found.flatten().long() if self.split.archive is None else positions_of(found)
         self._in_flight.keep(list(parts.values()))
-        return Batch(parts["pixels"], aboard(self._labels[indices], device), aboard(indices, device))
+        last = self.layout is torch.channels_last
+        pixels = parts["pixels"].permute(0, 3, 1, 2) if last else parts["pixels"]
+        return Batch(pixels, aboard(self._labels[indices], device), aboard(indices, device))
 
     def _remaining(self) -> list[int]:
         """Positions that this rank may read, those that it is about to read first; training shards move about."""
@@ -286,21 +295,29 @@ def training_stream(
     threads: int,
     seed: int,
     augment: Augment,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> Stream:
     """Stream shuffled, augmented batches, all of `batch_size`.
 
     An epoch has every image once, and a seeded choice of them twice, as many as fill the batches. Equal seeds
     give equal batches; the order is new in every epoch, the random crops differ between ranks.
     """
-    return Stream(split, spec, world, batch_size, threads, seed, augment)
+    return Stream(split, spec, world, batch_size, threads, seed, augment, layout)
 
 
-def evaluation_stream(split: Split, spec: ImageSpec, world: Share, batch_size: int, threads: int) -> Stream:
+def evaluation_stream(
+    split: Split,
+    spec: ImageSpec,
+    world: Share,
+    batch_size: int,
+    threads: int,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Stream:
     """Stream every image exactly once over all ranks, the same ones to a rank in each epoch.
 
     Every rank gets equally many batches, so that collectives match; the last ones may be short, or of size 0.
     """
-    return Stream(split, spec, world, batch_size, threads)
+    return Stream(split, spec, world, batch_size, threads, layout=layout)
 
 
 def _dali() -> tuple[ModuleType, ModuleType]:
@@ -316,27 +333,30 @@ def _dali() -> tuple[ModuleType, ModuleType]:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Encoded files → CHW uint8, as nodes of a DALI graph."""
+    """Encoded files → uint8, CHW where `planar`, else HWC, as nodes of a DALI graph."""
 
     dali: ModuleType
     spec: ImageSpec
     place: str
+    planar: bool
 
     def centred(self, encoded: DataNode) -> DataNode:
         """Resize and cut as torchvision's Resize + CenterCrop: sizes floored, corners rounded to even."""
         sides, pixels = self._sides(encoded), self._decode(self.dali.fn.decoders.image, encoded)
         if not self.spec.resize:
-            return self._planar(self._cut(pixels, self._central(sides)))
+            return self._laid_out(self._cut(pixels, self._central(sides)))
         resized = sides * self.spec.resize // self.dali.fn.reductions.min(sides)
         corner, scale = self._central(resized), self._float(sides) / self._float(resized)
         # the part that is kept, in pixels of the file: what a centre crop would cut off is never computed
         part = {"roi_start": corner * scale, "roi_end": (corner + self.spec.crop) * scale}
-        return self._planar(self._resized(pixels, **part))
+        return self._laid_out(self._resized(pixels, **part))
 
-    def _planar(self, pixels: DataNode, **mirror: DataNode) -> DataNode:
-        """HWC → CHW, mirrored on the way."""
-        as_they_are = {"dtype": self.dali.types.UINT8, "mean": [0.0], "std": [1.0], "output_layout": "CHW"}
-        return cast("DataNode", self.dali.fn.crop_mirror_normalize(pixels, **as_they_are, **mirror))
+    def _laid_out(self, pixels: DataNode, **mirror: DataNode) -> DataNode:
+        """HWC → what is wanted, mirrored on the way."""
+        if self.planar:
+            as_they_are = {"dtype": self.dali.types.UINT8, "mean": [0.0], "std": [1.0], "output_layout": "CHW"}
+            return cast("DataNode", self.dali.fn.crop_mirror_normalize(pixels, **as_they_are, **mirror))
+        return cast("DataNode", self.dali.fn.flip(pixels, horizontal=mirror["mirror"])) if mirror else pixels
 
     def _central(self, sides: DataNode) -> DataNode:
         spare = sides - self.spec.crop
@@ -359,7 +379,7 @@ class _Decoder:
             pixels = self._cut(
                 self._decode(fn.decoders.image, encoded), place - augment.pad, out_of_bounds_policy="pad"
             )
-        return self._planar(pixels, **{"mirror": fn.random.coin_flip()} if augment.flip else {})
+        return self._laid_out(pixels, **{"mirror": fn.random.coin_flip()} if augment.flip else {})
 
     def _sides(self, encoded: DataNode) -> DataNode:
         fn = self.dali.fn

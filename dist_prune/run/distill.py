@@ -15,6 +15,7 @@ from dist_prune.correction.correct import decode, divergence, holdout_logits, im
 from dist_prune.data.loader import Batch, training_stream
 from dist_prune.factorization.project import balance
 from dist_prune.network.factored import Factored
+from dist_prune.network.memory_format import layout_of
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.reporting.progress import count_images
@@ -74,7 +75,7 @@ def train_towards(job: Job, model: nn.Module) -> None:
     split = limited(unseen, settings.distill_images, seed)
     # Another seed than fine-tuning's: it is to see other crops.
     stream = training_stream(
-        split, images.image, job.world, how.batch_size, images.threads, seed + 1, images.augment
+        split, images.image, job.world, how.batch_size, images.threads, seed + 1, images.augment, layout_of(model)
     )
     noise = probe(job.config, job.world, 2)
     with (

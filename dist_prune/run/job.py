@@ -13,10 +13,11 @@ from torch import nn
 from dist_prune.config.run import Run
 from dist_prune.correction.correct import HELD
 from dist_prune.data.dataset import Dataset, Split
-from dist_prune.data.loader import Batch, Stream, evaluation_stream
+from dist_prune.data.loader import Batch, Share, Stream, evaluation_stream
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.world import World
 from dist_prune.factorization.planner import Planner
+from dist_prune.network.memory_format import layout_of
 from dist_prune.network.sites import Survey, survey
 from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
@@ -99,8 +100,13 @@ Stage = tuple[str, Callable[[Job], None]]  # a part of a run that is done once, 
 
 def validation(job: Job) -> Stream:
     """Every validation image once over all ranks."""
-    images = job.config.images
-    return evaluation_stream(job.dataset.val, images.image, job.world, images.eval_batch_size, images.threads)
+    return decoded_alike(job, job.dataset.val, job.world)
+
+
+def decoded_alike(job: Job, split: Split, world: Share) -> Stream:
+    """Each image of a split once over the ranks, as validation sees images, laid out as the network."""
+    images, layout = job.config.images, layout_of(job.given)
+    return evaluation_stream(split, images.image, world, images.eval_batch_size, images.threads, layout)
 
 
 def watched_validation(job: Job) -> Iterator[Batch]:
@@ -110,15 +116,13 @@ def watched_validation(job: Job) -> Iterator[Batch]:
 
 def calibration(job: Job, count: int) -> Stream:
     """The statistics' images, at most `count` of them (0: all), as validation sees images."""
-    images, split = job.config.images, statistics_split(job, count)
-    return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
+    return decoded_alike(job, statistics_split(job, count), job.world)
 
 
 def unlabelled_stream(job: Job) -> Stream:
     """The images to correct with: `--calibrate-images` of `--calibrate-data`, or of the training images."""
-    images, count = job.config.images, job.config.correction.calibrate_images
-    split = limited(job.unlabelled or job.dataset.train, count, job.config.seed)
-    return evaluation_stream(split, images.image, job.world, images.eval_batch_size, images.threads)
+    count = job.config.correction.calibrate_images
+    return decoded_alike(job, limited(job.unlabelled or job.dataset.train, count, job.config.seed), job.world)
 
 
 def held_out_split(job: Job) -> Split:
@@ -146,7 +150,10 @@ def share_bits(job: Job, network: nn.Module) -> nn.Module:
 
 
 def probe(config: Run, world: World, images: int) -> torch.Tensor:
-    """Noise in the shape of images."""
+    """Noise in the shape of images, laid out as they are."""
     crop = config.images.image.crop
     generator = torch.Generator().manual_seed(config.seed)
-    return torch.randn(images, 3, crop, crop, generator=generator).to(world.device)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return (
+        torch.randn(images, 3, crop, crop, generator=generator).to(world.device).contiguous(memory_format=layout)
+    )

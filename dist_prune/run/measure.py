@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from dist_prune.artifacts.answers import right
-from dist_prune.data.loader import Unsharded, evaluation_stream, normalise
+from dist_prune.data.loader import Unsharded, normalise
 from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.factorization.spectra import unit_of
 from dist_prune.run.job import (
     STAGES,
     Job,
+    decoded_alike,
     statistics_split,
     watched_validation,
 )
@@ -74,8 +75,7 @@ def measure_sites(job: Job) -> None:
     images, split = job.config.images, statistics_split(job, SITE_IMAGES)
     with job.report.phase("measure sites"):
         everything = Unsharded(job.world.device, job.world.local_rank)
-        stream = evaluation_stream(split, images.image, everything, images.eval_batch_size, images.threads)
-        decoded = list(stream.raw())
+        decoded = list(decoded_alike(job, split, everything).raw())
         losses = sensitivity.measure_sites(
             job.state.source,
             job.state.compressed,

@@ -15,6 +15,7 @@ from dist_prune.data.dataset import Split
 from dist_prune.data.loader import Batch, Stream, training_stream
 from dist_prune.factorization.project import balance
 from dist_prune.network import models, user_code
+from dist_prune.network.memory_format import layout_of
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, probe, share_bits
 from dist_prune.training.dry_step import reached_alone
@@ -29,7 +30,7 @@ def train(job: Job, model: nn.Module, settings: TrainingConfig, group: str, befo
     """
     images, split, seed = job.config.images, job.dataset.train, job.config.seed + before
     stream = training_stream(
-        split, images.image, job.world, settings.batch_size, images.threads, seed, images.augment
+        split, images.image, job.world, settings.batch_size, images.threads, seed, images.augment, layout_of(model)
     )
     teacher = settings.distillation if isinstance(settings, TuningConfig) else None
     loss = distillation_loss(job.dense, teacher, settings) if teacher else None

@@ -269,6 +269,35 @@ def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
         training_stream(split, SMALL, One(), 2, 1, seed=3, augment=AUGMENT).load_state_dict(state)
 
 
+# Layout
+
+
+@pytest.mark.parametrize("spec", [ImageSpec(40, 32), ImageSpec(0, 32)], ids=["resized", "cut"])
+@pytest.mark.parametrize(
+    "augment", [None, Augment(), Augment(flip=False)], ids=["as they are", "mirrored", "moved"]
+)
+def test_images_for_channels_last_have_the_same_bits_and_are_never_transposed(
+    tmp_path: Path, spec: ImageSpec, augment: Augment | None
+) -> None:
+    for i, size in enumerate([(40, 50), (33, 32), (90, 41), (64, 64), (32, 70)]):
+        save(tmp_path / f"{i}.png", picture(*size, seed=i))
+    layouts = (torch.contiguous_format, torch.channels_last)
+    both = [Stream(list_images(tmp_path), spec, One(), 2, 1, 3, augment, layout) for layout in layouts]
+    for epoch in range(2):
+        for first, last in zip(*(s.raw() if epoch else s for s in both), strict=True):
+            assert torch.equal(first.images, last.images) and torch.equal(first.indices, last.indices)
+            assert first.images.is_contiguous()
+            assert last.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_images_and_one_column_are_normalised_in_either_layout() -> None:
+    spec = ImageSpec(0, 4)
+    for shape in [(0, 3, 4, 4), (2, 3, 4, 1), (2, 3, 1, 1), (1, 3, 2, 5)]:
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+        last = pixels.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(normalise(pixels, spec), normalise(last, spec))
+
+
 # Damage
 
 
