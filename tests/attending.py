@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from tests.networks import tiny_vit
 
@@ -27,6 +28,11 @@ def encoder() -> nn.Module:
 def swin(stages: int = 2) -> nn.Module:
     """Maps of 8 and 4, cut into windows that do not divide them, every second time shifted."""
     return torchvision.models.SwinTransformer([2, 2], 8, [2] * stages, [2, 4][:stages], [3, 2], num_classes=5)
+
+
+def swin_v2() -> nn.Module:
+    blocks = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+    return torchvision.models.SwinTransformer([2, 2], 8, [2], [2], [4, 4], num_classes=5, **blocks)
 
 
 def timms_swin() -> nn.Module:

@@ -154,9 +154,16 @@ def _why_closed(module: nn.Module) -> str:
             "its layers are no plain nn.Linear": type(qkv) is not nn.Linear or type(proj) is not nn.Linear,
             "queries, keys and values are of different sizes": qkv.out_features != 3 * inner,
             "its heads are of different sizes": bool(inner % _heads(module)),
+            "it normalises queries and keys, so that all their dimensions count": _normalises(module),
             "it has parameters besides those of qkv and proj": _others(module, qkv, proj),
         }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _normalises(module: nn.Module) -> bool:
+    """Whether logits are of queries and keys that went through norms, as in Swin V2 and by timm's `qk_norm`."""
+    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    return hasattr(module, "logit_scale") or any(isinstance(n, nn.Module) and list(n.parameters()) for n in norms)
 
 
 def _heads(module: nn.Module) -> int:

@@ -30,14 +30,31 @@ class HeadMixing(nn.Module):
         sizes = [self.heads * size for size in (self.qk, self.qk, self.vo)]
         parts = (torch.unflatten(part, -1, (self.heads, -1)) for part in torch.split(x, sizes, -1))
         queries, keys, values = (part.transpose(-2, -3) for part in parts)
+        if self._padding_is_faster(x):
+            queries, keys, values = (_filled(part, max(self.qk, self.vo)) for part in (queries, keys, values))
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)
+        mixed = mixed[..., : self.vo]
         # A copy even where it is contiguous: ONNX's exporter replaces the operation by one of another layout.
         return mixed.transpose(-2, -3).clone(memory_format=torch.contiguous_format).flatten(-2)
+
+    def _padding_is_faster(self, x: Tensor) -> bool:
+        """Whether zeros should make queries and values of one size, for which alone CPUs have a fused kernel.
+
+        Zeros add nothing to logits; those of values are cut off. It is a fast path, as nn.MultiheadAttention has
+        one: counting multiply-adds switches it off, and exporters write down what has to be computed.
+        """
+        fast = torch.backends.mha.get_fastpath_enabled() and not torch.compiler.is_exporting()
+        return self.qk != self.vo and x.device.type == "cpu" and fast
 
     def extra_repr(self) -> str:
         """Sizes."""
         return f"heads={self.heads}, qk={self.qk}, vo={self.vo}, scale={self.scale:.4g}"
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    """With zeros up to a size along the last dimension."""
+    return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
 class HeadAttention(nn.Module):

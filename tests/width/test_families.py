@@ -1,10 +1,12 @@
-"""Networks of every family with random weights at half of their MACs, and every export of what is left.
+"""Networks of every family with random weights at half of their MACs, saved, read back and exported.
 
-Full width is the identity for all of them: `test_narrowing.py`. Slow: minutes a network.
+Full width is the identity for all of them: `test_narrowing.py`. Slow: a minute a network; so each is exported in
+one of the forms, which take turns.
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -55,8 +57,9 @@ def multiply_adds(model: nn.Module, image: Tensor) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_half_the_macs_and_every_export(name: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "form"), zip(NETWORKS, cycle(FILES), strict=False))
+def test_half_the_macs_and_an_export(name: str, form: str, tmp_path: Path) -> None:
     make, size = NETWORKS[name]
     model = seeded(make)
     images = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -69,5 +72,4 @@ def test_half_the_macs_and_every_export(name: str, tmp_path: Path) -> None:
         found.save(tmp_path / "saved")
         again = load_compressed(tmp_path / "saved", seeded(make))
         torch.testing.assert_close(logits_of(again(images[:3])), expected)
-    for form, file in FILES.items():  # each is read back and compared, or refused
-        found.export(tmp_path / file, form, images=images[:3])
+    assert found.export(tmp_path / "file", form, images=images[:3])  # is read back and compared

@@ -24,7 +24,7 @@ from dist_prune.width.groups import find_groups
 from dist_prune.width.heads import blocks, directions, elimination_of, turned
 from dist_prune.width.moments import collect_channel_moments
 from dist_prune.width.narrowing import kept_outputs, narrowed
-from tests.attending import NETWORKS, Masked, Net, Weighing, encoder, images, lively, swin, timms
+from tests.attending import NETWORKS, Masked, Net, Weighing, encoder, images, lively, swin, swin_v2, timms
 from tests.ranks import run_ranks
 
 SHARES = {"timm": 0.8, "torchvision": 0.95, "swin": 0.9, "timm's swin": 0.9}  # that heads alone can come to
@@ -45,7 +45,8 @@ def test_attention_taken_apart_computes_the_same_from_the_same_parameters(
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: timms(qk_norm=True), "parameters besides"),
+        (lambda: timms(qk_norm=True), "normalises queries and keys"),
+        (swin_v2, "normalises queries and keys"),
         (lambda: nn.Sequential(Net()), "something else"),
         (lambda: Masked(), "takes no mask"),
         (lambda: Weighing(), "reads its attribute"),
@@ -162,6 +163,30 @@ def test_fused_attention_and_the_fast_path_are_counted() -> None:
         attention(x, x, x, need_weights=False)
     assert counter.total == 5 * 16 * 4 * 16 + 2 * 5 * 5 * 16
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(("qk", "vo"), [(2, 5), (5, 2), (4, 4)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_heads_of_any_dimensions_take_the_fused_kernel_of_cpus_and_are_counted_as_they_are(
+    qk: int, vo: int, biased: bool
+) -> None:
+    """Against softmax(QKᵀ · scale + bias) V written out."""
+    mix, x = HeadMixing(2, qk, vo, 0.3), torch.randn(3, 7, 2 * (2 * qk + vo))
+    bias = [torch.randn(1, 2, 7, 7)] if biased else []
+    q, k, v = (p.unflatten(-1, (2, -1)).transpose(1, 2) for p in x.split([2 * qk, 2 * qk, 2 * vo], -1))
+    expected = torch.softmax(0.3 * q @ k.mT + sum(bias), -1) @ v
+    with torch.profiler.profile() as profile, torch.no_grad():
+        torch.testing.assert_close(mix(x, *bias), expected.transpose(1, 2).flatten(-2), rtol=1e-4, atol=1e-5)
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.name for event in profile.events()}
+    with MultiplyAdds() as counter, torch.no_grad():
+        mix(x, *bias)
+    assert counter.total == 3 * 2 * 7 * 7 * (qk + vo)
+
+
+def test_heads_of_different_dimensions_can_be_compiled() -> None:
+    mix, x = HeadMixing(2, 2, 5, 0.3), torch.randn(3, 7, 18)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(mix, backend="aot_eager", fullgraph=True)(x), mix(x))
 
 
 def squeezed(name: str) -> tuple[nn.Module, Compression, Tensor]:

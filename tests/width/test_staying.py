@@ -17,7 +17,7 @@ from tests.attending import Multihead, Weighing, images, lively, swin, timms
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(partial(timms, qk_norm=True), "parameters besides"), (Weighing, "reads")]
+    ("make", "reason"), [(partial(timms, qk_norm=True), "normalises queries and keys"), (Weighing, "reads")]
 )
 def test_a_compression_says_which_heads_stay_and_why(make: Callable[[], nn.Module], reason: str) -> None:
     model, x = lively(make), images(16, 16)
@@ -47,7 +47,7 @@ def test_a_compression_says_that_a_network_cannot_be_traced() -> None:
     [
         (
             partial(timms, qk_norm=True),
-            "blocks.0.attn is a Attention; it has parameters besides those of qkv and proj",
+            "blocks.0.attn is a Attention; it normalises queries and keys",
         ),
         (partial(timms, num_heads=4), "blocks.0.attn.mix has 4 heads here; the plan is of a network with 2"),
         (partial(timms, embed_dim=48), "blocks.0.attn.mix has 24 channels here; the plan is of a network with 12"),
