@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from dist_prune.artifacts.saved_model import Description, save_new
@@ -16,11 +17,14 @@ from dist_prune.config.flags import ConfigError, parse_rule
 from dist_prune.config.run import ImageSpec
 from dist_prune.correction import correct as correction
 from dist_prune.correction.correct import divergence, holdout_logits
+from dist_prune.data.batches import BatchesError, Reading, checked
 from dist_prune.distributed.alone import present
 from dist_prune.distributed.world import World
 from dist_prune.export.formats import OPSET, ExportError
+from dist_prune.export.int8 import FEWEST, CalibrationImages, require_int8
+from dist_prune.export.int8_at_hand import write_int8
 from dist_prune.export.samples import Samples
-from dist_prune.export.writers import WRITERS, Exportable, Format
+from dist_prune.export.writers import WRITERS, Exportable, Format, require_free
 from dist_prune.factorization.plan import Cost, Plan
 from dist_prune.factorization.project import project
 from dist_prune.factorization.release import release
@@ -144,6 +148,61 @@ class Compression:
             network = copy.deepcopy(self.model).cpu()
             given = Exportable(network, self._description(""), lambda: chosen, opset, overwrite)
             return WRITERS[format](given, Path(path))
+
+    def export_int8(
+        self,
+        path: str | Path,
+        images: Iterable[Any] | None = None,
+        *,
+        validation: Iterable[Any] | None = None,
+        opset: int = OPSET,
+        overwrite: bool = False,
+    ) -> str:
+        """Write the network as ONNX in 8-bit integers, and measure what that costs.
+
+        Warns of more than a point of top-1 below float32; without labels, of more than one answer in a hundred to
+        the images held out that has another top-1.
+
+        Args:
+            path: a file.
+            images: batches as `fit` takes them, eight images or more, to find the ranges of activations on; every
+                eighth is held out, and chooses among onnxruntime's methods. By default the images that the
+                network was corrected from.
+            validation: batches with labels, on which top-1 is measured in float32 and in 8-bit integers.
+            opset: of ONNX, 13 or more.
+            overwrite: replace a file that is there.
+
+        Returns:
+            What was written, and how far it is from float32.
+
+        Raises:
+            BatchesError: images or validation that cannot be used.
+            CheckpointError: there is a file already, or it cannot be written.
+            ExportError: the network cannot be written like that, or takes several inputs.
+        """
+        with arguments_named():
+            require_int8(opset)
+            require_free(overwrite, Path(path))
+            if self._packing:
+                raise ExportError(f"int8 is of networks of images alone; this one takes {self._packing}")
+            chosen, network = self._calibration(images), copy.deepcopy(self.model).cpu()
+            found = write_int8(Path(path), network, chosen, self.measure, opset, validation)
+        if found.concern:
+            warn(found.concern)
+        return f"written to {path}, {found}"
+
+    def _calibration(self, images: Iterable[Any] | None) -> CalibrationImages:
+        """Those given, or those that the network was corrected from."""
+        if images is None:
+            if self._collected is None:
+                raise ConfigError("images: those of the correction stayed behind when this was pickled; give some")
+            known = self._collected.images
+            return CalibrationImages(known.prepare(known.pixels).cpu())
+        batches, _ = checked(images, Reading())
+        pixels = torch.cat([batch.images.cpu() for batch in batches])
+        if len(pixels) < FEWEST:
+            raise BatchesError(f"images: {len(pixels)}; int8 is calibrated on {FEWEST} or more, better hundreds")
+        return CalibrationImages(pixels)
 
     def save(self, folder: str | Path, arch: str = "") -> None:
         """Write what `load_compressed` reads, into a folder that holds no network yet.

@@ -218,6 +218,8 @@ def test_the_result_is_saved_loaded_applied_and_exported(tmp_path: Path) -> None
         found.export(tmp_path / "m.py", "python")
     with pytest.raises(ExportError, match="the network takes several inputs"):
         found.export(tmp_path / "n.onnx", images=given["image"])
+    with pytest.raises(ExportError, match="int8 is of networks of images alone; this one takes image: "):
+        found.export_int8(tmp_path / "n.onnx")
     found.save(tmp_path / "named", arch="resnet18")
     with pytest.raises(CheckpointError, match=r"takes inputs by name \(image, place, camera\)"):
         command.main([str(tmp_path / "named"), "--format", "onnx"])

@@ -75,7 +75,7 @@ def compare(found: Tensor, network: nn.Module, images: Tensor, packing: InputPac
     """What was written, against the original.
 
     Args:
-        found: (N, classes), the logits of what was read back.
+        found: (N, classes, …), the logits of what was read back, see `logits_of`.
         network: the original.
         images: (N, 3, H, W), or packed.
         packing: of images that hold several inputs.
@@ -180,7 +180,8 @@ def write_onnx(
         with quiet():
             program.save(str(aside), external_data=False)
         session = onnx_runner(aside)
-        return compare(torch.cat([session(feeds(some)) for some in parts(images)]), network, images, packing)
+        found = torch.cat([logits_of(session(feeds(some))) for some in parts(images)])
+        return compare(found, network, images, packing)
 
 
 def _converted(program: ExportedProgram, opset: int, names: list[str]) -> Any:  # noqa: ANN401  torch's ONNXProgram

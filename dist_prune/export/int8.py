@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,16 @@ from dist_prune.correction.correct import HELD
 from dist_prune.export.formats import ExportError, Function, onnx_session, quiet, reason_of, require_onnx
 from dist_prune.network.outputs import logits_of
 from dist_prune.statistics.probes import LOSSES
+from dist_prune.utils.caller import bar
 from dist_prune.utils.files import replacing
 
+T = TypeVar("T")
 Method = Literal["minmax", "percentile", "entropy"]
 Watch = Callable[[str, Sequence[Tensor]], Iterable[Tensor]]  # shows how far a named pass over batches has come
 
 OPSET_NEEDED = 13  # the first in which scales can be per channel
 BATCH = 16  # images whose activations are all in memory at a time
+TOLERATED = 1.0  # points of top-1 that int8 may lose without a warning
 FEWEST = HELD  # images, of which one is held out
 
 # onnxruntime's names and settings. Its histograms for `entropy` have 128 bins by default, as many as are searched
@@ -69,7 +72,8 @@ class Quantised:
         failed: why others could not.
         images: how many ranges were found on.
         held_out: how many the method was chosen by.
-        same: of these, how many have the same top-1 as in float32.
+        decisions: answers to these: one for an image, or for each of its positions.
+        same: of these, how many have the same top-1 as in float32; 0 of 0 where outputs are no logits.
     """
 
     method: Method
@@ -77,16 +81,16 @@ class Quantised:
     failed: Mapping[Method, str]
     images: int
     held_out: int
+    decisions: int
     same: int
 
     def __str__(self) -> str:
         """For people."""
         tried = ", ".join(f"{name} {loss:.3g}" for name, loss in self.losses.items())
         failed = "".join(f"; {name} failed: {reason}" for name, reason in self.failed.items())
-        return (
-            f"{self.method}, from {self.images} images; on {self.held_out} others: {tried} from float32{failed}; "
-            f"top-1 the same for {self.same} of {self.held_out}"
-        )
+        same = f"; top-1 the same for {self.same} of {self.decisions}" if self.decisions else ""
+        rest = failed + same
+        return f"{self.method}, from {self.images} images; on {self.held_out} others: {tried} from float32{rest}"
 
 
 def require_int8(opset: int) -> None:
@@ -142,8 +146,22 @@ def quantise(float32: Path, path: Path, images: CalibrationImages, watch: Watch,
         best = min(finite, key=finite.__getitem__)
         with replacing(path) as aside:
             shutil.copyfile(Path(folder) / f"{best}.onnx", aside)
-    agree = (outputs[best].argmax(1) == expected.argmax(1)).reshape(len(expected), -1).all(1)
-    return Quantised(best, finite, failed, len(images.pixels) - len(expected), len(expected), int(agree.sum()))
+    agree = (outputs[best].argmax(1) == expected.argmax(1)).flatten() if loss != "mse" else torch.zeros(0)
+    counts = len(images.pixels) - len(expected), len(expected), len(agree), int(agree.sum())
+    return Quantised(best, finite, failed, *counts)
+
+
+def watched(name: str, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """With a bar."""
+    return in_view(name, batches, len(batches))
+
+
+def in_view(name: str, batches: Iterable[T], count: int) -> Iterator[T]:
+    """So many batches with a bar."""
+    with bar(count, name, "batch", None, True) as step:
+        for batch in batches:
+            yield batch
+            step()
 
 
 def _answers(session: Function, batches: Iterable[Tensor], prepare: Callable[[Tensor], Tensor]) -> Tensor:

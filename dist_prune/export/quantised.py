@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Stream, evaluation_stream
 from dist_prune.distributed.alone import Alone
 from dist_prune.export.formats import Function, onnx_session, write_onnx
-from dist_prune.export.int8 import FEWEST, CalibrationImages, quantise
+from dist_prune.export.int8 import FEWEST, TOLERATED, CalibrationImages, in_view, quantise, watched
 from dist_prune.export.speed import device_name
 from dist_prune.factorization.latency import sample_calls
 from dist_prune.network import models
@@ -35,15 +34,12 @@ from dist_prune.run.job import limited
 from dist_prune.run.prepare import load_network, open_images, open_unlabelled
 from dist_prune.run.train import cached_weights
 from dist_prune.training.evaluate import Metrics, Predictions, predict, score
-from dist_prune.utils.caller import bar
 from dist_prune.utils.files import is_intact, replacing
 from dist_prune.utils.tables import table
 
-T = TypeVar("T")
 CPU = torch.device("cpu")
 BATCHES = (1, 32)  # images of the passes that are timed
 ROUNDS = 5  # samples of each, at least
-TOLERATED = 1.0  # points of top-1 that int8 may lose without a warning
 COMPARED = 64  # images that a float32 file is compared with PyTorch on
 
 
@@ -213,7 +209,7 @@ def compare(compressed: nn.Module, source: RunSource, path: Path, opset: int) ->
         for name, network in networks.items():
             whole, small = (Path(folder) / f"{name}-{precision}.onnx" for precision in ("float32", "int8"))
             write_onnx(whole, network, kept.prepare(kept.pixels[:COMPARED]), opset)
-            how = quantise(whole, small, images, _watched)
+            how = quantise(whole, small, images, watched)
             files += [File(name, "float32", whole), File(name, "int8", small, str(how))]
         measured = tuple(measure(files, source))
         with replacing(path) as aside:
@@ -233,18 +229,7 @@ def measure(files: Sequence[File], source: RunSource) -> Iterator[Measured]:
 
 def _predictions(session: Function, source: RunSource, name: str) -> Predictions:
     stream = _stream(source, source.dataset.val)
-    return predict(SessionModule(session), _shown(name, stream, len(stream)))
-
-
-def _watched(name: str, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    return _shown(name, batches, len(batches))
-
-
-def _shown(name: str, batches: Iterable[T], count: int) -> Iterator[T]:
-    with bar(count, name, "batch", None, True) as step:
-        for batch in batches:
-            yield batch
-            step()
+    return predict(SessionModule(session), in_view(name, stream, len(stream)))
 
 
 def _times(sessions: Sequence[Function], crop: int) -> list[dict[int, float]]:

@@ -256,12 +256,14 @@ class _Root:
 
     def times(self, rows: Tensor) -> Tensor:
         """Rows (…, g, n, c) times the root."""
-        return self.shift * rows + self._along(rows, 1 / (self.values + self.shift))
+        times: Tensor = self.shift * rows + self._along(rows, 1 / (self.values + self.shift))
+        return times
 
     def over(self, rows: Tensor) -> Tensor:
         """Rows times the inverse root."""
         inner = 1 / (self.shift * self.values * (self.values + self.shift))
-        return rows / self.shift - self._along(rows, inner)
+        over: Tensor = rows / self.shift - self._along(rows, inner)
+        return over
 
     def _along(self, rows: Tensor, values: Tensor) -> Tensor:
         within: Tensor = ((rows @ self.terms.mT) * values[:, None]) @ self.terms
