@@ -25,7 +25,7 @@ class GraphError(ValueError):
     """A network that torch.fx cannot follow."""
 
 
-class _Tracer(fx.Tracer):
+class _ValueTracer(fx.Tracer):
     """Enters everything but layers; those derived from PyTorch's own are layers, too. See the module."""
 
     def __init__(self, image: Tensor) -> None:
@@ -54,7 +54,7 @@ class _Tracer(fx.Tracer):
         return proxy if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)) else value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return _ValueProxy(node, self)
 
     def iter(self, obj: Any) -> Iterator[Any]:  # noqa: ANN401  a proxy
         return (obj[place] for place in range(len(obj.node.meta["value"])))
@@ -84,7 +84,7 @@ class _Tracer(fx.Tracer):
             self.carrying_out = False
 
 
-class _Proxy(fx.Proxy):
+class _ValueProxy(fx.Proxy):
     """Stands for a value that is known: what it is asked for besides tensors and methods, it answers."""
 
     def __getattr__(self, k: str) -> Any:  # noqa: ANN401
@@ -110,7 +110,7 @@ def traced_with_shapes(model: nn.Module, image: Tensor) -> fx.Graph:
     known = set(vars(model))
     try:
         with evaluating(model):
-            graph = _Tracer(image.clone()).trace(model)
+            graph = _ValueTracer(image.clone()).trace(model)
     except Exception as error:
         first = str(error).partition("\n")[0]
         raise GraphError(f"torch.fx cannot follow {type(model).__name__} ({first})") from error
