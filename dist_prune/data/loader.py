@@ -199,8 +199,7 @@ class Stream:
         )
         with pipeline:
             encoded, indices = self._read_shards(dali, scratch) if self.split.archive else self._read(dali)
-            planar = self.layout is not torch.channels_last
-            decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed", planar)
+            decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed", self.layout)
             pixels = decoder.augmented(encoded, self.augment) if self.augment else decoder.centred(encoded)
             pipeline.set_outputs(pixels, indices)
         return cast("Pipeline", pipeline)
@@ -275,8 +274,7 @@ class Stream:
         found, device = parts["indices"], self.world.device
         indices = found.flatten().long() if self.split.archive is None else positions_of(found)
         self._in_flight.keep(list(parts.values()))
-        last = self.layout is torch.channels_last
-        pixels = parts["pixels"].permute(0, 3, 1, 2) if last else parts["pixels"]
+        pixels = parts["pixels"].permute(0, 3, 1, 2) if self.layout is torch.channels_last else parts["pixels"]
         return Batch(pixels, aboard(self._labels[indices], device), aboard(indices, device))
 
     def _remaining(self) -> list[int]:
@@ -333,12 +331,12 @@ def _dali() -> tuple[ModuleType, ModuleType]:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Encoded files → uint8, CHW where `planar`, else HWC, as nodes of a DALI graph."""
+    """Encoded files → uint8, HWC where `layout` is channels_last, else CHW, as nodes of a DALI graph."""
 
     dali: ModuleType
     spec: ImageSpec
     place: str
-    planar: bool
+    layout: torch.memory_format
 
     def centred(self, encoded: DataNode) -> DataNode:
         """Resize and cut as torchvision's Resize + CenterCrop: sizes floored, corners rounded to even."""
@@ -353,7 +351,7 @@ class _Decoder:
 
     def _laid_out(self, pixels: DataNode, **mirror: DataNode) -> DataNode:
         """HWC → what is wanted, mirrored on the way."""
-        if self.planar:
+        if self.layout is not torch.channels_last:
             as_they_are = {"dtype": self.dali.types.UINT8, "mean": [0.0], "std": [1.0], "output_layout": "CHW"}
             return cast("DataNode", self.dali.fn.crop_mirror_normalize(pixels, **as_they_are, **mirror))
         return cast("DataNode", self.dali.fn.flip(pixels, horizontal=mirror["mirror"])) if mirror else pixels
