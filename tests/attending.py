@@ -25,6 +25,22 @@ def encoder() -> nn.Module:
     )
 
 
+class Encoded(nn.Module):
+    """PyTorch's own encoder, without a mask or with one."""
+
+    def __init__(self, masked: bool = False) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.stem, self.head = nn.Linear(256, 16), nn.Linear(16, 5)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16))
+        self.mask = torch.eye(3).bool() if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x.flatten(2))
+        mixed = self.encoder(tokens) if self.mask is None else self.encoder(tokens, self.mask)
+        return self.head(mixed.mean(1))
+
+
 def swin(stages: int = 2) -> nn.Module:
     """Maps of 8 and 4, cut into windows that do not divide them, every second time shifted."""
     return torchvision.models.SwinTransformer([2, 2], 8, [2] * stages, [2, 4][:stages], [3, 2], num_classes=5)
@@ -46,6 +62,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "torchvision": (tiny_vit, 32),
     "swin": (swin, 16),
     "timm's swin": (timms_swin, 16),
+    "nn.TransformerEncoder": (Encoded, 16),
 }
 
 

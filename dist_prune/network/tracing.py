@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from dist_prune.network.encoders import EncoderTracer
 from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.padded import PaddedConv2d
 from dist_prune.network.sites import evaluating
@@ -94,7 +95,7 @@ def trace(model: nn.Module, names: Iterable[str]) -> Program:
     return Program(steps, stops, shortcuts, _last_uses(steps, first), constants, changed_until)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(EncoderTracer):
     """Enters everything but torch's own layers and the like."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
+from dist_prune.network.encoders import EncoderTracer
 from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.sites import evaluating
 
@@ -25,7 +26,7 @@ class GraphError(ValueError):
     """A network that torch.fx cannot follow."""
 
 
-class _ValueTracer(fx.Tracer):
+class _ValueTracer(EncoderTracer):
     """Enters everything but layers; those derived from PyTorch's own are layers, too. See the module."""
 
     def __init__(self, image: Tensor) -> None:

@@ -12,8 +12,10 @@ from dist_prune import Compressor, apply
 from dist_prune.factorization.plan import Plan, PlanError
 from dist_prune.network.attention import opened, opened_in
 from dist_prune.network.channels import QUERIES, KeptChannels
+from dist_prune.network.replay import follow
+from dist_prune.network.tracing import Program
 from dist_prune.width.groups import find_groups
-from tests.attending import Multihead, Weighing, images, lively, swin, timms
+from tests.attending import Encoded, Multihead, Weighing, images, lively, swin, timms
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,18 @@ def test_a_compression_says_that_a_network_cannot_be_traced() -> None:
     compressor = Compressor(draws=1, calibrate_images=16).fit(lively(Deciding), images(16, 16).split(8))
     assert "torch.fx cannot follow Deciding" in compressor.staying_["stem"]
     assert "channels stay: torch.fx cannot follow Deciding" in str(compressor.compress(0.8))
+
+
+def test_encoders_of_pytorch_are_followed_unless_they_are_given_a_mask() -> None:
+    x = images(16, 2)
+    network = opened(lively(Encoded), x[:1]).network
+    layers = [f"encoder.layers.{n}.{name}" for n in (0, 1) for name in ("self_attn.qkv", "linear1")]
+    assert {group.producers[0] for group in find_groups(network, x).groups} == {*layers}
+    program = follow(network, layers, x)
+    assert isinstance(program, Program) and list(program.stops) == layers
+    assert torch.backends.mha.get_fastpath_enabled()
+    masked = find_groups(lively(partial(Encoded, masked=True)), x)
+    assert not masked.groups and masked.staying[0].reason == "used by encoder (TransformerEncoder)"
 
 
 @pytest.mark.parametrize(
