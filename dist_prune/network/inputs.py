@@ -7,6 +7,7 @@ in front of the network they become what it is called with. Bytes hold numbers o
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -111,3 +112,10 @@ def taking(model: nn.Module, packing: InputPacking) -> nn.Module:
     network = copy.copy(model)
     network.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     return network
+
+
+def required_inputs(model: nn.Module) -> tuple[str, ...]:
+    """What its forward cannot be called without."""
+    plain = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = inspect.signature(model.forward).parameters.values()
+    return tuple(p.name for p in known if p.default is p.empty and p.kind not in plain)

@@ -25,6 +25,7 @@ from dist_prune.factorization.planner import Planner, planner, timed_planner
 from dist_prune.network import models
 from dist_prune.network.attention import opened, opened_as, opened_in
 from dist_prune.network.errors import ModelError
+from dist_prune.network.inputs import required_inputs
 from dist_prune.network.memory_format import lay_out
 from dist_prune.network.padding import note_on, own_paddings, with_paddings
 from dist_prune.network.published import options_of
@@ -307,6 +308,11 @@ def load_network(
     network = config.network
     options = options_of(network.arch, network.weights)
     dense = models.build(network.arch, network.classes, options).eval()
+    if len(wanted := required_inputs(dense)) > 1:
+        raise ConfigError(
+            f"--arch {network.arch} takes several inputs ({', '.join(wanted)}), runs give it images; in Python, "
+            f"dist_prune.compress takes such networks: batches that are mappings, or `inputs`"
+        )
     if read:
         taken = world.from_first(lambda: models.fill(dense, network.arch, network.classes, network.weights))
         if taken:

@@ -114,6 +114,13 @@ BAD: dict[str, tuple[Case, str]] = {
         ),
         "does not take images of 3 × 16 × 16, see --crop (NameError: name 'absent' is not defined (mine.py",
     ),
+    "a network of several inputs": (
+        with_file(
+            "from torch import nn\n\nclass Two(nn.Linear):\n    def forward(self, image, place, scale=1.0):\n"
+            "        return place\ndef net(num_classes):\n    return Two(2, num_classes)\n"
+        ),
+        "takes several inputs (image, place), runs give it images; in Python, dist_prune.compress takes such",
+    ),
     "another number of outputs": (with_network("five"), "has 5 outputs, --classes is 4"),
     "another input size": (with_network("dense_only"), "does not take images of 3 × 16 × 16, see --crop"),
     "a layout it cannot have": (
