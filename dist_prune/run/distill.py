@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -20,44 +19,64 @@ from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.reporting.progress import count_images
 from dist_prune.run.job import Job, held_out_split, limited, probe, share_bits, unlabelled_stream
+from dist_prune.run.state import Weighed
 from dist_prune.run.train import Session
 from dist_prune.statistics.probes import kl
 from dist_prune.training.dry_step import reached_alone
+from dist_prune.training.mixup import mixed
 from dist_prune.training.trainer import Loss, Trainer
 
+CHECKS = 8  # how often the network is measured on images held out
+EVERY = 20  # steps from one point of the curves to the next
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def distill(job: Job) -> None:
-    """Label-free distillation, kept if it brings the network nearer to the dense one on images held out."""
-    model = job.state.compressed
+    """Label-free distillation; what stays are the weights nearest to the dense network on images held out."""
+    model, state = job.state.compressed, job.state
     with job.report.phase("distillation"):
-        if job.state.before is None:
+        holdout = Holdout(job)
+        if state.best is None:
             balance(model)
             share_bits(job, model)
-            job.state.before = {name: value.clone() for name, value in model.state_dict().items()}
-        train_towards(job, model)
-        keep_better(job, model, job.state.before)
-        job.state.before = None
+            state.best = holdout.measured(model, 0)
+            job.report.say(f"   held-out KL {state.best.kl:.4f} before")
+        train_towards(job, model, holdout)
+        keep_best(job, model, state.best)
+        state.best = None
 
 
-def keep_better(job: Job, model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Leave in the model its own weights or those from `before`, whichever lose less on images held out."""
-    images = decode(unlabelled_stream(job), mirrored=False)
-    trained, kls = copy.deepcopy(model.state_dict()), list[float]()
-    with evaluating(job.dense), evaluating(model):
-        holdout = holdout_logits(job.dense, images)
-        for weights in (before, trained):
-            model.load_state_dict(weights)
-            kls.append(divergence(model, holdout, images.prepare, job.world))
-    job.report.say(f"   held-out KL {kls[0]:.4f} before, {kls[1]:.4f} after")
-    if not improves(kls[1], kls[0]):
-        model.load_state_dict(before)
+class Holdout:
+    """The images that nothing is solved from or trained on, and what the dense network answers."""
+
+    def __init__(self, job: Job) -> None:
+        self.world = job.world
+        images = decode(unlabelled_stream(job), mirrored=False)
+        self.prepare = images.prepare
+        with evaluating(job.dense):
+            self.answers = holdout_logits(job.dense, images)
+
+    def measured(self, model: nn.Module, step: int) -> Weighed:
+        """The model's weights after so many steps, and their KL."""
+        with evaluating(model):
+            found = divergence(model, self.answers, self.prepare, self.world)
+        return Weighed(step, found, {name: value.clone() for name, value in model.state_dict().items()})
+
+
+def keep_best(job: Job, model: nn.Module, best: Weighed) -> None:
+    """Leave in the model the weights that lost least on images held out, and say which these are."""
+    steps = job.config.distillation.distill_steps
+    model.load_state_dict(best.weights)
+    if best.step == 0:
         job.report.warn("distillation brought nothing on images held out: the network is what it was before")
+    elif best.step < steps:
+        job.report.say(f"   kept after {best.step} steps, where the held-out KL was least: {best.kl:.4f}")
+    balance(model)
+    share_bits(job, model)
 
 
-def train_towards(job: Job, model: nn.Module) -> None:
-    """Train `model` towards the job's dense network, in place, batch norm frozen."""
+def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
+    """Train `model` towards the job's dense network, in place, batch norm frozen; the state keeps the best."""
     settings, images, seed = job.config.distillation, job.config.images, job.config.seed
     how = replace(
         job.config.tuning,
@@ -90,11 +109,23 @@ def train_towards(job: Job, model: nn.Module) -> None:
         )
         watched = job.checkpoints.watched(endless, lambda: session.in_epoch(0))
         batches = islice(watched, settings.distill_steps - trainer.step)
-        for progress in trainer.epoch(batches):
+        mixtures = mixed(batches, settings.distill_mixup, seed, job.world.rank, trainer.step)
+        for progress in trainer.epoch(mixtures, EVERY):
             job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
-    balance(model)
-    share_bits(job, model)
-    job.report.say(f"   {settings.distill_steps} steps on {len(split)} images: loss {progress.loss:.4f}")
+            if is_checked(progress.step, progress.steps):
+                found = holdout.measured(model, progress.step)
+                job.report.scalars("distill", progress.step, {"held_out_kl": found.kl})
+                job.report.say(f"   step {progress.step}: loss {progress.loss:.4f}, held-out KL {found.kl:.4f}")
+                assert job.state.best is not None
+                if improves(found.kl, job.state.best.kl):
+                    job.state.best = found
+    job.report.say(f"   {settings.distill_steps} steps on {len(split)} images")
+
+
+def is_checked(step: int, steps: int) -> bool:
+    """Whether the network is measured after this step: eight times, evenly, at the last step, too."""
+    part = steps / CHECKS
+    return step == steps or int(step / part) > int((step - EVERY) / part)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Training towards the dense network: what is compared, against the formula written out, and in lockstep."""
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,8 @@ from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import CifarResNet
 from dist_prune.network.sites import survey
-from dist_prune.run.distill import blocks, matched, relative_error, towards
+from dist_prune.run.distill import CHECKS, EVERY, blocks, is_checked, matched, relative_error, towards
+from dist_prune.run.state import State, Weighed
 from dist_prune.training.trainer import Trainer
 from tests.ranks import run_ranks
 
@@ -169,3 +171,22 @@ def test_matching_brings_the_blocks_nearer(world: World) -> None:
     _, _, without = distilled(world, 0.0)
     _, _, matching = distilled(world, 3.0)
     assert matching < 0.8 * without
+
+
+@pytest.mark.parametrize("steps", [1, 8, 19, 20, 21, 160, 300, 2000])
+def test_images_held_out_are_looked_at_after_the_last_step_and_eight_times_at_most(steps: int) -> None:
+    shown = sorted({*range(EVERY, steps + 1, EVERY), steps})
+    checked = [step for step in shown if is_checked(step, steps)]
+    assert checked[-1] == steps and len(checked) == min(CHECKS, len(shown))
+    gaps = [b - a for a, b in itertools.pairwise([0, *checked])]
+    assert max(gaps) - min(gaps) <= 2 * EVERY or steps < CHECKS * EVERY
+
+
+def test_weights_that_lost_least_are_in_a_checkpoint() -> None:
+    model = plain()
+    best = Weighed(40, 0.125, {name: value + 1 for name, value in model.state_dict().items()})
+    later = State(model)
+    later.load_state_dict(copy.deepcopy(State(model, best=best).state_dict()))
+    assert later.best is not None and (later.best.step, later.best.kl) == (40, 0.125)
+    for name, value in model.state_dict().items():
+        assert torch.equal(later.best.weights[name], value + 1)
