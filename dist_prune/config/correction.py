@@ -76,8 +76,10 @@ class DistillConfig:
     """Images per rank and step."""
     distill_lr: float = 0.02
     """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
-    distill_mixup: float = 0.5
-    """Share of the images that are mixed with another one of their batch; the dense network says what of it."""
+    distill_temperature: float = 4.0
+    """Of the softmax whose KL is the loss, times its square, so that gradients stay as large as at 1."""
+    distill_cutmix: float = 0.5
+    """Share of the images that get a piece of another one of their batch; the dense network says what of it."""
     distill_features: float = 0.0
     """Weight of the relative squared error of the blocks' outputs, added to the KL of the softmax."""
 
@@ -88,5 +90,8 @@ class DistillConfig:
             self.distill_batch_size > 0, f"--distill-batch-size {self.distill_batch_size}: expected at least 1"
         )
         _require(self.distill_lr > 0, f"--distill-lr {self.distill_lr}: expected above 0")
-        _require(0 <= self.distill_mixup <= 1, f"--distill-mixup {self.distill_mixup}: expected 0 to 1")
+        _require(
+            self.distill_temperature > 0, f"--distill-temperature {self.distill_temperature}: expected above 0"
+        )
+        _require(0 <= self.distill_cutmix <= 1, f"--distill-cutmix {self.distill_cutmix}: expected 0 to 1")
         _require(self.distill_features >= 0, f"--distill-features {self.distill_features}: expected 0 or more")

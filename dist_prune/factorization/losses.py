@@ -251,7 +251,7 @@ class _Root:
         values, vectors = eigh(gradients @ gradients.mT)
         scale = torch.where(values[:, -1:] > 0, values[:, -1:], 1)
         self.terms = vectors.mT @ gradients / scale[..., None].sqrt()
-        self.shift = max(damping, 1e-12) ** 0.5
+        self.shift: float = max(damping, 1e-12) ** 0.5
         self.values = ((values / scale).clamp(min=0) + self.shift**2).sqrt()
 
     def times(self, rows: Tensor) -> Tensor:

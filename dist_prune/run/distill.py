@@ -21,10 +21,9 @@ from dist_prune.reporting.progress import count_images
 from dist_prune.run.job import Job, held_out_split, limited, probe, share_bits, unlabelled_stream
 from dist_prune.run.state import Weighed
 from dist_prune.run.train import Session
-from dist_prune.statistics.probes import kl
+from dist_prune.training.cutmix import pasted
 from dist_prune.training.dry_step import reached_alone
-from dist_prune.training.mixup import mixed
-from dist_prune.training.trainer import Loss, Trainer
+from dist_prune.training.trainer import Loss, Trainer, softened_kl
 
 CHECKS = 8  # how often the network is measured on images held out
 EVERY = 20  # steps from one point of the curves to the next
@@ -98,7 +97,7 @@ def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
     )
     noise = probe(job.config, job.world, 2)
     with (
-        towards(job.dense, model, settings.distill_features) as loss,
+        towards(job.dense, model, settings.distill_features, settings.distill_temperature) as loss,
         reached_alone(model, noise, how, job.world, loss),
     ):
         trainer = Trainer(model, how, settings.distill_steps, job.world, loss)
@@ -109,7 +108,7 @@ def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
         )
         watched = job.checkpoints.watched(endless, lambda: session.in_epoch(0))
         batches = islice(watched, settings.distill_steps - trainer.step)
-        mixtures = mixed(batches, settings.distill_mixup, seed, job.world.rank, trainer.step)
+        mixtures = pasted(batches, settings.distill_cutmix, seed, job.world.rank, trainer.step)
         for progress in trainer.epoch(mixtures, EVERY):
             job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
             if is_checked(progress.step, progress.steps):
@@ -129,11 +128,11 @@ def is_checked(step: int, steps: int) -> bool:
 
 
 @contextmanager
-def towards(dense: nn.Module, trained: nn.Module, features: float) -> Iterator[Loss]:
+def towards(dense: nn.Module, trained: nn.Module, features: float, temperature: float) -> Iterator[Loss]:
     """While open, lend the loss for `trained`'s last forward pass.
 
-    KL(dense ‖ trained), mean over images (Hinton et al. 2015 at temperature 1), plus `features` times the mean
-    over the blocks of ‖f̂ − f‖²/‖f‖², f what the dense block gives (FitNets, Romero et al. 2015, no regressors).
+    T²·KL(dense ‖ trained) at temperature T, plus `features` times the mean over the blocks of ‖f̂ − f‖²/‖f‖², f
+    what the dense block gives (FitNets, Romero et al. 2015, no regressors).
     """
     names = matched(dense, trained) if features else ()
     with recorded(dense, names) as wanted, recorded(trained, names) as given:
@@ -141,7 +140,7 @@ def towards(dense: nn.Module, trained: nn.Module, features: float) -> Iterator[L
         def loss(logits: Tensor, batch: Batch) -> Tensor:
             with evaluating(dense):
                 target = logits_of(dense(batch.images)).float()
-            divergence = kl(target, logits).mean()
+            divergence = softened_kl(target, logits, temperature)
             alike = [n for n in names if n in wanted and given[n].shape == wanted[n].shape]
             errors = [relative_error(given[name], wanted[name]) for name in alike]
             return divergence + features * torch.stack(errors).mean() if errors else divergence

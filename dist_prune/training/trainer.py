@@ -219,20 +219,27 @@ def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
 
 
 def distillation_loss(dense: nn.Module, how: Distillation, settings: TrainingConfig) -> Loss:
-    """α·T²·KL(dense ‖ trained) at temperature T + (1−α)·cross-entropy (Hinton et al. 2015).
+    """α·T²·KL(dense ‖ trained) at temperature T + (1−α)·cross-entropy.
 
-    The factor T² keeps the gradient of the first part in proportion, whatever T. The dense network runs in the
-    same precision as the trained one.
+    The dense network runs in the same precision as the trained one.
     """
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
         kind = batch.images.device.type
         with evaluating(dense), torch.autocast(kind, torch.bfloat16, enabled=settings.bf16):
             target = logits_of(dense(batch.images)).float()
-        soft = how.temperature**2 * kl(target / how.temperature, logits / how.temperature).mean()
+        soft = softened_kl(target, logits, how.temperature)
         return how.alpha * soft + (1 - how.alpha) * cross_entropy(logits, batch, settings.label_smoothing)
 
     return loss
+
+
+def softened_kl(dense: Tensor, trained: Tensor, temperature: float) -> Tensor:
+    """T²·KL(dense ‖ trained) of the softmax at temperature T, mean over images (Hinton et al. 2015), of logits.
+
+    The factor T² keeps the gradient in proportion, whatever T.
+    """
+    return temperature**2 * kl(dense / temperature, trained / temperature).mean()
 
 
 def freeze_norms(model: nn.Module) -> None:

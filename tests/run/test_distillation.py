@@ -94,20 +94,21 @@ def test_without_blocks_the_factored_layers_are_compared() -> None:
 
 
 @pytest.mark.parametrize("make", [blocky, plain])
-@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.5, 4.0), (3.0, 1.0)])
 def test_the_loss_is_the_divergence_and_the_mean_relative_error_of_the_blocks(
-    make: Callable[[], nn.Module], weight: float
+    make: Callable[[], nn.Module], weight: float, temperature: float
 ) -> None:
     dense, batch = make(), images()
     trained = halved(dense, batch.images)
-    with towards(dense, trained, weight) as loss:
+    with towards(dense, trained, weight, temperature) as loss:
         logits = trained(batch.images)
         found = loss(logits, batch)
     names = matched(dense, trained)
     with torch.no_grad():
         f, g = (outputs_of(model, names, batch.images) for model in (dense, trained))
-        target = dense(batch.images).log_softmax(1)
-        expected = (target.exp() * (target - logits.log_softmax(1))).sum(1).mean()
+        target = (dense(batch.images) / temperature).log_softmax(1)
+        apart = (target.exp() * (target - (logits / temperature).log_softmax(1))).sum(1).mean()
+        expected = temperature**2 * apart
         errors = [(g[n] - f[n]).square().sum() / f[n].square().sum() for n in names]
     torch.testing.assert_close(found.detach(), expected + weight * sum(errors) / len(errors), rtol=1e-5, atol=1e-6)
 
@@ -115,7 +116,7 @@ def test_the_loss_is_the_divergence_and_the_mean_relative_error_of_the_blocks(
 def test_a_network_compared_with_itself_has_no_loss_and_no_hook_stays() -> None:
     dense, batch = blocky(), images()
     copied = copy.deepcopy(dense)
-    with towards(dense, copied, 1.0) as loss:
+    with towards(dense, copied, 1.0, 4.0) as loss:
         assert loss(copied(batch.images), batch).item() == pytest.approx(0, abs=1e-6)
     assert not any(module._forward_hooks for model in (dense, copied) for module in model.modules())
 
@@ -143,7 +144,7 @@ def test_modules_may_give_other_things_than_tensors() -> None:
 
     dense, batch = Network().eval(), images()
     assert list(blocks(dense)) == ["units.0"]
-    with towards(dense, dense, 1.0) as loss:
+    with towards(dense, dense, 1.0, 4.0) as loss:
         assert loss(dense(batch.images), batch).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -154,10 +155,10 @@ def distilled(world: World, features: float) -> tuple[str, float, float]:
     trained = halved(dense, batch.images)
     how = TrainingConfig(batch_size=12, lr=0.2, bn="frozen", weight_decay=0)
     own = Batch(batch.images[world.rank :: world.size], batch.labels, batch.indices)
-    with towards(dense, trained, features) as loss:
+    with towards(dense, trained, features, 1.0) as loss:
         list(Trainer(trained, how, 12, world, loss).epoch([own] * 12))
     trained.eval()
-    with torch.no_grad(), towards(dense, trained, 0) as plain_loss, towards(dense, trained, 1) as both:
+    with torch.no_grad(), towards(dense, trained, 0, 1) as plain_loss, towards(dense, trained, 1, 1) as both:
         logits = trained(batch.images)
         divergence = plain_loss(logits, batch)
         return digest(trained), divergence.item(), (both(logits, batch) - divergence).item()

@@ -97,8 +97,8 @@ def _distillation(settings: Mapping[str, Any]) -> str:
     features = f", and {how['distill_features']} × the blocks' outputs" if how["distill_features"] else ""
     return (
         f"Label-free distillation on: {how['distill_steps']:,} steps towards the dense network's softmax"
-        f"{features}, {how['distill_batch_size']} images per process and step, {how['distill_mixup']:.0%} of them "
-        f"mixed with another, batch norm frozen."
+        f"{features}, at temperature {how['distill_temperature']:g}, {how['distill_batch_size']} images per "
+        f"process and step, {how['distill_cutmix']:.0%} of them with a piece of another, batch norm frozen."
     )
 
 
