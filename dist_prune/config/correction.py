@@ -74,7 +74,7 @@ class DistillConfig:
     """Training images for these steps, or of --calibrate-data, labels unused; 0: all."""
     distill_batch_size: int = 64
     """Images per rank and step."""
-    distill_lr: float = 0.02
+    distill_lr: float = 0.05
     """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
     distill_temperature: float = 4.0
     """Of the softmax whose KL is the loss, times its square, so that gradients stay as large as at 1."""

@@ -111,7 +111,14 @@ def require_int8(opset: int) -> None:
         ) from error
 
 
-def quantise(float32: Path, path: Path, images: CalibrationImages, watch: Watch, loss: str = "kl") -> Quantised:
+def quantise(
+    float32: Path,
+    path: Path,
+    images: CalibrationImages,
+    watch: Watch,
+    loss: str = "kl",
+    methods: Iterable[Method] = tuple(METHODS),
+) -> Quantised:
     """Write the network of an ONNX file in 8-bit integers.
 
     Args:
@@ -120,6 +127,7 @@ def quantise(float32: Path, path: Path, images: CalibrationImages, watch: Watch,
         images: to calibrate from.
         watch: see `Watch`.
         loss: by which methods are compared, see `LOSSES`.
+        methods: to be tried.
 
     Raises:
         ExportError: onnxruntime cannot quantise it, or not so that the answers are finite.
@@ -130,7 +138,7 @@ def quantise(float32: Path, path: Path, images: CalibrationImages, watch: Watch,
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         _prepare(float32, prepared)
-        for method in METHODS:
+        for method in methods:
             file = Path(folder) / f"{method}.onnx"
             try:
                 shown = watch(f"calibration, {method}", images.batches(held_out=False))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.export.formats import OPSET, ExportError, onnx_session, require_onnx, write_onnx
+from dist_prune.export.int8 import FEWEST, CalibrationImages, quantise, require_int8
 from dist_prune.export.pair_times import SiteSpeed, time_pairs
 from dist_prune.factorization.execution import PLAIN, Execution
 from dist_prune.factorization.latency import sample_calls
@@ -25,7 +26,7 @@ from dist_prune.network.replacing import with_replaced
 from dist_prune.network.sites import evaluating, survey
 from dist_prune.utils.text import read_text
 
-Engine = Literal["eager", "channels-last", "compile", "onnxruntime"]
+Engine = Literal["eager", "channels-last", "compile", "onnxruntime", "onnxruntime-int8"]
 Network = Callable[[Tensor], object]
 ROUNDS = 5  # samples of whole passes, at least
 
@@ -200,8 +201,8 @@ def timed_passes(
     Raises:
         ExportError: the engine cannot run them.
     """
-    if execution.bf16 and engine == "onnxruntime":
-        raise ExportError("it knows no autocast, and would run in float32; measure it without --bf16")
+    if execution.bf16 and engine.startswith("onnxruntime"):
+        raise ExportError("it knows no autocast, and would run as without; measure it without --bf16")
     torch.compiler.reset()  # what is compiled counts by function, not by network, and after eight runs eagerly
     with execution.autocast(batches[0].device):
         first, second = (ENGINES[engine](network, batches[0]) for network in (dense, compressed))
@@ -230,11 +231,26 @@ def _compile(network: nn.Module, images: Tensor) -> Network:
 
 def _onnxruntime(network: nn.Module, images: Tensor) -> Network:
     require_onnx(OPSET)
-    two = images[:1].expand(2, -1, -1, -1).cpu()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        write_onnx(path, with_replaced(network).cpu(), two)
+        path = _written(network, images, Path(folder))
         return onnx_session(path, images.device.type)
+
+
+def _onnxruntime_int8(network: nn.Module, images: Tensor) -> Network:
+    """Calibrated on noise: what the ranges are does not matter for the time."""
+    require_int8(OPSET)
+    noise = torch.randn(FEWEST, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "int8.onnx"
+        float32, given = _written(network, images, Path(folder)), CalibrationImages(noise)
+        quantise(float32, small, given, lambda _, batches: batches, methods=("minmax",))
+        return onnx_session(small, images.device.type)
+
+
+def _written(network: nn.Module, images: Tensor, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    write_onnx(path, with_replaced(network).cpu(), images[:1].expand(2, -1, -1, -1).cpu())
+    return path
 
 
 ENGINES: dict[Engine, Callable[[nn.Module, Tensor], Network]] = {
@@ -242,4 +258,5 @@ ENGINES: dict[Engine, Callable[[nn.Module, Tensor], Network]] = {
     "channels-last": lambda network, _images: channels_last(network),
     "compile": _compile,
     "onnxruntime": _onnxruntime,
+    "onnxruntime-int8": _onnxruntime_int8,
 }

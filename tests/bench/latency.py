@@ -42,7 +42,7 @@ from dist_prune.utils.tables import table
 from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "latency.json"
-ENGINES: tuple[Engine, ...] = ("eager", "channels-last", "compile", "onnxruntime")
+ENGINES: tuple[Engine, ...] = ("eager", "channels-last", "compile", "onnxruntime", "onnxruntime-int8")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Setting:
     side: int = 112
     batches: tuple[int, ...] = (1, 8, 64)
     engines: tuple[Engine, ...] = ENGINES
-    rules: tuple[str, ...] = ("uniform:0.5", "budget:latency=0.7")
+    rules: tuple[str, ...] = ("uniform:0.5", "budget:latency=0.7", "budget:latency=0.5")
     device: str = "cpu"
 
 

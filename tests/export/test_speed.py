@@ -88,7 +88,7 @@ def test_channels_last_is_the_same_network_laid_out_otherwise(dense: nn.Module) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["onnxruntime", "compile"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-int8", "compile"])
 def test_other_engines_run_both_networks(engine: str, dense: nn.Module, compressed: nn.Module) -> None:
     found = measure_speed(dense, compressed, IMAGE, (1, 2), (engine,))  # type: ignore[arg-type]
     assert not found.notes
