@@ -23,7 +23,7 @@ from dist_prune.run.state import Weighed
 from dist_prune.run.train import Session
 from dist_prune.training.cutmix import pasted
 from dist_prune.training.dry_step import reached_alone
-from dist_prune.training.trainer import Loss, Trainer, softened_kl
+from dist_prune.training.trainer import Loss, Progress, Trainer, softened_kl
 
 CHECKS = 8  # how often the network is measured on images held out
 EVERY = 20  # steps from one point of the curves to the next
@@ -110,15 +110,21 @@ def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
         batches = islice(watched, settings.distill_steps - trainer.step)
         mixtures = pasted(batches, settings.distill_cutmix, seed, job.world.rank, trainer.step)
         for progress in trainer.epoch(mixtures, EVERY):
-            job.report.scalars("distill", progress.step, {**asdict(progress), "step": None, "steps": None})
-            if is_checked(progress.step, progress.steps):
-                found = holdout.measured(model, progress.step)
-                job.report.scalars("distill", progress.step, {"held_out_kl": found.kl})
-                job.report.say(f"   step {progress.step}: loss {progress.loss:.4f}, held-out KL {found.kl:.4f}")
-                assert job.state.best is not None
-                if improves(found.kl, job.state.best.kl):
-                    job.state.best = found
+            checked = is_checked(progress.step, progress.steps)
+            kl = look(job, model, holdout, progress) if checked else None
+            point = {**asdict(progress), "step": None, "steps": None, "held_out_kl": kl}
+            job.report.scalars("distill", progress.step, point)
     job.report.say(f"   {settings.distill_steps} steps on {len(split)} images")
+
+
+def look(job: Job, model: nn.Module, holdout: Holdout, progress: Progress) -> float:
+    """KL on images held out; where it is the least so far, the state keeps the weights."""
+    found = holdout.measured(model, progress.step)
+    job.report.say(f"   step {found.step}: loss {progress.loss:.4f}, held-out KL {found.kl:.4f}")
+    assert job.state.best is not None
+    if improves(found.kl, job.state.best.kl):
+        job.state.best = found
+    return found.kl
 
 
 def is_checked(step: int, steps: int) -> bool:
