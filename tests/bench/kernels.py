@@ -50,7 +50,7 @@ from dist_prune.width.moments import collect_channel_moments
 from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "kernels.json"
-ARCHS = ("resnet18", "resnet50", "vit_b_16")
+ARCHS = ("resnet18",)
 META = torch.device("meta")
 BATCHES = 16  # counted, after one that makes the shifts: float32 products are flushed once in so many
 T = TypeVar("T")
@@ -272,8 +272,8 @@ def measure(arch: str, images: int, size: int) -> Iterator[Row]:
     looked_at = {"widths": len(consumers), "patches": sum(site.kernel != (1, 1) for site in sites)}
     for kind, (passing, dtype) in PASSES.items():
         empty = copy.deepcopy(model).to(META, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        empty.get_submodule(sites[0].name).register_forward_hook(_begin_graph)
-        network, batch = Network(empty, sites, consumers), _batch(images, size, dtype)
+        empty.get_submodule(sites[0].name).register_forward_hook(begin_graph)
+        network, batch = Network(empty, sites, consumers), batch_of(images, size, dtype)
         with as_on_a_gpu():
             alone = counted(partial(passing, network.bare()), batch)
             own = counted(partial(passing, network), batch).minus(alone)
@@ -282,13 +282,13 @@ def measure(arch: str, images: int, size: int) -> Iterator[Row]:
         yield Row(arch, kind, layers, own.kernels, own.bytes / each, alone.kernels, alone.bytes / each)
 
 
-def _begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> None:
+def begin_graph(_module: nn.Module, _args: Any, output: Tensor) -> None:
     """Gradients start at the first layer, also where none is looked at."""
     if torch.is_grad_enabled():
         output.requires_grad_()
 
 
-def _batch(images: int, size: int, dtype: torch.dtype) -> Batch:
+def batch_of(images: int, size: int, dtype: torch.dtype) -> Batch:
     pixels = torch.empty(images, 3, size, size, dtype=dtype, device=META)
     index = torch.empty(images, dtype=torch.int64, device=META)
     return Batch(pixels.contiguous(memory_format=torch.channels_last), index, index)
