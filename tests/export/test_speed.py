@@ -185,7 +185,7 @@ def test_in_bfloat16_networks_and_layers_are_measured_and_onnxruntime_is_not(
     assert seen == {torch.bfloat16}
     assert found.bf16 and [p.engine for p in found.passes] == ["eager"]
     (note,) = found.notes
-    assert note == "onnxruntime: it knows no autocast, and would run in float32; measure it without --bf16"
+    assert note == "onnxruntime: it knows no autocast, and would run as without; measure it without --bf16"
     assert "bfloat16 autocast" in speed_command.format_summary(found)
     assert Speed.from_json(found.to_json()) == found
 
