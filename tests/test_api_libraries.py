@@ -116,6 +116,7 @@ def prepared(case: Case) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [n if n.startswith("trans") else pytest.param(n, marks=SLOW) for n in CASES])
 def test_the_identity_at_full_rank_the_budget_and_what_is_lost(name: str) -> None:
     case = CASES[name]
