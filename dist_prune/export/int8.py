@@ -32,6 +32,7 @@ Watch = Callable[[str, Sequence[Tensor]], Iterable[Tensor]]  # shows how far a n
 
 OPSET_NEEDED = 13  # the first in which scales can be per channel
 BATCH = 16  # images whose activations are all in memory at a time
+COMPARED = 64  # images that a float32 file is compared with PyTorch on, before it is quantised
 TOLERATED = 1.0  # points of top-1 that int8 may lose without a warning
 FEWEST = HELD  # images, of which one is held out
 

@@ -16,11 +16,9 @@ from torch import nn
 from dist_prune.data.batches import BatchesError, Reading, checked
 from dist_prune.data.loader import Batch
 from dist_prune.export.formats import onnx_session, write_onnx
-from dist_prune.export.int8 import TOLERATED, CalibrationImages, Quantised, quantise, watched
+from dist_prune.export.int8 import COMPARED, TOLERATED, CalibrationImages, Quantised, quantise, watched
 from dist_prune.network.outputs import logits_of
 from dist_prune.utils.files import replacing
-
-COMPARED = 64  # images that the float32 file is compared with PyTorch on
 
 
 @dataclass(frozen=True)

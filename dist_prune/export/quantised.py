@@ -25,7 +25,7 @@ from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Stream, evaluation_stream
 from dist_prune.distributed.alone import Alone
 from dist_prune.export.formats import Function, onnx_session, write_onnx
-from dist_prune.export.int8 import FEWEST, TOLERATED, CalibrationImages, in_view, quantise, watched
+from dist_prune.export.int8 import COMPARED, FEWEST, TOLERATED, CalibrationImages, in_view, quantise, watched
 from dist_prune.export.speed import device_name
 from dist_prune.factorization.latency import sample_calls
 from dist_prune.network import models
@@ -40,7 +40,6 @@ from dist_prune.utils.tables import table
 CPU = torch.device("cpu")
 BATCHES = (1, 32)  # images of the passes that are timed
 ROUNDS = 5  # samples of each, at least
-COMPARED = 64  # images that a float32 file is compared with PyTorch on
 
 
 @dataclass(frozen=True)

@@ -233,15 +233,9 @@ class Pass:
         if node.op == "placeholder":
             first = node is self.program.steps[0]
             return self.prepare(self.images) if first else next(iter(node.args), None)
-        if node.op == "get_attr":
-            if node.target in self.program.constants:
-                return self.program.constants[str(node.target)]
-            return operator.attrgetter(str(node.target))(self.root)
-        if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "get_attr" and node.target in self.program.constants:
+            return self.program.constants[str(node.target)]
+        return carried_out(node, self.root, args, kwargs)
 
     def input_of(self, name: str) -> Tensor:
         """What the site is about to be given; the pass must stand at it."""
@@ -287,3 +281,14 @@ class Pass:
     def restart(self) -> None:
         """Drop all activations: the next `advance` computes from the images."""
         self.position, self.values = 0, {}
+
+
+def carried_out(node: fx.Node, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """What an operation of a graph returns, of a network and the values of its arguments; none of placeholders."""
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(root)
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]

@@ -7,7 +7,6 @@ how many tensors there are. Only code that depends on the numbers themselves can
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from dist_prune.network.encoders import EncoderTracer
 from dist_prune.network.head_attention import HeadMixing
 from dist_prune.network.sites import evaluating
+from dist_prune.network.tracing import carried_out
 
 WHOLE = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention, HeadMixing, _NormBase)
 
@@ -74,13 +74,7 @@ class _ValueTracer(EncoderTracer):
         try:
             if node.op == "placeholder":
                 return self.image
-            if node.op == "get_attr":
-                return operator.attrgetter(str(node.target))(self.root)
-            if node.op == "call_module":
-                return self.root.get_submodule(str(node.target))(*args, **kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+            return carried_out(node, self.root, args, kwargs)
         finally:
             self.carrying_out = False
 
