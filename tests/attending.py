@@ -1,6 +1,7 @@
 """Small networks of attention, of every kind that is known and of some that are not."""
 
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import PatchMergingV2, ShiftedWindowAttentionV2, SwinTransformerBlockV2
 
 from tests.networks import tiny_vit
 
@@ -57,12 +58,24 @@ def timms_swin() -> nn.Module:
     )
 
 
+def timms_swin_v2() -> nn.Module:
+    return timm.models.SwinTransformerV2(
+        img_size=16, patch_size=2, embed_dim=8, depths=(2,), num_heads=(2,), window_size=4, num_classes=5
+    )
+
+
+NORMALISED: dict[str, tuple[Callable[[], nn.Module], int]] = {  # queries and keys
+    "qk_norm": (partial(timms, qk_norm=True), 16),
+    "swin v2": (swin_v2, 16),
+    "timm's swin v2": (timms_swin_v2, 16),
+}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "timm": (timms, 16),
     "torchvision": (tiny_vit, 32),
     "swin": (swin, 16),
     "timm's swin": (timms_swin, 16),
     "nn.TransformerEncoder": (Encoded, 16),
+    **NORMALISED,
 }
 
 
@@ -73,6 +86,9 @@ def lively(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for module in model.modules():
+            if isinstance(module, ShiftedWindowAttentionV2):  # which takes no notice of this bias
+                module.qkv.bias.chunk(3)[1].zero_()
     return model
 
 

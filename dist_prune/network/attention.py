@@ -22,7 +22,11 @@ from dist_prune.network.head_attention import (
     HeadMixing,
     MapHeadAttention,
     MultiheadHeadAttention,
-    Positions,
+    NormalisedMixing,
+    PositionNetwork,
+    PositionTable,
+    ScaledUnitNorm,
+    UnitNorm,
     WindowHeadAttention,
 )
 from dist_prune.network.layers import has_hooks
@@ -44,7 +48,7 @@ def opened(model: nn.Module, image: Tensor, patterns: str = "*") -> Opened:
     """Take apart all attention that is known here and computes the same afterwards.
 
     Args:
-        model: left as it is; the other network has the same parameters.
+        model: left as it is; the other network has the same parameters, biases of queries, keys and values joined.
         image: (1, …) that it takes.
         patterns: which layers may change, see `sites.matches`; attention with none of them stays as it is.
     """
@@ -115,7 +119,9 @@ def _differing(model: nn.Module, image: Tensor, found: Mapping[str, HeadAttentio
 def _difference(new: HeadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor) -> str:
     try:
         found = _first_of(new(*args, **kwargs))
-    except (TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a norm raises that is not of a head
         return str(error)
     off = (found - expected).double().norm() if found.shape == expected.shape else torch.inf
     return "" if off <= tolerance_of([expected]) * expected.double().norm() else "it computes something else"
@@ -154,16 +160,18 @@ def _why_closed(module: nn.Module) -> str:
             "its layers are no plain nn.Linear": type(qkv) is not nn.Linear or type(proj) is not nn.Linear,
             "queries, keys and values are of different sizes": qkv.out_features != 3 * inner,
             "its heads are of different sizes": bool(inner % _heads(module)),
-            "it normalises queries and keys, so that all their dimensions count": _normalises(module),
-            "it has parameters besides those of qkv and proj": _others(module, qkv, proj),
+            "it has parameters besides those of qkv and proj": _others(module),
         }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _normalises(module: nn.Module) -> bool:
-    """Whether logits are of queries and keys that went through norms, as in Swin V2 and by timm's `qk_norm`."""
-    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    return hasattr(module, "logit_scale") or any(isinstance(n, nn.Module) and list(n.parameters()) for n in norms)
+def _norms(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Of the queries and the keys of a head, as by timm's `qk_norm` and in Swin V2, where there are some."""
+    if isinstance(scale := module._parameters.get("logit_scale"), nn.Parameter):
+        return ScaledUnitNorm(scale), UnitNorm()
+    first, second = (getattr(module, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+    known = isinstance(first, nn.Module) and isinstance(second, nn.Module)
+    return (first, second) if known and not (type(first) is type(second) is nn.Identity) else None
 
 
 def _heads(module: nn.Module) -> int:
@@ -172,22 +180,31 @@ def _heads(module: nn.Module) -> int:
     return heads
 
 
-def _others(module: nn.Module, *layers: nn.Module) -> bool:
-    """Whether it has parameters or buffers that are not known: norms, gates, other biases of positions."""
-    positions = _positions(module)
-    known: list[Tensor] = [tensor for each in layers for tensor in each.parameters()]
-    known += [positions.table, positions.index] if positions else []
-    ids = {id(tensor) for tensor in known}
-    return any(id(tensor) not in ids for tensor in [*module.parameters(), *module.buffers()])
+def _others(module: nn.Module) -> bool:
+    """Whether it has parameters or buffers that are not known: other norms, gates, other biases of positions."""
+    parts = [module.qkv, module.proj, *(_norms(module) or ()), *filter(None, [_positions(module)])]
+    known = [tensor for each in parts for tensor in (*each.parameters(), *each.buffers())]
+    ids = {id(tensor) for tensor in (*known, *_biases(module))}
+    return any(id(tensor) not in ids for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _positions(module: nn.Module) -> Positions | None:
-    """What the bias of relative positions is made from, in attention that has one for each pair of tokens."""
-    table = module._parameters.get("relative_position_bias_table")
-    index = module._buffers.get("relative_position_index")
-    if table is None or index is None or table.dim() != 2 or math.isqrt(index.numel()) ** 2 != index.numel():
+def _biases(module: nn.Module) -> list[Tensor]:
+    """Of queries, keys and values, in attention that keeps them beside `qkv`; empty if it does not."""
+    found = [getattr(module, f"{part}_bias", None) for part in "qkv"]
+    biases = [bias for bias in found if isinstance(bias, Tensor)]
+    return biases if len(biases) == 3 and module.get_submodule("qkv").bias is None else []
+
+
+def _positions(module: nn.Module) -> PositionTable | PositionNetwork | None:
+    """What makes the bias of relative positions, in attention that has one for each pair of tokens."""
+    index, coordinates = (module._buffers.get(f"relative_{name}") for name in ("position_index", "coords_table"))
+    if index is None or math.isqrt(index.numel()) ** 2 != index.numel():
         return None
-    return Positions(table, index, "relative_position_index" not in module._non_persistent_buffers_set)
+    saved = "relative_position_index" not in module._non_persistent_buffers_set
+    if coordinates is not None and isinstance(network := getattr(module, "cpb_mlp", None), nn.Module):
+        return PositionNetwork(network, coordinates, index, saved)
+    table = module._parameters.get("relative_position_bias_table")
+    return None if table is None or table.dim() != 2 else PositionTable(table, index, saved)
 
 
 def _open(module: nn.Module) -> HeadAttention:
@@ -205,14 +222,19 @@ def _open_multihead(module: nn.MultiheadAttention) -> HeadAttention:
 
 def _open_fused(module: nn.Module) -> HeadAttention:
     """Queries, keys and values from one layer; among all tokens, those of a window, or of windows of a map."""
-    heads, qkv, proj = _heads(module), module.get_submodule("qkv"), module.get_submodule("proj")
-    assert isinstance(proj, nn.Linear)
+    heads, qkv, proj = _heads(module), module.qkv, module.proj
+    assert isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear)
+    if biases := _biases(module):
+        qkv = _linear(qkv.weight, nn.Parameter(torch.cat(biases).detach(), biases[0].requires_grad))
     size = proj.in_features // heads
     dropout, last = (
         _probability(module, "attn_drop", "attention_dropout"),
         _probability(module, "proj_drop", "dropout"),
     )
-    mix = HeadMixing(heads, size, size, float(getattr(module, "scale", size**-0.5)), dropout)
+    scale = 1.0 if hasattr(module, "logit_scale") else float(getattr(module, "scale", size**-0.5))
+    mix = HeadMixing(heads, size, size, scale, dropout)
+    if norms := _norms(module):
+        mix = NormalisedMixing(mix, *norms)
     positions = _positions(module)
     if positions is None:
         return HeadAttention(qkv, mix, proj, last)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ class HeadMixing(nn.Module):
         sizes = [self.heads * size for size in (self.qk, self.qk, self.vo)]
         parts = (torch.unflatten(part, -1, (self.heads, -1)) for part in torch.split(x, sizes, -1))
         queries, keys, values = (part.transpose(-2, -3) for part in parts)
+        queries, keys = self.compared(queries, keys)
         if self._padding_is_faster(x):
             queries, keys, values = (_filled(part, max(self.qk, self.vo)) for part in (queries, keys, values))
         dropout = self.dropout if self.training else 0.0
@@ -37,6 +37,10 @@ class HeadMixing(nn.Module):
         mixed = mixed[..., : self.vo]
         # A copy even where it is contiguous: ONNX's exporter replaces the operation by one of another layout.
         return mixed.transpose(-2, -3).clone(memory_format=torch.contiguous_format).flatten(-2)
+
+    def compared(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """What is compared of them, (…, heads, tokens, qk) each."""
+        return queries, keys
 
     def _padding_is_faster(self, x: Tensor) -> bool:
         """Whether zeros should make queries and values of one size, for which alone CPUs have a fused kernel.
@@ -50,6 +54,39 @@ class HeadMixing(nn.Module):
     def extra_repr(self) -> str:
         """Sizes."""
         return f"heads={self.heads}, qk={self.qk}, vo={self.vo}, scale={self.scale:.4g}"
+
+
+class NormalisedMixing(HeadMixing):
+    """The same of queries and keys that each go through a norm, which needs all of their dimensions."""
+
+    def __init__(self, plain: HeadMixing, q_norm: nn.Module, k_norm: nn.Module) -> None:
+        super().__init__(plain.heads, plain.qk, plain.vo, plain.scale, plain.dropout)
+        self.q_norm, self.k_norm = q_norm, k_norm
+
+    def compared(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised over the dimensions of a head."""
+        return self.q_norm(queries), self.k_norm(keys)
+
+
+class UnitNorm(nn.Module):
+    """Vectors along the last dimension scaled to length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return F.normalize(x, dim=-1)
+
+
+class ScaledUnitNorm(nn.Module):
+    """Scaled to a length of each head, at most 100, whose logarithm is learned: (…, heads, tokens, qk)."""
+
+    def __init__(self, logit_scale: nn.Parameter) -> None:
+        super().__init__()
+        self.logit_scale = logit_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class; heads are the dimension before the last two."""
+        lengths = torch.clamp(self.logit_scale, max=math.log(100)).exp()
+        return F.normalize(x, dim=-1) * lengths.view(-1, 1, 1)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:
@@ -114,35 +151,54 @@ class MultiheadHeadAttention(HeadAttention):
         return super().forward(query.transpose(0, 1), attn_mask, is_causal).transpose(0, 1), None
 
 
-@dataclass(frozen=True)
-class Positions:
-    """What a bias by relative positions is made from.
+class PositionTable(nn.Module):
+    """A bias for each pair of tokens by how they lie to each other, (1, heads, tokens, tokens).
 
-    Attributes:
-        table: of the biases, (relative positions, heads).
-        index: the relative position of each pair of tokens, (tokens, tokens) or flat.
-        saved: whether the index is part of the state dict.
+    The table is (relative positions, heads), the index the relative position of each pair, (tokens, tokens) or
+    flat; `saved` says whether it is part of the state dict.
     """
 
-    table: nn.Parameter
-    index: Tensor
-    saved: bool
+    relative_position_index: Tensor
+
+    def __init__(self, table: nn.Parameter, index: Tensor, saved: bool) -> None:
+        super().__init__()
+        self.relative_position_bias_table = table
+        self.register_buffer("relative_position_index", index, saved)
+
+    def forward(self) -> Tensor:
+        """See the class."""
+        return position_bias(self.relative_position_bias_table, self.relative_position_index)
+
+
+class PositionNetwork(nn.Module):
+    """The same, its table made by a small network from coordinates (…, relative positions, 2), as in Swin V2."""
+
+    relative_coords_table: Tensor
+    relative_position_index: Tensor
+
+    def __init__(self, network: nn.Module, coordinates: Tensor, index: Tensor, saved: bool) -> None:
+        super().__init__()
+        self.cpb_mlp = network
+        self.register_buffer("relative_coords_table", coordinates, saved)
+        self.register_buffer("relative_position_index", index, saved)
+
+    def forward(self) -> Tensor:
+        """See the class; at most 16."""
+        table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
+        return 16 * torch.sigmoid(position_bias(table, self.relative_position_index))
 
 
 class WindowHeadAttention(HeadAttention):
     """Attention among the tokens of a window, with a bias that depends on where they lie to each other.
 
-    As in Swin (Liu et al. 2021), with the names that the bias's parts usually have.
+    As in Swin (Liu et al. 2021) and Swin V2 (Liu et al. 2022).
     """
 
-    relative_position_index: Tensor
-
     def __init__(
-        self, qkv: nn.Module, mix: HeadMixing, proj: nn.Module, dropout: float, positions: Positions
+        self, qkv: nn.Module, mix: HeadMixing, proj: nn.Module, dropout: float, positions: nn.Module
     ) -> None:
         super().__init__(qkv, mix, proj, dropout)
-        self.relative_position_bias_table = positions.table
-        self.register_buffer("relative_position_index", positions.index, positions.saved)
+        self.positions = positions
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The tokens of each window mixed.
@@ -151,7 +207,7 @@ class WindowHeadAttention(HeadAttention):
             x: (images · windows, tokens, channels).
             mask: added to the logits of all heads, (windows, tokens, tokens).
         """
-        bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
+        bias = self.positions()
         return self.mixed(x, bias if mask is None else masked(bias, mask, x))
 
 
@@ -168,7 +224,7 @@ class MapHeadAttention(WindowHeadAttention):
         mix: HeadMixing,
         proj: nn.Module,
         dropout: float,
-        positions: Positions,
+        positions: nn.Module,
         window: Size,
         shift: Size,
     ) -> None:
@@ -177,7 +233,7 @@ class MapHeadAttention(WindowHeadAttention):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """The tokens of each window mixed, in their places."""
-        bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
+        bias = self.positions()
         bias = shifted_bias(bias, x, self.window, self.shift)
         return map_of(self.mixed(windows_of(x, self.window, self.shift), bias), x, self.window, self.shift)
 

@@ -16,8 +16,8 @@ def remove_channels(job: Job) -> None:
     """Choose widths, in closed form from the calibration images, and narrow the network."""
     config, planner = job.config, job.dense_planner
     possible = removable_groups(job.dense, job.survey.sites, probe(config, job.world, 2))
-    if possible.unknown:
-        job.report.say(note_on_staying(possible))
+    if note := note_on_staying(possible):
+        job.report.say(note)
     gathered = load_statistics(job)
     found = directions_with_losses(job, gathered)
     with job.report.phase("width"):

@@ -96,9 +96,10 @@ def removable_groups(model: nn.Module, sites: Iterable[Site], images: Tensor) ->
     for group in found.groups:
         fixed = {*group.producers, *(c.name for c in group.solved)} - chosen
         if fixed:
-            staying.append(Staying(group.producers, f"{min(fixed)} stays as it is"))
+            staying.append(Staying(group.producers, f"{min(fixed)} stays as it is", group.part))
         elif not _runs(model, group, images):
-            staying.append(Staying(group.producers, "the network does not run without some of them"))
+            reason = "the network does not run without some of them"
+            staying.append(Staying(group.producers, reason, group.part))
         else:
             groups.append(group)
     return Groups(tuple(groups), (*found.staying, *staying), found.unknown)

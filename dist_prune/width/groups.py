@@ -20,19 +20,21 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from dist_prune.network.channels import QUERIES, VALUES, Consumer, Group
-from dist_prune.network.head_attention import HeadMixing
+from dist_prune.network.head_attention import HeadMixing, NormalisedMixing
 from dist_prune.width import channelwise
 from dist_prune.width.graph import GraphError, shape_of, traced_with_shapes
 
 RESIDUAL = "on a residual stream: it is added to another layer's output"
+NORMALISED = "queries and keys are normalised, so that all their dimensions count"
 
 
 @dataclass(frozen=True)
 class Staying:
-    """Channels that no one may remove: who makes them, and why they stay."""
+    """Channels that no one may remove: who makes them, why they stay, and of what part of attention they are."""
 
     producers: tuple[str, ...]
     reason: str
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class _Following:
             )
             reason = channels.reason or ("" if channels.consumers else "no layer takes its output")
             if reason:
-                staying.append(Staying(producers, reason))
+                staying.append(Staying(producers, reason, channels.part))
             else:
                 consumers = tuple(sorted(channels.consumers, key=lambda c: order[c.name]))
                 where = channels.part, channels.start, channels.times
@@ -198,7 +200,10 @@ class _Following:
             return self._block(node, f"used by {name} together with others")
         self.made.remove(fused)
         (producer,), heads = fused.producers, module.heads
-        queries = _Channels(module.qk, [producer], reason=fused.reason, part=QUERIES, times=2 * heads)
+        normalised = NORMALISED if isinstance(module, NormalisedMixing) else ""
+        queries = _Channels(
+            module.qk, [producer], reason=fused.reason or normalised, part=QUERIES, times=2 * heads
+        )
         queries.consumers.append(Consumer(name, times=2 * heads))
         values = _Channels(module.vo, [producer], [name], reason=fused.reason, part=VALUES, times=heads)
         values.start = 2 * heads * module.qk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from textwrap import indent
 
@@ -29,9 +30,16 @@ def format_groups(found: Groups) -> str:
 
 
 def note_on_staying(found: Groups, attention: Mapping[str, str] | None = None) -> str:
-    """Why heads of attention stay, name → reason, and all channels of a network that cannot be traced, if so."""
-    heads = ", ".join(f"{name} ({why})" for name, why in (attention or {}).items())
-    lines = [f"heads of attention stay: {heads}"] if heads else []
+    """Why heads of attention stay, name → reason, or some of their dimensions, and all channels of a network that
+    cannot be traced, if so.
+    """
+    heads = [f"{name} ({why})" for name, why in (attention or {}).items()]
+    parts = defaultdict[tuple[str, str], list[str]](list)
+    for each in found.staying:
+        if each.part:
+            parts[each.part, each.reason] += each.producers
+    lines = [f"heads of attention stay: {', '.join(heads)}"] if heads else []
+    lines += [f"{part} stay as they are in {', '.join(names)}: {why}" for (part, why), names in parts.items()]
     return "\n".join([*lines, *([f"channels stay: {found.unknown}"] if found.unknown else [])])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_prune.config.flags import did_you_mean
 from dist_prune.factorization.plan import PlanError
 from dist_prune.network.channels import QUERIES, Consumer, Group, KeptChannels
-from dist_prune.network.head_attention import HeadMixing
+from dist_prune.network.head_attention import HeadMixing, NormalisedMixing
 from dist_prune.network.padding import plain
 from dist_prune.network.replacing import with_replaced
 from dist_prune.width.elimination import Prediction
@@ -97,6 +97,13 @@ def require_channels(model: nn.Module, kept: Iterable[KeptChannels]) -> None:
         for name, heads in _heads_of(modules, group):
             if heads != group.heads:
                 raise PlanError(f"{name} has {heads} heads here; the plan is of a network with {group.heads}")
+        normalised = [
+            n for n in group.members if group.part == QUERIES and isinstance(modules[n], NormalisedMixing)
+        ]
+        if normalised:
+            raise PlanError(
+                f"{normalised[0]} normalises queries and keys here, of which the plan removes dimensions"
+            )
         for name, width in _widths_of(modules, group):
             if width != group.width:
                 raise PlanError(f"{name} has {width} channels here; the plan is of a network with {group.width}")

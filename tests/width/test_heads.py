@@ -24,7 +24,7 @@ from dist_prune.width.groups import find_groups
 from dist_prune.width.heads import blocks, directions, elimination_of, turned
 from dist_prune.width.moments import collect_channel_moments
 from dist_prune.width.narrowing import kept_outputs, narrowed
-from tests.attending import NETWORKS, Masked, Net, Weighing, encoder, images, lively, swin, swin_v2, timms
+from tests.attending import NETWORKS, NORMALISED, Masked, Net, Weighing, encoder, images, lively, swin, timms
 from tests.ranks import run_ranks
 
 SHARES = {  # of the MACs, that heads alone can come to
@@ -33,6 +33,7 @@ SHARES = {  # of the MACs, that heads alone can come to
     "swin": 0.9,
     "timm's swin": 0.9,
     "nn.TransformerEncoder": 0.95,
+    **dict.fromkeys(NORMALISED, 0.95),
 }
 
 
@@ -45,14 +46,17 @@ def test_attention_taken_apart_computes_the_same_from_the_same_parameters(
     assert found.names and not found.closed
     with torch.no_grad():
         torch.testing.assert_close(found.network(x), model(x))
-    assert {id(p) for p in found.network.parameters()} == {id(p) for p in model.parameters()}
+    joined = [name for name, _ in model.named_parameters() if name.endswith(("q_bias", "v_bias"))]
+    assert {id(p) for n, p in model.named_parameters() if n not in joined} <= {
+        *map(id, found.network.parameters())
+    }
+    assert len([*found.network.parameters()]) == len([*model.parameters()]) - len(joined) // 2
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: timms(qk_norm=True), "normalises queries and keys"),
-        (swin_v2, "normalises queries and keys"),
+        (lambda: timms(scale_attn_norm=True), "parameters besides"),
         (lambda: nn.Sequential(Net()), "something else"),
         (lambda: Masked(), "takes no mask"),
         (lambda: Weighing(), "reads its attribute"),
@@ -97,7 +101,7 @@ def weighed(name: str, world: World) -> tuple[nn.Module, nn.Module, tuple, dict,
 def test_turned_heads_compute_the_same_and_have_the_moments_that_were_computed(name: str, world: World) -> None:
     network, other, groups, moments, _, x = weighed(name, world)
     heads = [group for group in groups if group.part]
-    assert {group.part for group in heads} == {QUERIES, VALUES}
+    assert {group.part for group in heads} == ({VALUES} if name in NORMALISED else {QUERIES, VALUES})
     with torch.no_grad():
         torch.testing.assert_close(other(x), network(x), rtol=1e-3, atol=1e-4)
     collected = collect_channel_moments(other, [c for g in heads for c in g.consumers], [x], world)
@@ -228,7 +232,7 @@ def test_heads_alone_meet_a_budget_and_what_is_saved_applied_or_planned_again_is
 
 
 FORMS = ("onnx", "torch-export", "python", "state-dict")
-FAST = {("timm", "state-dict"), ("timm", "python"), ("swin", "python")}
+FAST = {("timm", "state-dict"), ("timm", "python"), ("swin", "python"), ("swin v2", "python")}
 
 
 @pytest.mark.parametrize(

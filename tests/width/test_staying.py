@@ -14,12 +14,13 @@ from dist_prune.network.attention import opened, opened_in
 from dist_prune.network.channels import QUERIES, KeptChannels
 from dist_prune.network.replay import follow
 from dist_prune.network.tracing import Program
+from dist_prune.width.groups import NORMALISED as STAY
 from dist_prune.width.groups import find_groups
-from tests.attending import Encoded, Multihead, Weighing, images, lively, swin, timms
+from tests.attending import NORMALISED, Encoded, Multihead, Weighing, images, lively, swin, timms
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(partial(timms, qk_norm=True), "normalises queries and keys"), (Weighing, "reads")]
+    ("make", "reason"), [(partial(timms, scale_attn_norm=True), "parameters besides"), (Weighing, "reads")]
 )
 def test_a_compression_says_which_heads_stay_and_why(make: Callable[[], nn.Module], reason: str) -> None:
     model, x = lively(make), images(16, 16)
@@ -27,6 +28,17 @@ def test_a_compression_says_which_heads_stay_and_why(make: Callable[[], nn.Modul
     closed = opened(model, x[:1]).closed
     assert all(reason in compressor.staying_[name] for name in closed) and closed
     assert all(f"{name} ({why})" in str(compressor.compress(0.8)) for name, why in closed.items())
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_a_compression_says_that_normalised_queries_and_keys_stay(name: str) -> None:
+    """Values go all the same, see `test_heads`."""
+    make, size = NORMALISED[name]
+    model, x = lively(make), images(size, 16)
+    compressor = Compressor(draws=1, calibrate_images=16).fit(model, x.split(8))
+    layers = [f"{attention}.qkv" for attention in opened(model, x[:1]).names]
+    assert all(compressor.staying_[layer] == STAY for layer in layers) and layers
+    assert f"{QUERIES} stay as they are in {', '.join(layers)}: {STAY}" in str(compressor.compress(0.9))
 
 
 class Deciding(Multihead):
@@ -61,7 +73,7 @@ def test_encoders_of_pytorch_are_followed_unless_they_are_given_a_mask() -> None
     [
         (
             partial(timms, qk_norm=True),
-            "blocks.0.attn is a Attention; it normalises queries and keys",
+            "blocks.0.attn.mix normalises queries and keys here, of which the plan removes dimensions",
         ),
         (partial(timms, num_heads=4), "blocks.0.attn.mix has 4 heads here; the plan is of a network with 2"),
         (partial(timms, embed_dim=48), "blocks.0.attn.mix has 24 channels here; the plan is of a network with 12"),
