@@ -25,7 +25,7 @@ from dist_prune.factorization.forms import FORMS, Form, set_weight
 from dist_prune.factorization.knapsack import Floats
 from dist_prune.factorization.nested import Nested
 from dist_prune.factorization.spectra import Spectra
-from dist_prune.network.sites import Site
+from dist_prune.network.sites import Site, weight_of
 from dist_prune.statistics.collect import Batches, Statistics
 from dist_prune.statistics.second_order import (
     Curve,
@@ -34,7 +34,7 @@ from dist_prune.statistics.second_order import (
     collect_losses,
 )
 from dist_prune.statistics.terms import ChainTerms, Directions, Terms, offset_of
-from dist_prune.utils.decompositions import eigh
+from dist_prune.utils.decompositions import eigh, eigvalsh
 
 FOLDS = 4
 FEW = 4  # rows per dimension, below which a site has few
@@ -89,7 +89,7 @@ def with_exact_losses(
     found = collect_losses(
         model, families, means, batches(method.loss_images), world, loss, DRAWS, seed, sampled=few
     )
-    return replace(spectra, exact=world.from_first(lambda: _curves(spectra, sites, found, method.damping)))
+    return replace(spectra, exact=world.from_first(lambda: _curves(spectra, model, sites, found, method.damping)))
 
 
 def with_floors(spectra: Spectra, sites: Sequence[Site], statistics: Statistics) -> Spectra:
@@ -150,7 +150,7 @@ def _layers(module: nn.Module, form: Form, *kernels: Tensor) -> tuple[nn.Module,
 
 
 def _curves(
-    spectra: Spectra, sites: Sequence[Site], found: SecondOrder, damping: float
+    spectra: Spectra, model: nn.Module, sites: Sequence[Site], found: SecondOrder, damping: float
 ) -> Mapping[str, Mapping[str, Floats]]:
     """Site → form → loss of keeping 0, 1, … directions of each group; see the module. `cross` beside the forms."""
     curves: dict[str, dict[str, Floats]] = {site.name: {} for site in sites}
@@ -159,7 +159,7 @@ def _curves(
         curves[family.site][family.name] = continued(curve.loss.cpu().numpy(), spectrum)
     for site in sites:
         if (sample := found.samples.get(site.name)) is not None:
-            curve = cross_fitted(sample, damping, min(site.width, site.inputs))
+            curve = cross_fitted(sample, damping, weight_of(model.get_submodule(site.name), site))
             curves[site.name]["output"] = descending(curve.loss.numpy())
         if (cross := found.crosses.get(site.name)) is not None:
             curves[site.name]["cross"] = cross.cpu().numpy()
@@ -178,13 +178,14 @@ def continued(exact: Floats, spectrum: Floats) -> Floats:
     return descending(np.concatenate([exact, scale * spectrum[last + 1 :]]))
 
 
-def cross_fitted(sample: Sample, damping: float, full_rank: int) -> Curve:
+def cross_fitted(sample: Sample, damping: float, weight: Tensor) -> Curve:
     """Second-order losses of a site's Fisher basis, each image's in a basis of other images.
 
     Args:
         sample: all rows of the site.
         damping: of the metric, as in `bases.by_fisher`.
-        full_rank: of the site's weight, per group; nothing is lost there.
+        weight: of the site, (g, c, d). At its full rank nothing is lost. Where d < c, rows lie in its range, but
+            for their mean, and bases are those of d dimensions.
 
     Returns:
         Losses of keeping 0, 1, …, c directions of each group. Beyond as many as a part of the images has rows,
@@ -196,10 +197,11 @@ def cross_fitted(sample: Sample, damping: float, full_rank: int) -> Curve:
     if count == 1:
         infinite = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         return Curve(infinite, torch.zeros_like(infinite))
-    losses = torch.zeros(count, width + 1, dtype=torch.float64)
+    losses, full_rank = torch.zeros(count, width + 1, dtype=torch.float64), min(weight.shape[1:])
+    span = torch.linalg.qr(weight.double())[0].to(sample.rows.device) if full_rank < width else None
     for fold in range(min(FOLDS, count)):
         held = images % FOLDS == fold
-        kept, basis = _losses(sample, images, held, damping)
+        kept, basis = _losses(sample, images, held, damping, span)
         known = kept.shape[1] - 1
         losses[basis, : known + 1] = kept
         losses[basis, known + 1 :] = kept[:, -1:]
@@ -208,13 +210,22 @@ def cross_fitted(sample: Sample, damping: float, full_rank: int) -> Curve:
     return Curve(mean, losses.std(0, correction=0) / count**0.5)
 
 
-def _losses(sample: Sample, images: Tensor, held: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Of the images `held` out, (images, directions + 1), in the basis of the others; and their numbers."""
+def _losses(
+    sample: Sample, images: Tensor, held: Tensor, damping: float, span: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the images `held` out, (images, directions + 1), in the basis of the others; and their numbers.
+
+    `span` (g, c, d) are orthonormal columns in which rows lie; metric and basis are those of coordinates in it.
+    """
     seen, gradients = sample.rows[~held].movedim(1, 0), sample.gradients[:, ~held].flatten(0, 1).movedim(1, 0)
     mean = seen.mean(1, keepdim=True)
-    root = _Root(gradients, damping)
-    directions = _right_singular(root.times(seen - mean))  # g, q, c
     rows, g = sample.rows[held].movedim(1, 0) - mean, sample.gradients[:, held].movedim(2, 1)
+    seen, largest = seen - mean, None
+    if span is not None:
+        largest = eigvalsh(_smaller_gram(gradients))[:, -1:]
+        seen, gradients, rows, g = seen @ span, gradients @ span, rows @ span, g @ span
+    root = _Root(gradients, damping, largest)
+    directions = _right_singular(root.times(seen))  # g, q, c
     each = ((root.times(rows) @ directions.mT) * (root.over(g) @ directions.mT)).sum(1)  # draws, rows, q
     total = (rows * g).sum((1, 3))
     tails = torch.cat([total[..., None], total[..., None] - each.cumsum(-1)], -1)
@@ -228,28 +239,33 @@ def _right_singular(matrix: Tensor) -> Tensor:
 
     What is left of rows that depend on others has no direction: its vectors are zero.
     """
-    tall = matrix.shape[1] > matrix.shape[2]
-    values, vectors = eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    values, vectors = eigh(_smaller_gram(matrix))
     vectors = vectors.flip(-1).mT
-    if tall:
+    if matrix.shape[1] > matrix.shape[2]:
         return vectors
     squares = values.flip(-1)[..., None]
     known = squares > ROUNDING * squares[:, :1]
     return torch.where(known, squares, 1).rsqrt() * known * (vectors @ matrix)
 
 
+def _smaller_gram(matrix: Tensor) -> Tensor:
+    """MᵀM or MMᵀ of (g, n, c), whichever is smaller: both have the same eigenvalues above zero."""
+    return matrix.mT @ matrix if matrix.shape[1] > matrix.shape[2] else matrix @ matrix.mT
+
+
 class _Root:
     """The square root of ΓᵀΓ + δI, ΓᵀΓ scaled to a largest eigenvalue of 1, from Γ (g, n, c) itself.
 
-    With ΓΓᵀ = UΛUᵀ and B = UᵀΓ it is √δ·I + Bᵀ (√(Λ + δ) + √δ)⁻¹ B: nothing is divided by a small eigenvalue, and
-    no matrix is larger than Γ.
+    Or divided by `largest` (g, 1), if that is given. With ΓΓᵀ = UΛUᵀ and B = UᵀΓ it is √δ·I + Bᵀ (√(Λ + δ) + √δ)⁻¹ B:
+    nothing is divided by a small eigenvalue, and no matrix is larger than Γ.
     """
 
-    def __init__(self, gradients: Tensor, damping: float) -> None:
+    def __init__(self, gradients: Tensor, damping: float, largest: Tensor | None = None) -> None:
         if gradients.shape[1] > gradients.shape[2]:
             gradients = torch.linalg.qr(gradients, "r")[1]  # ΓᵀΓ is the same
         values, vectors = eigh(gradients @ gradients.mT)
-        scale = torch.where(values[:, -1:] > 0, values[:, -1:], 1)
+        largest = values[:, -1:] if largest is None else largest
+        scale = torch.where(largest > 0, largest, 1)
         self.terms = vectors.mT @ gradients / scale[..., None].sqrt()
         self.shift: float = max(damping, 1e-12) ** 0.5
         self.values = ((values / scale).clamp(min=0) + self.shift**2).sqrt()

@@ -107,24 +107,38 @@ def test_losses_depend_on_no_number_of_ranks(size: int) -> None:
                 assert several[site][form] == pytest.approx(curve, rel=1e-6, abs=1e-15)
 
 
-def sample(rows: int, width: int, groups: int = 1) -> Sample:
-    """Rows of a few strong directions and noise, two for each image."""
-    generator = torch.Generator().manual_seed(3)
+def weighed(inputs: int, width: int, groups: int = 1) -> Tensor:
+    """A weight of fewer strong inputs than there are."""
+    generator = torch.Generator().manual_seed(4)
+    scales = torch.linspace(0, 4, inputs).neg().exp().double()
+    return torch.randn(groups, width, inputs, generator=generator, dtype=torch.float64) * scales
+
+
+def sample(rows: int, weight: Tensor) -> Sample:
+    """Outputs of a weight, and gradients of a few strong directions; two rows for each image."""
+    generator, (groups, width, inputs) = torch.Generator().manual_seed(3), weight.shape
     scales = torch.linspace(0, 4, width).neg().exp().double()
-    y, g = (torch.randn(n, rows, groups, width, generator=generator, dtype=torch.float64) for n in (1, 2))
-    return Sample(torch.arange(rows) // 2 * 3, y[0] * scales + 1, g * scales.flip(0))
+    x = torch.randn(rows, groups, inputs, generator=generator, dtype=torch.float64)
+    g = torch.randn(2, rows, groups, width, generator=generator, dtype=torch.float64) * scales.flip(0)
+    return Sample(torch.arange(rows) // 2 * 3, torch.einsum("gcd,ngd->ngc", weight, x) + 1, g)
 
 
-@pytest.mark.parametrize(("rows", "width", "groups"), [(40, 6, 1), (40, 6, 2), (16, 30, 1)])
-def test_few_rows_are_predicted_from_bases_of_other_images(rows: int, width: int, groups: int) -> None:
-    given, known = sample(rows, width, groups), []
+@pytest.mark.parametrize(
+    ("rows", "inputs", "width", "groups"),
+    [(40, 9, 6, 1), (40, 6, 6, 2), (16, 30, 30, 1), (40, 4, 9, 2), (16, 20, 30, 1)],
+)
+def test_few_rows_are_predicted_from_bases_of_other_images(
+    rows: int, inputs: int, width: int, groups: int
+) -> None:
+    weight = weighed(inputs, width, groups)
+    given, known = sample(rows, weight), []
     images = torch.arange(rows) // 2
     for fold in range(FOLDS):
         held = images % FOLDS == fold
         seen, gradients = given.rows[~held], given.gradients[:, ~held].flatten(0, 1)
         mean = seen.mean(0)
         basis = by_fisher(moments(seen), torch.einsum("ngc,ngd->gcd", gradients, gradients), 0.01)
-        known_rank = min(width, len(seen) - 1)
+        known_rank = min(width, inputs, len(seen) - 1)
         for image in images[held].unique():
             rows_, g = given.rows[images == image] - mean, given.gradients[:, images == image]
             total = torch.einsum("pgc,dpgc->d", rows_, g)
@@ -135,10 +149,10 @@ def test_few_rows_are_predicted_from_bases_of_other_images(rows: int, width: int
             each = (encoded * decoded).sum((1, 2))
             tails = torch.cat([total[:, None], total[:, None] - each.cumsum(1)], 1)[:, : known_rank + 1]
             known.append(tails.square().mean(0) / 2)
-    curve = cross_fitted(given, 0.01, full_rank=width)
-    shortest = min(map(len, known))
+    curve = cross_fitted(given, 0.01, weight)
+    full_rank, shortest = min(width, inputs), min(map(len, known))
     expected = torch.stack([k[:shortest] for k in known]).mean(0)
-    torch.testing.assert_close(curve.loss[: min(shortest, width)], expected[:width], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(curve.loss[: min(shortest, full_rank)], expected[:full_rank], rtol=1e-6, atol=1e-12)
 
 
 def moments(rows: Tensor) -> statistics.Moments:
@@ -159,12 +173,14 @@ def test_directions_that_no_row_shows_are_not_free(world: World) -> None:
 
 
 def test_a_full_rank_of_the_weight_loses_nothing() -> None:
-    curve = cross_fitted(sample(16, 30), 0.01, full_rank=5)
+    weight = weighed(5, 30)
+    curve = cross_fitted(sample(16, weight), 0.01, weight)
     assert (curve.loss[:5] > 0).all() and not curve.loss[5:].any()
 
 
 def test_one_image_says_nothing_of_others() -> None:
-    assert torch.isinf(cross_fitted(sample(2, 4), 0.01, full_rank=4).loss).all()
+    weight = weighed(4, 4)
+    assert torch.isinf(cross_fitted(sample(2, weight), 0.01, weight).loss).all()
 
 
 def test_curves_descend_and_go_on_as_the_spectrum_does() -> None:
