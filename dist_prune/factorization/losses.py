@@ -256,8 +256,8 @@ def _smaller_gram(matrix: Tensor) -> Tensor:
 class _Root:
     """The square root of ΓᵀΓ + δI, ΓᵀΓ scaled to a largest eigenvalue of 1, from Γ (g, n, c) itself.
 
-    Or divided by `largest` (g, 1), if that is given. With ΓΓᵀ = UΛUᵀ and B = UᵀΓ it is √δ·I + Bᵀ (√(Λ + δ) + √δ)⁻¹ B:
-    nothing is divided by a small eigenvalue, and no matrix is larger than Γ.
+    Or divided by `largest` (g, 1), if that is given. With ΓΓᵀ = UΛUᵀ and B = UᵀΓ the root is
+    √δ·I + Bᵀ (√(Λ + δ) + √δ)⁻¹ B: nothing is divided by a small eigenvalue, and no matrix is larger than Γ.
     """
 
     def __init__(self, gradients: Tensor, damping: float, largest: Tensor | None = None) -> None:
