@@ -26,7 +26,8 @@ from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.replay import AnyPass, Route
 from dist_prune.network.sites import Site, View, output_rows
-from dist_prune.statistics.moments import Accumulator, StatisticsError, full_float32, sum_moments
+from dist_prune.statistics.moments import Accumulator, StatisticsError, sum_moments
+from dist_prune.statistics.precision import full_float32
 from dist_prune.statistics.probes import Loss, kl
 
 Rows = tuple[Tensor, Tensor]  # x̂ and t as columns, (g·d, images, positions) and (g·c, images, positions)

@@ -118,8 +118,9 @@ def terms_of(module: nn.Module, site: Site, basis: Basis, nested: Mapping[str, N
     layer = module.get_submodule(site.name)
     rank = site.width if "input" in nested else _most(FORMS["output"], site, site.width)
     encode, decode = basis.encode[:, :rank], basis.decode[..., :rank]
-    offset = decode * (encode @ basis.mean[..., None]).mT
-    found: dict[str, Terms] = {"output": Directions("output", encode, decode, offset.flatten(0, 1))}
+    offset = (decode * (encode @ basis.mean[..., None]).mT).flatten(0, 1)
+    dtype = torch.promote_types(layer.get_parameter("weight").dtype, torch.float32)
+    found: dict[str, Terms] = {"output": Directions("output", encode.to(dtype), decode.to(dtype), offset)}
     for name, chains in nested.items():
         full = chains.first.shape[1]
         rank = full if name == "input" else _most(FORMS[name], site, full)
@@ -128,7 +129,8 @@ def terms_of(module: nn.Module, site: Site, basis: Basis, nested: Mapping[str, N
         offset = offset_of(first, second, chains.mean)
         if name == "input" and full == site.channels:  # then the decoder follows from the encoder
             encode = chains.first.flatten(2)
-            found[name] = Directions("input", encode, torch.linalg.inv(encode), offset)
+            decode = torch.linalg.inv(encode).to(dtype)
+            found[name] = Directions("input", encode.to(dtype), decode, offset)
         else:
             found[name] = ChainTerms(first, second, offset)
     return found

@@ -30,7 +30,8 @@ from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
-from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, products, unwatched
+from dist_prune.statistics.moments import StatisticsError, Sums, Tally, Watch, unwatched
+from dist_prune.statistics.precision import products
 from dist_prune.statistics.symmetric import SymmetricSum
 from dist_prune.utils import keyed_random
 

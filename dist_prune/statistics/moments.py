@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import View, call_of, evaluating
+from dist_prune.statistics.precision import products
 from dist_prune.statistics.symmetric import SymmetricSum, tiles_of
 
 T = TypeVar("T")
@@ -223,36 +224,6 @@ def _feed(view: View, accumulator: Accumulator) -> Callable[..., None]:
                 accumulator.add(view.rows(module, source[chunk]))
 
     return hook
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products in true float32: TF32 keeps 10 bits, too few for small eigenvalues.
-
-    torch has two settings for this. Where the newer one was used alone, asking for the older one is an error.
-    """
-    newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in newer]
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        older = "highest"
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(older)
-        for setting, precision in zip(newer, before, strict=True):
-            setting.fp32_precision = precision
-
-
-@contextmanager
-def products(tf32: bool) -> Iterator[None]:
-    """`full_float32`, or TF32 on a GPU: enough for products of centred rows that have no more bits themselves."""
-    with full_float32():
-        if tf32:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-        yield
 
 
 def sum_moments(local: Mapping[str, Moments], world: World) -> dict[str, Moments]:

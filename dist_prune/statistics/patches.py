@@ -12,7 +12,7 @@ Both are exact, for any stride, dilation and padding:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +90,12 @@ def white(site: Site, device: torch.device) -> PatchMoments:
     return PatchMoments(count, total.sum(-1), total, places * channels, site.channels * among)
 
 
+def few_at_once(x: Tensor, copies: float) -> Sequence[Tensor]:
+    """Images (N, …), as many at a time as may be copied `copies` times at once."""
+    image_bytes = max(1, int(x[0].numel() * x.element_size() * copies))
+    return torch.split(x, max(1, (GPU_CHUNK if x.is_cuda else CHUNK) // image_bytes))
+
+
 class PatchAccumulator:
     """Adds the input of one convolution to its patch moments, batch after batch; nothing waits for the device."""
 
@@ -118,9 +124,7 @@ class PatchAccumulator:
             self.shift = x.mean((0, 2, 3)).view(self.total.shape[:2])
         groups, channels, places = self.total.shape
         summed = x.new_zeros((), dtype=torch.float64)  # over images
-        patch_bytes = x[0].numel() * x.element_size() * places // math.prod(module.stride)  # of an image, about
-        few = (GPU_CHUNK if x.is_cuda else CHUNK) // max(1, patch_bytes)
-        for some in torch.split(x, max(1, few)):
+        for some in few_at_once(x, places / math.prod(module.stride)):
             # Padding is zero before the shift, not after.
             shifted = padded(module, some) - self.shift.view(-1, 1, 1)
             self._add_products(module, shifted)

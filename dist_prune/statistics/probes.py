@@ -21,7 +21,8 @@ from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import View, call_of, evaluating, output_rows, weight_of
 from dist_prune.statistics.curvature import differentiating
-from dist_prune.statistics.moments import StatisticsError, Tally, Watch, full_float32, unwatched
+from dist_prune.statistics.moments import StatisticsError, Tally, Watch, unwatched
+from dist_prune.statistics.precision import full_float32
 from dist_prune.utils import keyed_random
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # dense and perturbed logits (N, classes) → (N,)

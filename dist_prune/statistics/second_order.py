@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_prune.data.loader import Batch
@@ -29,7 +30,8 @@ from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import Site, call_of, given_to, output_rows
 from dist_prune.statistics.curvature import differentiating
-from dist_prune.statistics.moments import StatisticsError, full_float32
+from dist_prune.statistics.moments import StatisticsError
+from dist_prune.statistics.precision import full_float32
 from dist_prune.statistics.terms import Call, Terms
 from dist_prune.utils import keyed_random
 
@@ -77,24 +79,6 @@ class SecondOrder:
     curves: Mapping[Family, Curve]
     samples: Mapping[str, Sample]
     crosses: Mapping[str, Tensor]
-
-
-@dataclass
-class _Family:
-    """One family's sums, and what its terms give the images of the batch at hand, (draws, images, r)."""
-
-    terms: Terms
-    squares: Tensor
-    fourths: Tensor
-    given: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def add(self, totals: Tensor) -> Tensor:
-        """The batch is complete; `totals` (draws, images) are of all terms. Returns those of the last ones."""
-        tails = torch.cat([totals[..., None], totals[..., None] - self.given.cumsum(-1)], -1)
-        losses = tails.square().mean(0) / 2  # of each image
-        self.squares += losses.sum(0)
-        self.fourths += losses.square().sum(0)
-        return tails
 
 
 class _Site:
@@ -174,32 +158,47 @@ class _Site:
 
 
 class _Families(_Site):
-    """A site whose families are summed over images."""
+    """A site whose families are summed over images, one beside the other: 0, 1, …, r terms of each.
+
+    Attributes:
+        squares: Σ of each image's loss, (Σ(r + 1),).
+        fourths: Σ of its square.
+        cross: see `SecondOrder`; None but for two families that are used together.
+    """
 
     def __init__(
         self, site: Site, module: nn.Module, draws: int, mean: Tensor, families: Mapping[str, Terms]
     ) -> None:
         super().__init__(site, module, draws)
-        self.mean, self.totals = mean, mean.new_zeros(0)
+        self.mean, self.families = mean, families
         self.needs_back = any(terms.needs_back for terms in families.values())
-        zero = {name: mean.new_zeros(terms.offset.shape[1] + 1) for name, terms in families.items()}
-        self.families = {n: _Family(terms, zero[n].clone(), zero[n].clone()) for n, terms in families.items()}
-        both = [zero[name] for name in TOGETHER if name in families]
-        self.cross = mean.new_zeros(len(both[0]), len(both[1])) if len(both) == 2 else None
+        offsets = {name: F.pad(terms.offset, (1, 0)) for name, terms in families.items()}  # of no terms, too
+        self.offset, self.sizes = torch.cat([*offsets.values()], 1), [o.shape[1] for o in offsets.values()]
+        self.squares, self.fourths = mean.new_zeros(2, sum(self.sizes))
+        self.totals = self.given = mean.new_zeros(0)  # of the batch at hand: (draws, images), and each term's
+        both = [offsets[name].shape[1] for name in TOGETHER if name in offsets]
+        self.cross = mean.new_zeros(both) if len(both) == 2 else None
+
+    def by_family(self, values: Tensor) -> dict[str, Tensor]:
+        """Cut along the last dimension."""
+        return dict(zip(self.families, torch.split(values, self.sizes, -1), strict=True))
 
     def begin(self, indices: Tensor) -> None:
         """See `_Site`."""
         super().begin(indices)
         self.totals = self.mean.new_zeros(self.draws, len(indices))
-        for family in self.families.values():
-            family.given = self.mean.new_zeros(self.draws, len(indices), family.terms.offset.shape[1])
+        self.given = self.mean.new_zeros(self.draws, len(indices), sum(self.sizes))
 
     def finish(self) -> None:
         """See `_Site`."""
         super().finish()
-        tails = {name: family.add(self.totals) for name, family in self.families.items()}
+        kept = torch.cat([terms.cumsum(-1) for terms in self.by_family(self.given).values()], -1)
+        tails = self.totals[..., None] - kept
+        losses = tails.square().mean(0) / 2  # of each image
+        self.squares += losses.sum(0)
+        self.fourths += losses.square().sum(0)
         if self.cross is not None:
-            first, second = (tails[name].flatten(0, 1) for name in TOGETHER)
+            first, second = (self.by_family(tails)[name].flatten(0, 1) for name in TOGETHER)
             self.cross += first.mT @ second / self.draws
 
     @torch.no_grad()
@@ -210,10 +209,10 @@ class _Families(_Site):
         g = torch.stack([output_rows(self.site, one) for one in call.gradients])  # draws, C, entries, positions
         entries = rows.shape[1] // images
         self.totals += _by_image((g * rows).sum((1, 3)).double(), images)
-        sums = g.sum(-1).mT.double()  # draws, entries, C
-        for family in self.families.values():
-            given = family.terms.given(self.site, call).double() - sums @ family.terms.offset
-            family.given += given.reshape(self.draws, images, entries, -1).sum(2)
+        none = g.new_zeros(self.draws, rows.shape[1], 1)
+        given = torch.cat([t for each in self.families.values() for t in (none, each.given(self.site, call))], -1)
+        given = given.double() - g.sum(-1).mT.double() @ self.offset
+        self.given += given.reshape(self.draws, images, entries, -1).sum(2)
 
 
 class _Sampled(_Site):
@@ -285,10 +284,10 @@ def collect_losses(
     summed = [
         _Families(site, model.get_submodule(site.name), draws, means[site.name].flatten().double(), own)
         for site, own in families.items()
+        if own
     ]
     kept = [_Sampled(site, model.get_submodule(site.name), draws) for site in sampled]
     images = torch.zeros((), dtype=torch.float64, device=world.device)
-    found = {Family(each.site.name, name): family for each in summed for name, family in each.families.items()}
     with differentiating(model), full_float32(), ExitStack() as stack:
         sites: list[_Site] = [*summed, *kept]
         for each in sites:
@@ -300,11 +299,11 @@ def collect_losses(
                 _differentiate(model, sites, batch, loss, draws, seed)
             images += len(batch.images)
     crosses = {each.site.name: each.cross for each in summed if each.cross is not None}
-    world.sum_(images, *crosses.values(), *(t for each in found.values() for t in (each.squares, each.fourths)))
+    world.sum_(images, *crosses.values(), *(t for each in summed for t in (each.squares, each.fourths)))
     if not images:
         raise StatisticsError("no images for the exact losses; is the statistics split empty?")
     samples = {each.site.name: sample for each in kept if (sample := each.sample(world)) is not None}
-    curves = {key: _curve(family, images) for key, family in found.items()}
+    curves = {Family(each.site.name, n): c for each in summed for n, c in _curves(each, images).items()}
     sums = {key.site: curve.loss.sum() for key, curve in curves.items()}
     sums |= {name: sample.rows.sum() + sample.gradients.sum() for name, sample in samples.items()}
     for site, total in sums.items():
@@ -313,9 +312,10 @@ def collect_losses(
     return SecondOrder(curves, samples, {name: cross / images for name, cross in crosses.items()})
 
 
-def _curve(family: _Family, images: Tensor) -> Curve:
-    loss = family.squares / images
-    return Curve(loss, ((family.fourths / images - loss.square()).clamp(min=0) / images).sqrt())
+def _curves(site: _Families, images: Tensor) -> dict[str, Curve]:
+    loss = site.squares / images
+    errors = site.by_family(((site.fourths / images - loss.square()).clamp(min=0) / images).sqrt())
+    return {name: Curve(each, errors[name]) for name, each in site.by_family(loss).items()}
 
 
 def _differentiate(

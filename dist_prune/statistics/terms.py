@@ -20,6 +20,7 @@ from torch.nn.grad import conv2d_input
 
 from dist_prune.network.sites import Site, output_rows
 from dist_prune.network.windows import padded
+from dist_prune.statistics.precision import full_float32_convolutions
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Directions:
 
     Attributes:
         side: which.
-        encode: (g, r, k), float64.
+        encode: (g, r, k), in the precision that rows are multiplied in.
         decode: (g, k, r).
         offset: see `Terms`; of the outputs decode·encode·ȳ, as y is taken with its bias.
     """
@@ -107,13 +108,13 @@ class ChainTerms:
     def given(self, site: Site, call: Call) -> Tensor:
         """See `Terms`."""
         first, second, x, g = self.first, self.second, call.x, call.gradients
-        t = torch.conv2d(
-            padded(first, x), first.weight.to(x.dtype), None, first.stride, 0, first.dilation, first.groups
-        )
-        t = padded(second, t)
-        size, weight = (len(g) * len(t), *t.shape[1:]), second.weight.to(g.dtype)
+        weights = [each.weight.to(x.dtype) for each in (first, second)]
         how = (second.stride, (0, 0), second.dilation, second.groups)
-        back = conv2d_input(size, weight, g.flatten(0, 1), *how)  # type: ignore[no-untyped-call]
+        with full_float32_convolutions():  # rows are not centred here
+            t = torch.conv2d(padded(first, x), weights[0], None, first.stride, 0, first.dilation, first.groups)
+            t = padded(second, t)
+            size = (len(g) * len(t), *t.shape[1:])
+            back = conv2d_input(size, weights[1], g.flatten(0, 1), *how)  # type: ignore[no-untyped-call]
         given = torch.einsum("nrhw,dnrhw->dnr", t, back.reshape(len(g), *t.shape))
         return given.reshape(*given.shape[:2], first.groups, -1).sum(2)
 
@@ -121,7 +122,7 @@ class ChainTerms:
 def _along(directions: Tensor, columns: Tensor) -> Tensor:
     """Columns (g·k, N, positions) along directions (g, r, k): (g, r, N, positions)."""
     flat = columns.reshape(len(directions), -1, columns.shape[1] * columns.shape[2])
-    return (directions.to(flat.dtype) @ flat).reshape(*directions.shape[:2], *columns.shape[1:])
+    return (directions @ flat).reshape(*directions.shape[:2], *columns.shape[1:])
 
 
 def offset_of(first: nn.Conv2d, second: nn.Conv2d, mean: Tensor) -> Tensor:

@@ -21,12 +21,11 @@ from dist_prune.statistics.moments import (
     Accumulator,
     Moments,
     Tally,
-    full_float32,
     sum_moments,
 )
+from dist_prune.statistics.patches import few_at_once
+from dist_prune.statistics.precision import full_float32
 from dist_prune.width.elimination import Term
-
-PATCH_BYTES = 1 << 26  # of patches made at once
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,9 @@ class _Watching:
         with torch.autocast(x.device.type, enabled=False):  # the network's, not ours
             self.channels.add(self._channels(x))
             if len(self.places.tensors["outer"]) > 1 and x.numel():
-                for some in torch.split(x, self._images_at_once(x)):
-                    self._add_places(self._patches(some.to(torch.promote_types(x.dtype, torch.float32))))
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+                for some in few_at_once(x, len(self.places.tensors["outer"]) / self.consumer.repeat):
+                    self._add_places(self._patches(some))
 
     def _channels(self, x: Tensor) -> Tensor:
         """As columns, (c, images, positions)."""
@@ -118,9 +118,6 @@ class _Watching:
             return x.reshape(len(x), -1, x.shape[-1]).permute(2, 0, 1)
         return x.reshape(len(x), -1, self.width, self.consumer.repeat).permute(2, 0, 1, 3).flatten(2)
 
-    def _images_at_once(self, x: Tensor) -> int:
-        return max(1, PATCH_BYTES // (4 * x[0].numel() * len(self.places.tensors["outer"])))
-
     def _patches(self, x: Tensor) -> Tensor:
         """What each channel has at the places of the kernel, (channels, images, s, positions)."""
         if not isinstance(self.module, nn.Conv2d):
@@ -130,7 +127,7 @@ class _Watching:
 
     def _add_places(self, patches: Tensor) -> None:
         rows = patches.transpose(1, 2).flatten(2)  # (c, s, images · positions)
-        self.places.tensors["outer"].add_((rows @ rows.mT).sum(0))
+        self.places.tensors["outer"].add_((rows @ rows.mT).sum(0, dtype=torch.float64))
         self.places.tensors["total"].add_(rows.sum(-1))
         self.places.tensors["count"].add_(rows.shape[-1])
 

@@ -19,6 +19,7 @@ MOST = {
     "gradient": 8,
     "hessian-local": 17,
     "patches": 20,
+    "second order": 64,
 }  # kernels of a layer and batch
 
 

@@ -119,11 +119,16 @@ def test_with_retries_a_killed_rank_costs_a_restart_only(jobs: Jobs, expected: s
 @pytest.mark.slow
 def test_a_job_of_a_higher_partition_preempts_it_and_it_goes_on(jobs: Jobs, expected: str) -> None:
     job = started(jobs, "preempted", "--nodelist=n3")
-    size = ["--nodelist=n3", "--gpus-per-node=2", "--ntasks-per-node=2", "--time=1", "--output=none.log"]
-    urgent = jobs.cluster.submit("--partition=urgent", *size, "--wrap=sleep 3", cwd=jobs.home)
-    assert jobs.cluster.finish(urgent) == "COMPLETED"
+    preempt(jobs, "n3")
     require_gone_on(jobs, "preempted", job, expected)
     assert "stopped: asked to stop by SIGTERM; saved" in jobs.log("preempted")
+
+
+def preempt(jobs: Jobs, node: str) -> None:
+    """A job of a partition that goes first takes the node for three seconds."""
+    size = [f"--nodelist={node}", "--gpus-per-node=2", "--ntasks-per-node=2", "--time=1", "--output=none.log"]
+    urgent = jobs.cluster.submit("--partition=urgent", *size, "--wrap=sleep 3", cwd=jobs.home)
+    assert jobs.cluster.finish(urgent) == "COMPLETED"
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from torch import nn
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import View, input_rows, output_rows, survey, weight_of
 from dist_prune.statistics import symmetric
-from dist_prune.statistics.moments import Accumulator, StatisticsError, collect_moments, full_float32
-from tests.ranks import run_alone, run_ranks
+from dist_prune.statistics.moments import Accumulator, StatisticsError, collect_moments
+from tests.ranks import run_ranks
 
 
 def network() -> nn.Module:
@@ -146,34 +146,6 @@ def test_output_covariance_follows_from_the_input_covariance(world: World) -> No
         torch.testing.assert_close(outputs[site.name].covariance, expected, rtol=1e-9, atol=1e-12)
 
 
-def restored_float32() -> None:
-    """What a user set is put back, whichever of torch's two settings it was."""
-    matmul = torch.backends.cuda.matmul
-
-    def state() -> tuple[str, str]:
-        try:
-            return matmul.fp32_precision, torch.get_float32_matmul_precision()
-        except RuntimeError:
-            return matmul.fp32_precision, "refused"
-
-    for choose, expected in (
-        (lambda: None, ("none", "highest")),
-        (lambda: torch.set_float32_matmul_precision("high"), ("tf32", "high")),
-        (lambda: setattr(matmul, "fp32_precision", "ieee"), ("ieee", "high")),
-        (lambda: torch.set_float32_matmul_precision("highest"), ("ieee", "highest")),
-        (lambda: setattr(matmul, "fp32_precision", "tf32"), ("tf32", "refused")),
-    ):
-        choose()
-        assert state() == expected
-        with full_float32():
-            assert state() == ("ieee", "highest")
-        assert state() == expected
-
-
-def test_products_are_true_float32_and_the_users_setting_is_put_back() -> None:
-    run_alone(restored_float32)
-
-
 @pytest.mark.parametrize("panel", [8, 40], ids=["as wide", "wider"])
 def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lower_panels_alone(
     panel: int, monkeypatch: pytest.MonkeyPatch
@@ -196,49 +168,6 @@ def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lowe
     found = resumed.moments()
     same = torch.equal if panel == 8 else partial(torch.allclose, atol=1e-4)
     assert same(found.outer, expected.outer) and torch.equal(found.total, expected.total)
-
-
-def in_tf32(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to the 10 bits of mantissa that tensor cores read, to nearest."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-def test_emulated_tf32_has_ten_bits() -> None:
-    x = torch.tensor([1 + 2**-10, 1 + 2**-11 + 2**-20, 1 + 2**-12, -3.0])
-    assert torch.equal(in_tf32(x), torch.tensor([1 + 2**-10, 1 + 2**-10, 1.0, -3.0]))
-
-
-@pytest.mark.parametrize("kind", ["float32 rows", "bfloat16 rows"])
-def test_spectra_of_centred_tf32_products_are_those_of_float64_down_to_small_eigenvalues(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eigenvalues over five decades, means ten times the largest deviation: as after a batch norm and a ReLU."""
-    generator = torch.Generator().manual_seed(0)
-    width, count = 48, 20_000
-    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
-    scale = torch.logspace(0, -2.5, width, dtype=torch.float64)
-    rows = (turn * scale) @ torch.randn(width, count, generator=generator, dtype=torch.float64) + 10
-    rows = rows.bfloat16() if kind == "bfloat16 rows" else rows.float()
-    expected = torch.linalg.eigvalsh(torch.cov(rows.double(), correction=0))
-
-    def spectrum(centred: bool) -> torch.Tensor:
-        accumulator = Accumulator(1, width, torch.device("cpu"))
-        if not centred:
-            accumulator.shift = torch.zeros(1, width)
-        for part in rows.view(width, 20, -1).split(4, dim=1):
-            accumulator.add(part)
-        return torch.linalg.eigvalsh(accumulator.moments().covariance[0])
-
-    def add_rounded(product: torch.Tensor, columns: torch.Tensor, panel: int) -> None:
-        exact(product, in_tf32(columns), panel)
-
-    exact = symmetric.add_lower_product
-    monkeypatch.setattr(symmetric, "add_lower_product", add_rounded)
-    large = expected > 1e-4 * expected[-1]
-    errors = {centred: (spectrum(centred) / expected - 1).abs()[large].max() for centred in (True, False)}
-    assert errors[True] < 1e-3, errors
-    assert kind == "bfloat16 rows" or errors[False] > 10 * errors[True], errors
 
 
 @pytest.mark.parametrize("batches", [1, 4])
