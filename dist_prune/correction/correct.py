@@ -301,13 +301,22 @@ def divergence(
     loss: str = "kl",
 ) -> float:
     """KL to the dense network, nats per image, or another loss, over the held-out images of all ranks."""
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for pixels, logits in holdout:
-        sums[0] += LOSSES[loss](logits.double(), logits_of(model(prepare(pixels)))).sum()
-        sums[1] += len(pixels)
+    losses = divergences(model, holdout, prepare, loss)
+    sums = torch.tensor([losses.sum(), len(losses)], dtype=torch.float64, device=world.device)
     world.sum_(sums)
     total, count = sums.tolist()
     return max(float(total / max(1.0, count)), 0.0)  # below zero only by rounding; NaN stays
+
+
+def divergences(
+    model: nn.Module,
+    holdout: Sequence[tuple[Tensor, Tensor]],
+    prepare: Callable[[Tensor], Tensor],
+    loss: str = "kl",
+) -> Tensor:
+    """The same for each of this rank's images: (images,) float64."""
+    found = [LOSSES[loss](logits.double(), logits_of(model(prepare(pixels)))) for pixels, logits in holdout]
+    return torch.cat(found).double() if found else torch.zeros(0, dtype=torch.float64)
 
 
 def require_deterministic(dense: nn.Module, images: Tensor, world: World) -> None:

@@ -1,75 +1,112 @@
-"""Label-free distillation from the dense network: KL of the softmax, and errors of the blocks' outputs."""
+"""Label-free distillation from the dense network, and which of its weights stay."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, repeat
+from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
 
-from dist_prune.correction.correct import decode, divergence, holdout_logits, improves
-from dist_prune.data.loader import Batch, training_stream
+from dist_prune.correction.correct import decode, divergence, divergences, holdout_logits, improves
+from dist_prune.data.loader import training_stream
+from dist_prune.distributed.world import World
 from dist_prune.factorization.project import balance
-from dist_prune.network.factored import Factored
 from dist_prune.network.memory_format import layout_of
-from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.reporting.progress import count_images
 from dist_prune.run.job import Job, held_out_split, limited, probe, share_bits, unlabelled_stream
 from dist_prune.run.state import Weighed
 from dist_prune.run.train import Session
 from dist_prune.training.cutmix import pasted
+from dist_prune.training.distillation_loss import towards
 from dist_prune.training.dry_step import reached_alone
-from dist_prune.training.trainer import Loss, Progress, Trainer, softened_kl
+from dist_prune.training.trainer import Progress, Trainer
 
+CHANCE = 0.05  # that earlier weights, which are no better, are kept instead of the last
 CHECKS = 8  # how often the network is measured on images held out
 EVERY = 20  # steps from one point of the curves to the next
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def distill(job: Job) -> None:
-    """Label-free distillation; what stays are the weights nearest to the dense network on images held out."""
+    """Label-free distillation; it is taken back as far as it did harm on images held out."""
     model, state = job.state.compressed, job.state
     with job.report.phase("distillation"):
-        holdout = Holdout(job)
+        holdout = Holdout.of(job)
         if state.best is None:
             balance(model)
             share_bits(job, model)
-            state.best = holdout.measured(model, 0)
+            state.best = Weighed(0, holdout.kl(model), weights_of(model))
             job.report.say(f"   held-out KL {state.best.kl:.4f} before")
         train_towards(job, model, holdout)
-        keep_best(job, model, state.best)
+        keep_best(job, model, holdout)
         state.best = None
 
 
+@dataclass(frozen=True)
 class Holdout:
-    """The images that nothing is solved from or trained on, and what the dense network answers."""
+    """This rank's images that nothing is solved from or trained on, and what the dense network answers."""
 
-    def __init__(self, job: Job) -> None:
-        self.world = job.world
+    answers: list[tuple[Tensor, Tensor]]
+    prepare: Callable[[Tensor], Tensor]
+    world: World
+
+    @classmethod
+    def of(cls, job: Job) -> Holdout:
+        """Of the job's images."""
         images = decode(unlabelled_stream(job), mirrored=False)
-        self.prepare = images.prepare
         with evaluating(job.dense):
-            self.answers = holdout_logits(job.dense, images)
+            return cls(holdout_logits(job.dense, images), images.prepare, job.world)
 
-    def measured(self, model: nn.Module, step: int) -> Weighed:
-        """The model's weights after so many steps, and their KL."""
+    def kl(self, model: nn.Module) -> float:
+        """The model's, nats per image, over all ranks."""
         with evaluating(model):
-            found = divergence(model, self.answers, self.prepare, self.world)
-        return Weighed(step, found, {name: value.clone() for name, value in model.state_dict().items()})
+            return divergence(model, self.answers, self.prepare, self.world)
+
+    def prefers(self, other: dict[str, Tensor], model: nn.Module) -> bool:
+        """Whether the other weights lose less than the model's on the same images, by more than chance."""
+        with evaluating(model):
+            saved = divergences(model, self.answers, self.prepare)
+            with holding(model, other):
+                saved -= divergences(model, self.answers, self.prepare)
+        sums = torch.stack([saved.sum(), saved.square().sum(), saved.new_tensor(len(saved))]).to(self.world.device)
+        self.world.sum_(sums)
+        total, squares, count = sums.tolist()
+        mean = total / count
+        error = math.sqrt(max(0.0, squares / count - mean**2) / max(1.0, count - 1))
+        return bool(mean > NormalDist().inv_cdf(1 - CHANCE) * error)
 
 
-def keep_best(job: Job, model: nn.Module, best: Weighed) -> None:
-    """Leave in the model the weights that lost least on images held out, and say which these are."""
-    steps = job.config.distillation.distill_steps
-    model.load_state_dict(best.weights)
+@contextmanager
+def holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """While open, the model has these weights instead of its own."""
+    own = weights_of(model)
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's parameters and buffers."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def keep_best(job: Job, model: nn.Module, holdout: Holdout) -> None:
+    """Take back what brought nothing on images held out, and the last steps if clearly worse than earlier ones."""
+    best, steps = job.state.best, job.config.distillation.distill_steps
+    assert best is not None
     if best.step == 0:
         job.report.warn("distillation brought nothing on images held out: the network is what it was before")
-    elif best.step < steps:
-        job.report.say(f"   kept after {best.step} steps, where the held-out KL was least: {best.kl:.4f}")
+        model.load_state_dict(best.weights)
+    elif best.step < steps and holdout.prefers(best.weights, model):
+        job.report.say(f"   kept after {best.step} steps, where the held-out KL was clearly less: {best.kl:.4f}")
+        model.load_state_dict(best.weights)
     balance(model)
     share_bits(job, model)
 
@@ -119,80 +156,15 @@ def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
 
 def look(job: Job, model: nn.Module, holdout: Holdout, progress: Progress) -> float:
     """KL on images held out; where it is the least so far, the state keeps the weights."""
-    found = holdout.measured(model, progress.step)
-    job.report.say(f"   step {found.step}: loss {progress.loss:.4f}, held-out KL {found.kl:.4f}")
+    kl = holdout.kl(model)
+    job.report.say(f"   step {progress.step}: loss {progress.loss:.4f}, held-out KL {kl:.4f}")
     assert job.state.best is not None
-    if improves(found.kl, job.state.best.kl):
-        job.state.best = found
-    return found.kl
+    if improves(kl, job.state.best.kl):
+        job.state.best = Weighed(progress.step, kl, weights_of(model))
+    return kl
 
 
 def is_checked(step: int, steps: int) -> bool:
     """Whether the network is measured after this step: eight times, evenly, at the last step, too."""
     part = steps / CHECKS
     return step == steps or int(step / part) > int((step - EVERY) / part)
-
-
-@contextmanager
-def towards(dense: nn.Module, trained: nn.Module, features: float, temperature: float) -> Iterator[Loss]:
-    """While open, lend the loss for `trained`'s last forward pass.
-
-    T²·KL(dense ‖ trained) at temperature T, plus `features` times the mean over the blocks of ‖f̂ − f‖²/‖f‖², f
-    what the dense block gives (FitNets, Romero et al. 2015, no regressors).
-    """
-    names = matched(dense, trained) if features else ()
-    with recorded(dense, names) as wanted, recorded(trained, names) as given:
-
-        def loss(logits: Tensor, batch: Batch) -> Tensor:
-            with evaluating(dense):
-                target = logits_of(dense(batch.images)).float()
-            divergence = softened_kl(target, logits, temperature)
-            alike = [n for n in names if n in wanted and given[n].shape == wanted[n].shape]
-            errors = [relative_error(given[name], wanted[name]) for name in alike]
-            return divergence + features * torch.stack(errors).mean() if errors else divergence
-
-        yield loss
-
-
-def relative_error(given: Tensor, wanted: Tensor) -> Tensor:
-    """‖given − wanted‖²/‖wanted‖² over the whole batch, in float32."""
-    given, wanted = given.float(), wanted.float()
-    return (given - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def matched(dense: nn.Module, trained: nn.Module) -> tuple[str, ...]:
-    """The blocks whose outputs are compared; the factored layers where the network is not made of blocks."""
-    pairs = [name for name, module in trained.named_modules() if isinstance(module, Factored)]
-    return tuple(blocks(dense)) or tuple(pairs)
-
-
-def blocks(model: nn.Module) -> Iterator[str]:
-    """The outermost elements of `Sequential`s and lists that have parts of their own, parameters among them."""
-
-    def search(module: nn.Module, prefix: str) -> Iterator[str]:
-        for name, child in module.named_children():
-            is_part = any(True for _ in child.children()) and any(True for _ in child.parameters())
-            if is_part and type(module) in _CONTAINERS and type(child) not in _CONTAINERS:
-                yield prefix + name
-            else:
-                yield from search(child, f"{prefix}{name}.")
-
-    return search(model, "")
-
-
-@contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward pass leaves the named modules' outputs here, as far as they are tensors."""
-    outputs: dict[str, Tensor] = {}
-
-    def record(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                outputs[name] = output
-
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(model.get_submodule(name).register_forward_hook(record(name)).remove)
-        yield outputs

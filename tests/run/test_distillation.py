@@ -17,8 +17,9 @@ from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import CifarResNet
 from dist_prune.network.sites import survey
-from dist_prune.run.distill import CHECKS, EVERY, blocks, is_checked, matched, relative_error, towards
+from dist_prune.run.distill import CHECKS, EVERY, Holdout, is_checked
 from dist_prune.run.state import State, Weighed
+from dist_prune.training.distillation_loss import blocks, matched, relative_error, towards
 from dist_prune.training.trainer import Trainer
 from tests.ranks import run_ranks
 
@@ -191,3 +192,32 @@ def test_weights_that_lost_least_are_in_a_checkpoint() -> None:
     assert later.best is not None and (later.best.step, later.best.kl) == (40, 0.125)
     for name, value in model.state_dict().items():
         assert torch.equal(later.best.weights[name], value + 1)
+
+
+def preferred(world: World) -> tuple[bool, bool, bool, bool]:
+    """Between weights near to the dense network's and others; rank 0 has more images than the others together."""
+    torch.manual_seed(0)
+    dense, x = nn.Linear(6, 5).eval(), torch.randn(40, 6)
+    own = x[: 25 if world.size > 1 else 40] if world.rank == 0 else x[25 + world.rank - 1 :: world.size - 1]
+    with torch.no_grad():
+        holdout = Holdout([(part, dense(part)) for part in own.split(8)], lambda pixels: pixels, world)
+    exact = {name: value.clone() for name, value in dense.state_dict().items()}
+    noise = {name: 0.05 * torch.randn_like(value) for name, value in exact.items()}
+
+    def at(scale: float) -> dict[str, Tensor]:
+        return {name: value + scale * noise[name] for name, value in exact.items()}
+
+    def prefers(other: float, own: float) -> bool:
+        dense.load_state_dict(at(own))
+        found = holdout.prefers(at(other), dense)
+        assert all(torch.equal(value, at(own)[name]) for name, value in dense.state_dict().items())
+        return found
+
+    with torch.no_grad():
+        return prefers(0, 1), prefers(1, 0), prefers(1, 1), prefers(-1, 1) or prefers(1, -1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_earlier_weights_are_kept_only_where_they_are_better_by_more_than_chance(size: int) -> None:
+    for clearly, worse, same, by_chance in run_ranks(preferred, size):
+        assert clearly and not worse and not same and not by_chance
