@@ -14,9 +14,10 @@ from dist_prune.artifacts.environment import start_of
 from dist_prune.artifacts.reader import paired_interval
 from dist_prune.config.recipes import RECIPES, parse
 from dist_prune.config.run import Method, to_dict
+from dist_prune.factorization.plan import Choice
 from dist_prune.reporting.html.account import METHODS, account
 from dist_prune.reporting.html.charts import axis_of, plot, scatter
-from dist_prune.reporting.html.page import format_time
+from dist_prune.reporting.html.page import Row, columns, format_time
 from tests.browser import Browser
 from tests.commands import PROGRAM, Done
 from tests.runs import SITES, WHOLE, Bench, copied, result_of
@@ -102,8 +103,9 @@ def test_markdown_says_the_same(whole_run: Path) -> None:
     assert f"| tuned | {result['tuned']['top1']:.2f} |" in text
     assert all(f"| `{site}` |" in text for site in SITES)
     assert all(f"- {warning}" in text for warning in result["warnings"])
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9, 10, 3}, "one width for each of three tables"
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    widths = [{len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()} for table in tables]
+    assert len(tables) == 3 and all(len(each) == 1 for each in widths), "one width for each of three tables"
 
 
 def test_the_page_needs_nothing_else(whole_run: Path) -> None:
@@ -231,7 +233,7 @@ def pages(bench: Bench, whole_run: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("which", ["one", "unfinished", "several"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("width", [360, 800, 1200, 1400])
 def test_a_page_fits_and_asks_for_nothing(
     browser: Browser, pages: dict[str, Path], which: str, width: int, dark: bool
 ) -> None:
@@ -307,6 +309,13 @@ def test_charts_are_in_per_cent_downwards_and_skip_what_is_no_number() -> None:
     assert all(0 <= tick.at <= 100 for tick in (*drawn.x_ticks, *drawn.y_ticks))
     assert axis_of([1, 1000], logarithmic=True)(10**1.5) == pytest.approx(50)
     assert plot("", {}, "x", "y").lines == ()
+
+
+def test_a_column_without_any_entry_is_left_out() -> None:
+    bare = Row("a", None, Choice("a", None, reason="called twice"), (0, 0), (0, 0), None, None)
+    assert columns([bare], "KL") == {"form": [bare.form], "why dense": ["called twice"]}
+    measured = replace(bare, name="b", measured=0.25)
+    assert columns([bare, measured], "KL")["measured KL"] == ["", "0.25"]
 
 
 def test_points_whose_names_would_overlap_have_none() -> None:

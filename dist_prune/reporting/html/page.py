@@ -138,6 +138,7 @@ def context(found: Findings) -> dict[str, Any]:
         "spans": spans(found.stages),
         "scale": scale(spans(found.stages)),
         "rows": rows,
+        "columns": columns(rows, found.unit),
         "widest": max([1, *(row.before[0] for row in rows)]),
         "spectra": list(spectra(rows)),
         "prediction": prediction(found),
@@ -179,6 +180,28 @@ def rows_of(found: Findings) -> Iterator[Row]:
         dense = Choice(choice.site, None)
         before, after = (layer.costs(dense), layer.costs(choice)) if layer else ((0, 0), (0, 0))
         yield Row(choice.site, layer, choice, before, after, choice.loss, site.get("measured"))
+
+
+def columns(rows: Sequence[Row], unit: str) -> dict[str, list[str]]:
+    """The table of layers, by heading; a heading that no layer has anything under is left out."""
+
+    def cost(row: Row, which: int) -> str:
+        before, after = si(row.before[which]), si(row.after[which])
+        return "" if row.layer is None else f"{before} → {after}" if row.rank else before
+
+    cells = {
+        "shape": [row.layer.site.shape if row.layer else "" for row in rows],
+        "form": [row.form for row in rows],
+        "MACs": [cost(row, 0) for row in rows],
+        "weights": [cost(row, 1) for row in rows],
+        "spectrum kept": ["" if row.kept is None else f"{row.kept:.2f} %" for row in rows],
+        f"predicted {unit}": [
+            "" if row.predicted is None or not row.rank else f"{row.predicted:.3g}" for row in rows
+        ],
+        "measured KL": ["" if row.measured is None else f"{row.measured:.3g}" for row in rows],
+        "why dense": [row.choice.reason for row in rows],
+    }
+    return {heading: column for heading, column in cells.items() if any(column)}
 
 
 def spectra(rows: Sequence[Row]) -> Iterator[Plot]:
@@ -223,6 +246,8 @@ def curves(found: Findings) -> Iterator[Plot]:
     for group, text in TRAININGS.items():
         if loss := found.curve(group, "loss"):
             yield plot(f"Loss, {text}", {"": loss}, "step", "loss")
+            if held_out := found.curve(group, "held_out_kl"):
+                yield plot(f"Held-out KL, {text}", {"": held_out}, "step", "KL, nats per image")
             yield plot(f"Learning rate, {text}", {"": found.curve(group, "lr")}, "step", "learning rate")
             rate = found.curve(group, "images_per_second")
             yield plot(f"Images per second, {text}", {"": rate}, "step", "images per second")
