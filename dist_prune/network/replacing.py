@@ -1,13 +1,20 @@
-"""Copies of a network in which some modules are replaced, and in which what cannot be copied is shared."""
+"""Copies of a network in which some modules are replaced, and in which what cannot be copied is shared.
+
+PyTorch's transformer encoders have a fast path that reads the weights of their layers, past whatever stands in the
+place of one. Where that has no weight, they go without.
+"""
 
 from __future__ import annotations
 
 import copy
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
 class CopyError(ValueError):
@@ -33,10 +40,13 @@ def with_replaced(
     # deepcopy takes from the memo what stands there.
     known: dict[int, Any] = {id(thing): thing for thing in shared}
     known |= {id(tensor): tensor.detach() for tensor in _left_by_a_pass(model)}
-    known |= {id(model.get_submodule(name)): new for name, new in replacements}
+    new = {id(model.get_submodule(name)): module for name, module in replacements}
+    known |= new
     while True:
         try:
-            return copy.deepcopy(model, dict(known))
+            network = copy.deepcopy(model, dict(known))
+            _leave_fast_paths(network, new.values())
+            return network
         except Exception as error:
             thing = _innermost(error)
             if thing is None or id(thing) in known or isinstance(thing, nn.Module | nn.Parameter):
@@ -52,6 +62,37 @@ def replace_in(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     places = [(name, new[id(old)]) for name, old in model.named_modules(remove_duplicate=False) if id(old) in new]
     for name, module in places:
         model.set_submodule(name, module)
+    _leave_fast_paths(model, replacements.values())
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While open, the named modules stand in the places of the model's own."""
+    before = {name: model.get_submodule(name) for name in modules}
+    fast = [(encoder, switch, getattr(encoder, switch, None)) for encoder, switch in _encoders(model)]
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        _leave_fast_paths(model, modules.values())
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+        for encoder, switch, value in fast:
+            setattr(encoder, switch, value)
+
+
+def _encoders(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """PyTorch's encoders and their layers, with the attribute that switches the fast path off."""
+    return [(m, switch) for m in model.modules() for kind, switch in FAST_PATHS.items() if isinstance(m, kind)]
+
+
+def _leave_fast_paths(network: nn.Module, new: Iterable[nn.Module]) -> None:
+    """Of all encoders in which one of these stands that has no weight to be read."""
+    weightless = {id(module) for module in new if not isinstance(getattr(module, "weight", None), Tensor)}
+    for encoder, switch in _encoders(network):
+        if any(id(module) in weightless for module in encoder.modules()):
+            setattr(encoder, switch, False)
 
 
 def _left_by_a_pass(model: nn.Module) -> Iterator[Tensor]:

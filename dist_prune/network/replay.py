@@ -7,8 +7,8 @@ A network may decide by its values which sites it calls; a site that is not call
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dist_prune.network.replacing import replaced
 from dist_prune.network.sites import evaluating, given_to
 from dist_prune.network.tracing import Pass, Program, Shortcut, TraceError, trace
 
@@ -150,7 +151,7 @@ class Rerun:
         """What the network returns if this site gave `output` and all sites that follow were `root`'s."""
         here, *later = list(self.listing.stops)[self.position :]
         modules = {name: root.get_submodule(name) for name in later}
-        with _swapped(self.root, {here: _Giving(output), **modules}):
+        with replaced(self.root, {here: _Giving(output), **modules}):
             return self.root(self.prepare(self.images))
 
     @property
@@ -175,16 +176,3 @@ class _Giving(nn.Module):
 
     def forward(self, *_: object, **__: object) -> Tensor:
         return self.output.clone()
-
-
-@contextmanager
-def _swapped(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While open, the named modules stand in the places of root's own."""
-    before = {name: root.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            root.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in before.items():
-            root.set_submodule(name, module)

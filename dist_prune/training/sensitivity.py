@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.factorization.plan import Plan
+from dist_prune.network.replacing import replaced
 from dist_prune.statistics.probes import kl
 from dist_prune.training.evaluate import Predictions, predict
 from dist_prune.utils.files import CheckpointError, to_json, write_text
@@ -59,24 +59,13 @@ def measure_sites(
     reference = predict(dense, batches())
     measured = {}
     for name in along(list(plan.ranks)[world.rank :: world.size]):
-        with replaced(dense, name, compressed.get_submodule(name)):
+        with replaced(dense, {name: compressed.get_submodule(name)}):
             measured[name] = divergence(reference, predict(dense, batches()))
     everywhere = {name: kl for part in world.gather(measured) for name, kl in part.items()}
     return [
         SiteLoss(name, min(choice.ranks), predicted[name], everywhere[name], choice.label)
         for name, choice in plan.factored.items()
     ]
-
-
-@contextmanager
-def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Have `module` in the place of the named one for a while."""
-    before = model.get_submodule(name)
-    model.set_submodule(name, module)
-    try:
-        yield
-    finally:
-        model.set_submodule(name, before)
 
 
 def divergence(reference: Predictions, found: Predictions) -> float:
