@@ -42,7 +42,7 @@ def torchvisions(name: str) -> nn.Module:
 
 
 def vgg11_bn() -> nn.Module:
-    """With 512 hidden units: its own 4096 took over a quarter of an hour for eigenvectors of matrices of that size."""
+    """With 512 hidden units: its own 4096 took over a quarter of an hour, for eigenvectors of 4096² matrices."""
     model = torchvision.models.vgg11_bn(weights=None, num_classes=CLASSES)
     for place, sizes in ((0, (512 * 7 * 7, 512)), (3, (512, 512)), (6, (512, CLASSES))):
         model.classifier[place] = nn.Linear(*sizes)
