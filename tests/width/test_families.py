@@ -14,13 +14,12 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_prune import compress, load_compressed
 from dist_prune.export.writers import FILES
 from dist_prune.network.multiply_adds import MultiplyAdds
 from dist_prune.network.outputs import logits_of
-from tests.networks import seeded
+from tests.networks import answering, seeded
 
 CLASSES, IMAGES, BUDGET = 7, 16, 0.5
 TORCHVISION = {
@@ -65,29 +64,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def answering(make: Callable[[], nn.Module], images: Tensor) -> nn.Module:
-    """The network with logits that differ between images by about 1.
-
-    With weights as they are drawn, those of most families are the same for all images to six digits, or zero: then
-    nothing is lost, and no file computes anything else. So batch norms take the images' own statistics, and the
-    classifier is drawn to that scale.
-    """
-    model = seeded(make)
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm):
-            norm.train().momentum = 1.0
-    heads = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and len(m.weight) == CLASSES]
-    with torch.no_grad():
-        model(images)
-        model.eval()
-        for head in heads:
-            nn.init.normal_(head.weight)
-        spread = logits_of(model(images)).std(0).mean()
-        for head in heads:
-            head.weight /= spread
-    return model
-
-
 def multiply_adds(model: nn.Module, image: Tensor) -> int:
     with MultiplyAdds() as counter, torch.no_grad():
         model(image)
@@ -100,7 +76,7 @@ def multiply_adds(model: nn.Module, image: Tensor) -> int:
 def test_half_the_macs_and_an_export(name: str, form: str, tmp_path: Path) -> None:
     make, size = NETWORKS[name]
     images = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
-    model = answering(make, images)
+    model = answering(seeded(make), images)
     found = compress(model, [images], BUDGET, draws=1)
 
     assert multiply_adds(found.model, images[:1]) <= BUDGET * multiply_adds(model, images[:1])

@@ -14,7 +14,7 @@ from dist_prune.network.outputs import logits_of
 from dist_prune.width.elimination import Prediction
 from dist_prune.width.groups import find_groups
 from dist_prune.width.narrowing import narrowed
-from tests.networks import NETWORKS, seeded
+from tests.networks import NETWORKS, answering, seeded
 
 TIMM = {
     "resnet26d": 64,
@@ -49,6 +49,7 @@ def cost(model: nn.Module, image: Tensor) -> tuple[int, int]:
 
 
 def check_full_width_and_half(model: nn.Module, images: Tensor) -> None:
+    answering(model, images)
     found = find_groups(model, images)
     assert found.groups, found.staying
     everything = [KeptChannels(g, tuple(range(g.width))) for g in found.groups]
