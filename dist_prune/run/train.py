@@ -15,6 +15,7 @@ from dist_prune.data.dataset import Split
 from dist_prune.data.loader import Batch, Stream, training_stream
 from dist_prune.factorization.project import balance
 from dist_prune.network import models, user_code
+from dist_prune.network.attention import opened_as, opened_in
 from dist_prune.network.memory_format import layout_of
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, probe, share_bits
@@ -77,12 +78,20 @@ def load_dense(job: Job) -> None:
     if job.world.from_first(lambda: files.is_intact(cached)):
         job.report.say(f"dense weights from {cached}")
         models.fill(job.given, network.arch, network.classes, str(cached))
+        _take_over(job)
         return
     job.checkpoints.stage = "pretrain"
     with job.report.phase("pretrain"):
         train(job, job.given, job.config.pretrain, "pretrain")
     job.world.from_first(lambda: files.save_weights(cached, job.given))
     job.report.say(f"dense weights kept in {cached}")
+    _take_over(job)
+
+
+def _take_over(job: Job) -> None:
+    """Give the dense network what it does not share with the given one: biases that opened attention joins."""
+    if names := opened_in(job.dense):
+        job.dense.load_state_dict(opened_as(job.given, names).state_dict())
 
 
 def tune(job: Job) -> None:

@@ -57,3 +57,43 @@ def test_a_killed_run_resumes_to_the_very_same_network(
     assert all(done.codes)
     bench.commands.succeed(*bench.words(folder, **vit, resume=True), ranks=2)
     assert result_of(folder)["parameter_hash"] == result["parameter_hash"]
+
+
+SWIN = """
+import torch
+from timm.models import SwinTransformerV2
+
+def swin(num_classes):
+    sizes = {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (2,), "num_heads": (2,), "window_size": 4}
+    model = SwinTransformerV2(**sizes, num_classes=num_classes)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.LayerNorm):
+            torch.nn.init.ones_(norm.weight)  # of attention's outputs they begin with zeros
+    return model
+"""
+
+
+@pytest.mark.slow
+def test_biases_that_are_joined_when_attention_is_taken_apart_are_those_that_were_trained(
+    bench: Bench, tmp_path: Path
+) -> None:
+    (tmp_path / "swin.py").write_text(SWIN)
+    flags = {**HEADS, "arch": f"{tmp_path}/swin.py:swin", "weights": "none", "sites": "*qkv,*proj,*mlp.fc*"}
+    flags |= {
+        "pretrain.epochs": 2,
+        "pretrain.lr": 10,
+        "pretrain.batch_size": 4,
+        "correct": "none",
+        "epochs": 0,
+        "distill_steps": None,
+    }
+    flags |= {"distill_batch_size": None, "ranks": "budget:macs=0.9"}
+    cache = tmp_path / "cache"
+    for name in ("trained", "from the cache"):
+        bench.commands.succeed(*bench.words(tmp_path / name, **flags), DIST_PRUNE_CACHE=str(cache))
+        (file,) = cache.glob("*.pt")
+        trained = torch.load(file)["layers.0.blocks.1.attn.q_bias"]
+        plan = json.loads((tmp_path / name / "plan.json").read_text())
+        assert "layers.0.blocks.1.attn" in plan["attention"] and trained.abs().max() > 1e-4
+        attention = load_compressed(tmp_path / name).get_submodule("layers.0.blocks.1.attn")
+        torch.testing.assert_close(attention.qkv.bias[: len(trained)], trained)
