@@ -41,7 +41,7 @@ NOT_OURS = {
     "--nproc-per-node",
     "--max-restarts",
     "--master-addr",
-    "--packed",  # of tests.bench.loading; --images of tests.bench.startup is export's, too
+    # --images of tests.bench.startup is export's, too
     "--rdzv-backend",
     "--rdzv-endpoint",
     "--signals-to-handle",

@@ -20,7 +20,8 @@ from PIL import Image
 from dist_prune.cli.findings import Finding
 from dist_prune.config.run import Run
 from dist_prune.data.dataset import Split
-from dist_prune.data.loader import Unsharded, evaluation_stream
+from dist_prune.data.loader import evaluation_stream
+from dist_prune.data.share import Unsharded
 from dist_prune.distributed.world import World
 from dist_prune.training.trainer import require_possible
 

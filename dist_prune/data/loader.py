@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from dist_prune.data.dali_errors import cause_of, explain
 from dist_prune.data.dataset import Split
 from dist_prune.data.in_flight import InFlight, aboard
 from dist_prune.data.listing import DataError
+from dist_prune.data.reading import ReadAhead
 from dist_prune.data.shards import COMPONENT, DIGITS, positions_of, write_reader_index
+from dist_prune.data.share import Share
 
 FILES = "files"  # how images are stored that are not packed
 BUFFER = 1024  # packed training images that the next one is drawn from
@@ -31,33 +33,6 @@ BUFFER = 1024  # packed training images that the next one is drawn from
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
     from nvidia.dali.pipeline import Pipeline
-
-
-class Share(Protocol):
-    """Which part of the images a process reads, part `rank` of `size`, and onto which device. A World is one."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def local_rank(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    def report_trouble(self, text: str, /) -> None: ...
-
-
-@dataclass(frozen=True)
-class Unsharded:
-    """All images, on the device of one rank."""
-
-    device: torch.device
-    local_rank: int
-    rank: int = 0
-    size: int = 1
-
-    def report_trouble(self, text: str) -> None:
-        """Nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +123,8 @@ class Stream:
         """Describe where this rank of the stream stands, after the last batch, in plain types."""
         if self._iterator is None:
             self._open()
-        return self._identity | {"position": self._position, "dali": self._iterator.checkpoints()[0]}
+        dali = "" if self._reads_ahead else self._iterator.checkpoints()[0]
+        return self._identity | {"position": self._position, "dali": dali}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from this rank's `state`; DataError if it is of other images, ranks, seed or batch size."""
@@ -164,8 +140,19 @@ class Stream:
         storage = FILES if self.split.archive is None else self.split.archive.digest()
         return shard | {"images": self.split.digest(), "seed": self.seed, "storage": storage}
 
+    @property
+    def _reads_ahead(self) -> bool:
+        """Files in their own order; DALI's reader, which opens one after the other, shuffles those of training."""
+        return self.augment is None and self.split.archive is None
+
+    @property
+    def _own(self) -> range:
+        """What this rank reads in an evaluation, in the order that images are stored in."""
+        count, size, rank = len(self.split), self.world.size, self.world.rank
+        return range(count * rank // size, count * (rank + 1) // size)
+
     def _begin(self) -> None:
-        if self.augment is None and self._checkpoint is None and self._position < len(self):
+        if self.augment is None and (self._reads_ahead if self.at_end else self._checkpoint is None):
             self._iterator, self._position = None, 0  # DALI cannot rewind within an epoch
         if self._iterator is None:
             self._open()
@@ -176,13 +163,13 @@ class Stream:
     def _open(self) -> None:
         dali, plugin = _dali()
         policy = plugin.LastBatchPolicy.FILL if self.augment else plugin.LastBatchPolicy.PARTIAL
+        ends = {} if self._reads_ahead else {"reader_name": "reader", "last_batch_policy": policy}
         with TemporaryDirectory() as scratch:
             self._iterator = plugin.DALIGenericIterator(
                 self._pipeline(dali, Path(scratch)),
                 ["pixels", "indices"],
-                reader_name="reader",
-                last_batch_policy=policy,
                 prepare_first_batch=False,  # or a damaged file would raise here
+                **ends,
             )
         self._checkpoint = None
 
@@ -194,22 +181,29 @@ class Stream:
             self.threads,
             None if on_cpu else self.world.local_rank if device.index is None else device.index,
             seed=int(own[0]),
-            enable_checkpointing=True,
-            checkpoint=self._checkpoint,
+            enable_checkpointing=not self._reads_ahead,
+            checkpoint=None if self._reads_ahead else self._checkpoint,
         )
         with pipeline:
-            encoded, indices = self._read_shards(dali, scratch) if self.split.archive else self._read(dali)
+            if self._reads_ahead:
+                encoded, indices = self._read_ahead(dali)
+            else:
+                encoded, indices = self._read_shards(dali, scratch) if self.split.archive else self._read(dali)
             decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed", self.layout)
             pixels = decoder.augmented(encoded, self.augment) if self.augment else decoder.centred(encoded)
             pipeline.set_outputs(pixels, indices)
         return cast("Pipeline", pipeline)
 
+    def _read_ahead(self, dali: ModuleType) -> tuple[DataNode, DataNode]:
+        """Encoded files of an evaluation and their positions, from where it stands; DALI takes no empty batch."""
+        own, size = self._own, self.batch_size
+        batches = (own[at * size : (at + 1) * size] or own[-1:] for at in range(self._position, len(self)))
+        encoded, indices = dali.fn.external_source(ReadAhead(self.split, batches), num_outputs=2, batch=True)
+        return encoded, indices
+
     def _read(self, dali: ModuleType) -> tuple[DataNode, DataNode]:
-        """Read encoded files and their positions; these options are what brings each image exactly once."""
-        training = self.augment is not None
-        # despite its name the option shuffles the first epoch too; ranks agree on the order by its seed
-        shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": self.seed} if training else {}
-        places = self._places() if training else range(len(self.split))
+        """Encoded files for training and their positions; these options bring each image exactly once."""
+        places = self._places()
         encoded, indices = dali.fn.readers.file(
             name="reader",
             file_root=str(self.split.root),
@@ -217,10 +211,10 @@ class Stream:
             labels=list(places),
             shard_id=self.world.rank,
             num_shards=self.world.size,
-            stick_to_shard=not training,
             pad_last_batch=True,
             dont_use_mmap=True,  # a mapped file kills the process when a network file system hiccups
-            **shuffle,
+            shuffle_after_epoch=True,  # and before the first; ranks agree on the order by its seed
+            shuffle_after_epoch_seed=self.seed,
         )
         return encoded, indices
 
@@ -266,23 +260,27 @@ class Stream:
     def _next(self) -> Batch:
         try:
             parts = next(self._iterator)[0]
+        except OSError as error:
+            self.world.report_trouble(str(error))
+            raise
         except RuntimeError as error:
             self.world.report_trouble(
                 f"DALI failed: {cause_of(error).text}"
             )  # looking for the image takes a while
             raise explain(error, self.split, self.spec, self._remaining()) from error
-        found, device = parts["indices"], self.world.device
+        own = self._own[self._position * self.batch_size :]
+        given = {name: part[: len(own)] if self._reads_ahead else part for name, part in parts.items()}
+        found, device = given["indices"], self.world.device
         indices = found.flatten().long() if self.split.archive is None else positions_of(found)
         self._in_flight.keep(list(parts.values()))
-        pixels = parts["pixels"].permute(0, 3, 1, 2) if self.layout is torch.channels_last else parts["pixels"]
+        pixels = given["pixels"].permute(0, 3, 1, 2) if self.layout is torch.channels_last else given["pixels"]
         return Batch(pixels, aboard(self._labels[indices], device), aboard(indices, device))
 
     def _remaining(self) -> list[int]:
         """Positions that this rank may read, those that it is about to read first; training shards move about."""
-        count, size, rank = len(self.split), self.world.size, self.world.rank
-        begin, end = (0, count) if self.augment else (count * rank // size, count * (rank + 1) // size)
-        at = begin if self.augment else min(end, begin + self._position * self.batch_size)
-        return [*self._order[at:end], *self._order[begin:at]]
+        own = range(len(self.split)) if self.augment else self._own
+        ahead = own if self.augment else own[self._position * self.batch_size :]
+        return [self._order[place] for place in (*ahead, *own[: len(own) - len(ahead)])]
 
 
 def training_stream(

@@ -13,8 +13,9 @@ from dist_prune.artifacts.run_directory import CONFIG
 from dist_prune.config.run import ImageSpec
 from dist_prune.data.dataset import Split, list_unlabelled, write_digits
 from dist_prune.data.listing import DataError
-from dist_prune.data.loader import Unsharded, evaluation_stream
+from dist_prune.data.loader import evaluation_stream
 from dist_prune.data.mnist import has_idx, unpack
+from dist_prune.data.share import Unsharded
 from dist_prune.network.inputs import InputPacking
 from dist_prune.utils.files import CheckpointError, caching
 from dist_prune.utils.text import read_text

@@ -13,7 +13,8 @@ from torch import nn
 from dist_prune.config.run import Run
 from dist_prune.correction.correct import HELD
 from dist_prune.data.dataset import Dataset, Split
-from dist_prune.data.loader import Batch, Share, Stream, evaluation_stream
+from dist_prune.data.loader import Batch, Stream, evaluation_stream
+from dist_prune.data.share import Share
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.world import World
 from dist_prune.factorization.planner import Planner

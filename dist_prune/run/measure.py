@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from dist_prune.artifacts.answers import right
-from dist_prune.data.loader import Unsharded, normalise
+from dist_prune.data.loader import normalise
+from dist_prune.data.share import Unsharded
 from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.factorization.spectra import unit_of
 from dist_prune.run.job import (

@@ -24,6 +24,7 @@ from dist_prune.statistics.curvature import differentiating
 from dist_prune.statistics.moments import StatisticsError, Tally, Watch, unwatched
 from dist_prune.statistics.precision import full_float32
 from dist_prune.utils import keyed_random
+from dist_prune.utils.decompositions import pinv
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # dense and perturbed logits (N, classes) → (N,)
 
@@ -249,6 +250,6 @@ def _products(model: nn.Module, view: View, batch: Batch, dense: Tensor, probing
 
 def _least_squares(responses: Tensor, directions: Tensor) -> Tensor:
     """M with M·Σvvᵀ = ΣHvvᵀ; with fewer directions than dimensions, the solution of least norm."""
-    solution = responses @ torch.linalg.pinv(directions, hermitian=True)
+    solution = responses @ pinv(directions)
     symmetric: Tensor = (solution + solution.mT) / 2
     return symmetric

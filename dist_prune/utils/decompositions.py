@@ -1,4 +1,4 @@
-"""Eigenvalues and singular values, once more on the CPU where a GPU's solver gives up.
+"""Eigenvalues, singular values and what is made of them, once more on the CPU where a GPU's solver gives up.
 
 cuSOLVER fails to converge, or with an error of its own, on matrices that LAPACK solves (pytorch#94772, #105359,
 #107082).
@@ -32,6 +32,12 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (…, m, k), S (…, k) descending and Vᵀ (…, k, n) of matrices (…, m, n), k the smaller; raises as `eigh`."""
     u, s, v = _or_on_cpu(lambda tensor: torch.linalg.svd(tensor, full_matrices=False), matrix)
     return u, s, v
+
+
+def pinv(matrix: Tensor) -> Tensor:
+    """Pseudo-inverse (…, n, n) of symmetric matrices; raises as `eigh`."""
+    (inverse,) = _or_on_cpu(lambda tensor: (torch.linalg.pinv(tensor, hermitian=True),), matrix)
+    return inverse
 
 
 def _or_on_cpu(solve: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -> tuple[Tensor, ...]:

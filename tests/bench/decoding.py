@@ -15,7 +15,8 @@ from PIL import Image
 
 from dist_prune.config.run import Augment, ImageSpec
 from dist_prune.data.dataset import list_images
-from dist_prune.data.loader import Stream, Unsharded, training_stream
+from dist_prune.data.loader import Stream, training_stream
+from dist_prune.data.share import Unsharded
 from tests.bench.figures import Figure, missing, rate, ratio
 from tests.bench.phases import Bench
 from tests.bench.timing import interleaved

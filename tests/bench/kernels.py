@@ -50,7 +50,7 @@ from dist_prune.width.moments import collect_channel_moments
 from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "kernels.json"
-ARCHS = ("resnet18",)
+ARCHS = ("resnet18", "resnet50", "vit_b_16")
 META = torch.device("meta")
 BATCHES = 16  # counted, after one that makes the shifts: float32 products are flushed once in so many
 T = TypeVar("T")

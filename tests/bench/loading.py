@@ -1,33 +1,24 @@
 """Reading images: this project's DALI streams against torchvision's DataLoader with the same transforms.
 
     uv run python -m tests.bench.loading [--data DIR] [--threads N] [--rounds N] [--quick]
-    uv run python -m tests.bench.loading --packed [--data DIR] [--rounds N]
 
 `DIR` holds `train/` and `val/` with class folders; its images are read several times in a row, by as many threads
 of DALI as workers of the DataLoader. Each side runs in a process of its own, in turns, and is timed from an early
 to a late batch, so that it is busy before and after. What counts is seconds of processor, of all threads and
 workers, as the machine may be shared. The decoders alone say what bounds either side.
-
-`--packed` reads small images, such as CIFAR's, from the folder and from shards, once as they are and once with a
-wait in every opening of a file, as over a network; and counts the classes per batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from nvidia import dali
@@ -40,13 +31,11 @@ from torchvision.datasets import ImageFolder
 from dist_prune.config.run import Augment, ImageSpec
 from dist_prune.data.dataset import Split, open_dataset
 from dist_prune.data.loader import evaluation_stream, training_stream
-from dist_prune.data.pack import pack
 from tests.bench.timing import Pair, Row, command_line, report, table, write_json
 from tests.pictures import One
 from tests.ranks import run_alone
 
 RESULT = Path(__file__).parent / "results" / "loading.json"
-PACKED = RESULT.with_name("packed.json")
 SPEC, AUGMENT = ImageSpec(), Augment()
 GOAL = 1 / 1.5  # of the seconds an image
 
@@ -200,111 +189,6 @@ def row(
     return pair.row(f"{ours} ÷ {plain}, {clock} seconds", target, detail)
 
 
-# ── packed images, where opening a file takes time ─────────────────────────────────────────────────────────
-
-SMALL = ImageSpec(resize=0, crop=32)  # images that are decoded in no time: reading is what is timed
-OPENING_MS = (0.0, 2.0)  # as of a local disk, and of a file system over a network
-DELAY = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-static void opening(const char *path) {
-    const char *under = getenv("SLOW_UNDER"), *wait = getenv("SLOW_US");
-    if (under && wait && path && !strncmp(path, under, strlen(under))) usleep(atoi(wait));
-}
-#define OPENS(name) FILE *name(const char *path, const char *mode) { \
-    FILE *(*next)(const char *, const char *) = dlsym(RTLD_NEXT, #name); opening(path); return next(path, mode); }
-OPENS(fopen)
-OPENS(fopen64)
-"""
-
-
-def slow_opens(folder: Path) -> Path:
-    """A library that, loaded first, makes `fopen` wait, by which DALI opens files."""
-    source, library = folder / "slow.c", folder / "slow.so"
-    source.write_text(DELAY)
-    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
-    return library
-
-
-def images_per_second(data: Path, seconds: float = 8.0) -> float:
-    """Of one rank's training stream, with one thread to decode, once it runs; by the clock."""
-    torch.set_num_threads(1)
-    stream = training_stream(open_dataset(data).train, SMALL, One(), 64, 1, 0, AUGMENT)
-    batches = (len(batch.labels) for _ in iter(int, 1) for batch in stream.raw())
-    for _ in range(20):
-        next(batches)
-    began, images = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        images += next(batches)
-    return images / (time.perf_counter() - began)
-
-
-def opened_slowly(data: Path, library: Path, wait_ms: float) -> float:
-    """`images_per_second`, in a process whose files below `data` take so long to open."""
-    slow = {"LD_PRELOAD": str(library), "SLOW_UNDER": str(data), "SLOW_US": str(int(1000 * wait_ms))}
-    words = [sys.executable, "-m", "tests.bench.loading", "--rate", "--data", str(data)]
-    done = subprocess.run(words, env=os.environ | slow, capture_output=True, text=True, check=True, timeout=300)
-    return float(done.stdout.split()[-1])
-
-
-def packed_rows(data: Path, rounds: int) -> list[Row]:
-    """Folder and shards in turns, with and without the wait: seconds an image of the shards ÷ of the folder."""
-    found = []
-    with TemporaryDirectory() as scratch:
-        library, shards = slow_opens(Path(scratch)), Path(scratch) / "packed"
-        for part in ("train", "val"):
-            pack(data / part, shards / part, 256 * 2**20, 0, 4, lambda _: None)
-        for wait in OPENING_MS:
-            rates = [
-                (opened_slowly(shards, library, wait), opened_slowly(data, library, wait)) for _ in range(rounds)
-            ]
-            pair = Pair(*(tuple(1 / rate for rate in side) for side in zip(*rates, strict=True)), "wall")
-            detail = f"{pair.rates()} images/s, training on one rank, one thread, {wait:g} ms to open a file"
-            goal = 1.0 if not wait else 0.2
-            found.append(pair.row(f"shards ÷ folder, {wait:g} ms to open a file, wall seconds", goal, detail))
-    return found
-
-
-def classes_per_batch(batch: int = 256, classes: int = 1000) -> Callable[[Path], float]:
-    """Of one epoch of a training stream, were neighbours in the list of one class, as in ImageNet's; the mean."""
-
-    def mean(data: Path) -> float:
-        split = open_dataset(data).train
-        split = replace(split, labels=tuple(place * classes // len(split) for place in range(len(split))))
-        stream = training_stream(split, SMALL, One(), batch, 1, 0, AUGMENT)
-        return float(np.mean([len(set(found.labels.tolist())) for found in stream.raw()]))
-
-    return mean
-
-
-def mixing(data: Path, batch: int = 256, classes: int = 1000) -> dict[str, float]:
-    """Classes per batch: of the folder, of its shards, and of a uniform shuffle, by counting."""
-    count = len(open_dataset(data).train)
-    order, rng = np.arange(count) * classes // count, np.random.default_rng(0)
-    shuffled = rng.permutation(order)[: count // batch * batch].reshape(-1, batch)
-    mean = classes_per_batch(batch, classes)
-    with TemporaryDirectory() as scratch:
-        for part in ("train", "val"):
-            pack(data / part, Path(scratch) / part, 256 * 2**20, 0, 4, lambda _: None)
-        return {
-            "uniform": float(np.mean([len(set(row.tolist())) for row in shuffled])),
-            "folder": mean(data),
-            "shards": mean(Path(scratch)),
-        }
-
-
-def compare_packed(data: Path, rounds: int, output: Path) -> None:
-    """Print and write what shards gain, and how well they shuffle."""
-    found, mixed = packed_rows(data, rounds), mixing(data)
-    print(table(found))
-    print(f"classes per batch of 256, of 1,000: {', '.join(f'{name} {mean:.1f}' for name, mean in mixed.items())}")
-    write_json(output, report(found, command_line("tests.bench.loading")) | {"classes_per_batch": mixed})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("photos"), help="folder with train/ and val/")
@@ -312,17 +196,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Setting.rounds, help="of all sides")
     parser.add_argument("--quick", action="store_true", help="does it run at all? Writes only to --output")
     parser.add_argument("--output", type=Path, help=f"default: results/{RESULT.name}")
-    parser.add_argument("--packed", action="store_true", help="small images in a folder and in shards, instead")
-    parser.add_argument(
-        "--rate", action="store_true", help="images a second of a training stream, and nothing else"
-    )
     options = parser.parse_args()
-    if options.rate:
-        print(images_per_second(options.data))
-        return
-    if options.packed:
-        compare_packed(options.data.resolve(), options.rounds, options.output or PACKED)
-        return
     setting = Setting(options.data.resolve(), options.threads, rounds=options.rounds)
     setting = replace(setting, threads=1, batch=2, repeats=40, rounds=1) if options.quick else setting
     found = rows(setting)

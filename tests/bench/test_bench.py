@@ -11,6 +11,7 @@ from torch import nn
 from dist_prune.network.models import build
 from dist_prune.statistics import symmetric
 from dist_prune.statistics.moments import Accumulator
+from tests.bench.packed import SEVERAL, SINGLE, UNPACKED, opened_slowly, slow_opens
 from tests.bench.timing import Pair, interleaved, machine
 from tests.pictures import picture, save
 
@@ -84,6 +85,17 @@ def test_the_comparison_of_loaders_runs(tmp_path: Path) -> None:
     assert names[:2] == [f"DALI, {part} ÷ torchvision, {part}, cpu seconds" for part in parts]
     assert len(names) == 7
     assert all(row["ratio"] > 0 and row["name"] in done.stdout for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_where_files_open_slowly_threads_open_them_faster_than_dalis_reader(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for i in range(1500 if part == "train" else 2):
+            save(tmp_path / "data" / part / str(i % 2) / f"{i}.jpg", picture(32, 32, i % 7))
+    library, data = slow_opens(tmp_path), (tmp_path / "data").resolve()
+    one, several, trained = (opened_slowly(read, data, library, 10) for read in (SINGLE, SEVERAL, UNPACKED))
+    assert max(one, trained) <= 100, "a wait of 10 ms in every opening"
+    assert several > 3 * max(one, trained)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from dist_prune.distributed import devices
+from dist_prune.distributed import devices, world
 from dist_prune.distributed.devices import DeviceError, Load, choose_device, crowding, hidden_peers, own_device
 from dist_prune.distributed.launch_env import LaunchEnv
 from dist_prune.distributed.world import World
@@ -193,3 +193,22 @@ def test_libraries_print_nothing_when_ranks_meet(bench: Bench, ranks: int) -> No
     done = bench.commands.succeed("plan", "mnist", function=PROGRAM, ranks=ranks)
     assert done.out.startswith("site ") and "loo" not in done.out
     assert not done.err
+
+
+def test_on_a_gpu_nccl_waits_longer_than_the_program_and_cudnn_searches_for_algorithms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no GPU is, what would be started on one."""
+    started: list[tuple[str, dict[str, object]]] = []
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(world, "choose_device", lambda *_: gpu)
+    monkeypatch.setattr(world, "own_device", lambda *_: (gpu, ""))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(world.dist, "init_process_group", lambda backend, **how: started.append((backend, how)))
+    place = LaunchEnv(0, 1, 0, "", "single")
+    world._enter(HashStore(), place, world.Meeting("one", ("127.0.0.1",)), "auto", 600)
+    ((backend, how),) = started
+    assert backend == "cpu:gloo,cuda:nccl" and how["device_id"] == gpu
+    assert how["timeout"] > timedelta(seconds=600), "NCCL would end the process before its words"
+    assert torch.backends.cudnn.benchmark

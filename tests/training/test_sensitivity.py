@@ -12,7 +12,8 @@ from torch import nn
 from dist_prune.config.flags import Rule
 from dist_prune.config.run import ImageSpec, MethodConfig
 from dist_prune.data.dataset import list_images
-from dist_prune.data.loader import Batch, Unsharded, evaluation_stream
+from dist_prune.data.loader import Batch, evaluation_stream
+from dist_prune.data.share import Unsharded
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve

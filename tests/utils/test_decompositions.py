@@ -1,11 +1,13 @@
 """A solver that gives up is asked once more on the CPU, and the answer is right."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from dist_prune.utils.decompositions import eigh, eigvalsh, svd
+from dist_prune.utils.decompositions import eigh, eigvalsh, pinv, svd
+from tests.commands import ROOT
 
 GAVE_UP = [
     torch.linalg.LinAlgError("linalg.eigh: (Batch element 0): The algorithm failed to converge"),
@@ -44,6 +46,7 @@ def by_svd(matrix: torch.Tensor) -> torch.Tensor:
         ("eigh", by_eigh),
         ("svd", by_svd),
         ("eigvalsh", lambda matrix: eigvalsh(matrix).diag_embed()),
+        ("pinv", lambda matrix: pinv(matrix).inverse()),
     ],
 )
 def test_a_solver_that_gives_up_is_asked_once_more_on_the_cpu(
@@ -72,3 +75,14 @@ def test_what_the_cpu_gives_up_on_raises(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.linalg, "eigh", never)
     with pytest.raises(torch.linalg.LinAlgError):
         eigh(torch.eye(2))
+
+
+def test_no_other_module_asks_a_solver_that_may_give_up() -> None:
+    asks = re.compile(r"linalg\.(eig|svd|pinv|lstsq|matrix_rank|cond|norm\(.*nuc)|torch\.(svd|pinverse|symeig)")
+    package = ROOT / "dist_prune"
+    asking = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if any(asks.search(line) and "np.linalg" not in line for line in path.read_text().splitlines())
+    }
+    assert asking == {"utils/decompositions.py"}
