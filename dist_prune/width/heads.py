@@ -24,7 +24,7 @@ from dist_prune.distributed.world import World
 from dist_prune.network.channels import QUERIES, Group
 from dist_prune.network.replacing import with_replaced
 from dist_prune.statistics.moments import Moments
-from dist_prune.utils.decompositions import svd
+from dist_prune.utils.decompositions import eigh, svd
 from dist_prune.width.elimination import Elimination
 from dist_prune.width.moments import ChannelMoments
 
@@ -33,23 +33,18 @@ RIDGE = 1e-6  # of the mean variance: directions in which nothing varies have a 
 
 def directions(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """A and B with AᵀB = I, and A·first·Aᵀ = B·second·Bᵀ diagonal, descending; all (heads, d, d), float64."""
-    left, right = _root(first), _root(second)
+    (left, over_left), (right, over_right) = _root(first), _root(second)
     u, s, vt = svd(left.mT @ right)
     root = s.clamp(min=torch.finfo(s.dtype).tiny).sqrt()[..., None]
-    return (
-        root * torch.linalg.solve_triangular(left, u.mT, upper=False, left=False),
-        root * torch.linalg.solve_triangular(right, vt, upper=False, left=False),
-    )
+    return root * (u.mT @ over_left), root * (vt @ over_right)
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """L of LLᵀ, with a ridge."""
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    root: Tensor = torch.linalg.cholesky(
-        (matrix + matrix.mT) / 2 + torch.where(mean > 0, RIDGE * mean, 1) * identity
-    )
-    return root
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """L of LLᵀ with a ridge, and its inverse; eigenvalues that rounding left below zero are none."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+    values, vectors = eigh((matrix + matrix.mT) / 2)
+    root = (values.clamp(min=0) + torch.where(mean > 0, RIDGE * mean, 1)).sqrt()[:, None]
+    return vectors * root, (vectors / root).mT
 
 
 def turned(

@@ -85,6 +85,18 @@ def test_directions_lose_least_at_every_rank() -> None:
             assert float(lost) == pytest.approx(float(values[rank:].square().sum()), rel=1e-4, abs=1e-6)
 
 
+def test_directions_are_found_of_sums_that_rounding_left_indefinite() -> None:
+    """One direction that outweighs all others by more than float32 has digits for."""
+    factors = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(3, -5, 64)
+    first, second = (factors @ factors.mT).double()
+    assert torch.linalg.eigvalsh(first)[0, 0] < -1e-6 * first[0].diagonal().mean()
+    a, b = directions(first, second)
+    torch.testing.assert_close(a.mT @ b, torch.eye(64, dtype=torch.float64)[None], rtol=0, atol=1e-6)
+    change = torch.eye(64, dtype=torch.float64) - a[:, :16].mT @ b[:, :16]
+    kept = [(change.mT @ first @ change * second.mT).sum(), (first * second.mT).sum()]
+    assert abs(kept[0]) < 1e-6 * kept[1]
+
+
 def weighed(name: str, world: World) -> tuple[nn.Module, nn.Module, tuple, dict, dict, Tensor]:
     make, size = NETWORKS[name]
     model, x = lively(make), images(size)
