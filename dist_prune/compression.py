@@ -16,7 +16,7 @@ from dist_prune.config.arguments import arguments_named, as_rule, naming_argumen
 from dist_prune.config.flags import ConfigError, parse_rule
 from dist_prune.config.run import ImageSpec
 from dist_prune.correction import correct as correction
-from dist_prune.correction.correct import divergence, holdout_logits
+from dist_prune.correction.calibration import divergence, holdout_logits
 from dist_prune.data.batches import BatchesError, Reading, checked
 from dist_prune.distributed.alone import present
 from dist_prune.distributed.world import World

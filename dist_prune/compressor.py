@@ -63,6 +63,7 @@ class Compressor:
         metric_damping: as `--metric-damping`; of several, the best on the images held out is taken.
         repair: as `--repair`: how much later layers repair of what earlier ones lose.
         mirrored: solve from the mirror images, too.
+        crops: as `--crops`: solve from so many random crops of each image, too.
         resolve_dense: solve the layers that stay dense, too.
         outputs: a function of what the network returns: the tensor that counts. Without it that is the tensor
             returned; of a mapping, dataclass, tuple or list `logits`, `out` or the only tensor; of several in a
@@ -93,6 +94,7 @@ class Compressor:
     metric_damping: float | Sequence[float] = CorrectionConfig.metric_damping
     repair: float = CorrectionConfig.repair
     mirrored: bool = CorrectionConfig.mirrored
+    crops: int = CorrectionConfig.crops
     resolve_dense: bool = CorrectionConfig.resolve_dense
     outputs: Outputs | None = None
     inputs: Inputs | None = None
@@ -257,6 +259,7 @@ class Compressor:
             ridge=self.ridge,
             repair=self.repair,
             mirrored=self.mirrored,
+            crops=self.crops,
             resolve_dense=self.resolve_dense,
         )
         usual = "uniform:0.5" if self.method in BLIND else "budget:macs=0.5"

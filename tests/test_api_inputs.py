@@ -260,5 +260,7 @@ def test_batches_of_several_kinds_mirror_images_and_traced_networks_are_refused(
         compress(network(), [*batches, batches[0] | {"scale": 3.0}], 0.6)
     with pytest.raises(ConfigError, match="mirrored: the network takes several inputs"):
         compress(network(), batches, 0.6, mirrored=True)
+    with pytest.raises(ConfigError, match="crops: the network takes several inputs"):
+        compress(network(), batches, 0.6, crops=1)
     with pytest.raises(ModelError, match=r"torch\.fx\.GraphModule"):
         compress(torch.fx.symbolic_trace(network()), batches, 0.6)

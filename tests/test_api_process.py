@@ -198,6 +198,7 @@ def test_options_of_correction_and_statistics_reach_their_places() -> None:
         {"draws": 4},
         {"damping": 0.5},
         {"mirrored": True},
+        {"crops": 1},
         {"resolve_dense": False, "sites": "0"},
     ):
         found = compress(model(), [images()], "uniform:0.5", **options)

@@ -37,6 +37,9 @@ class CorrectionConfig:
     """Solve the layers that stay dense, too."""
     mirrored: bool = False
     """Solve from the mirror images of the calibration images, too."""
+    crops: int = 0
+    """Solve from so many random crops of each calibration image, too; each costs as much as as many images more.
+    They help where there are few, large images."""
     calibration_gb: float = 0.0
     """Activations kept per rank, GiB; what does not fit is computed again for every site. 0: half of what is free,
     of the rank's GPU or of its share of the host's memory."""
@@ -58,6 +61,7 @@ class CorrectionConfig:
         _require(self.calibrate_images >= 8, f"--calibrate-images {self.calibrate_images}: expected at least 8")
         _require(self.ridge > 0, f"--ridge {self.ridge}: expected above 0, or singular equations have no answer")
         _require(self.calibration_gb >= 0, f"--calibration-gb {self.calibration_gb:g}: expected 0 or more")
+        _require(self.crops >= 0, f"--crops {self.crops}: expected 0 or more")
         _require(self.repair >= 0, f"--repair {self.repair}: expected 0 or more")
         _require(self.positions >= 0, f"--positions {self.positions}: expected 0 or more")
         sound = self.metric_damping and min(self.metric_damping) > 0

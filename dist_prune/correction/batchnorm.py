@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_prune.correction.correct import Calibration, agreed_route, divergence, holdout_logits, improves
+from dist_prune.correction.calibration import Calibration, divergence, holdout_logits
+from dist_prune.correction.correct import agreed_route, improves
 from dist_prune.distributed.world import World
 from dist_prune.network.replacing import with_replaced
 from dist_prune.network.replay import AnyPass

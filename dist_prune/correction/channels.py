@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from dist_prune.correction.correct import Calibration, divergence, holdout_logits
+from dist_prune.correction.calibration import Calibration, divergence, holdout_logits
 from dist_prune.distributed.world import World
 from dist_prune.network.channels import Group
 from dist_prune.network.sites import evaluating

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_prune.config.correction import CorrectionConfig
+from dist_prune.correction.calibration import Calibration, divergence, holdout_logits
 from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, left_out
 from dist_prune.correction.solver import Solver
-from dist_prune.data.loader import Batch, Stream, normalise
 from dist_prune.distributed.world import World
 from dist_prune.network.channels import KeptChannels
 from dist_prune.network.factored import Factored
@@ -27,7 +26,6 @@ from dist_prune.statistics.probes import LOSSES
 from dist_prune.utils.tables import table
 from dist_prune.width.narrowing import kept_outputs
 
-HELD = 8  # every eighth image is the holdout
 FEWEST = 8  # images, one of which is held out
 GRADIENTS = 2048  # of labels drawn for the metric, about, over all images; at most MOST_DRAWS an image
 MOST_DRAWS = 4
@@ -35,34 +33,6 @@ MOST_DRAWS = 4
 
 class CorrectionError(ValueError):
     """A network that cannot be corrected against itself."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """This rank's images as they are kept, (n, …), their positions (n,) in the list of images.
-
-    `prepare` makes of kept images what the network takes: of decoded uint8 (n, 3, H, W), normalised ones.
-    """
-
-    pixels: Tensor
-    indices: Tensor
-    prepare: Callable[[Tensor], Tensor]
-    batch_size: int
-    mirrored: bool
-
-    def batches(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels and positions of the holdout, or of the images to solve from; whatever the ranks."""
-        chosen = torch.nonzero((self.indices % HELD == 0) == held)[:, 0]
-        for start in range(0, len(chosen), self.batch_size):  # none where this rank has no such image
-            some = chosen[start : start + self.batch_size]
-            yield self.pixels[some], self.indices[some]
-            if self.mirrored and not held:
-                yield self.pixels[some].flip(3), self.indices[some]
-
-    def prepared(self) -> Iterator[Batch]:
-        """The images to solve from, as the network takes them, without labels."""
-        for pixels, indices in self.batches(held=False):
-            yield Batch(self.prepare(pixels), torch.full_like(indices, -1), indices)
 
 
 @dataclass(frozen=True)
@@ -123,13 +93,6 @@ def improves(after: float, before: float) -> bool:
 
 def _outcome(fields: Mapping[str, Any]) -> SiteCorrection:
     return SiteCorrection(**fields)
-
-
-def decode(stream: Stream, mirrored: bool) -> Calibration:
-    """Read this rank's images once and keep their bytes."""
-    batches = list(stream.raw())
-    pixels, indices = (torch.cat(parts) for parts in zip(*((b.images, b.indices) for b in batches), strict=True))
-    return Calibration(pixels, indices, partial(normalise, spec=stream.spec), stream.batch_size, mirrored)
 
 
 def correct(
@@ -286,37 +249,6 @@ def _pairs(
         yield Pair(
             route.begin(dense, pixels, images.prepare), route.begin(compressed, pixels, images.prepare), logits
         )
-
-
-def holdout_logits(dense: nn.Module, images: Calibration) -> list[tuple[Tensor, Tensor]]:
-    """This rank's held-out images as they are kept, and what the dense network says to them."""
-    return [(pixels, logits_of(dense(images.prepare(pixels)))) for pixels, _ in images.batches(held=True)]
-
-
-def divergence(
-    model: nn.Module,
-    holdout: Sequence[tuple[Tensor, Tensor]],
-    prepare: Callable[[Tensor], Tensor],
-    world: World,
-    loss: str = "kl",
-) -> float:
-    """KL to the dense network, nats per image, or another loss, over the held-out images of all ranks."""
-    losses = divergences(model, holdout, prepare, loss)
-    sums = torch.tensor([losses.sum(), len(losses)], dtype=torch.float64, device=world.device)
-    world.sum_(sums)
-    total, count = sums.tolist()
-    return max(float(total / max(1.0, count)), 0.0)  # below zero only by rounding; NaN stays
-
-
-def divergences(
-    model: nn.Module,
-    holdout: Sequence[tuple[Tensor, Tensor]],
-    prepare: Callable[[Tensor], Tensor],
-    loss: str = "kl",
-) -> Tensor:
-    """The same for each of this rank's images: (images,) float64."""
-    found = [LOSSES[loss](logits.double(), logits_of(model(prepare(pixels)))) for pixels, logits in holdout]
-    return torch.cat(found).double() if found else torch.zeros(0, dtype=torch.float64)
 
 
 def require_deterministic(dense: nn.Module, images: Tensor, world: World) -> None:

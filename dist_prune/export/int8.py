@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from dist_prune.correction.correct import HELD
+from dist_prune.correction.calibration import HELD
 from dist_prune.export.formats import ExportError, Function, onnx_session, quiet, reason_of, require_onnx
 from dist_prune.network.outputs import logits_of
 from dist_prune.statistics.probes import LOSSES

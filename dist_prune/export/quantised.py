@@ -19,7 +19,7 @@ from dist_prune.artifacts.run_directory import CONFIG
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.recipe_files import from_dict
 from dist_prune.config.run import Run
-from dist_prune.correction.correct import decode
+from dist_prune.correction.calibration import decode
 from dist_prune.data.dataset import Dataset, Split
 from dist_prune.data.listing import DataError
 from dist_prune.data.loader import Stream, evaluation_stream
@@ -201,7 +201,7 @@ def compare(compressed: nn.Module, source: RunSource, path: Path, opset: int) ->
         networks = {"dense": dense_of(source), **networks}
     except ModelError as error:
         notes.append(f"without the dense network: {error}")
-    kept = decode(_stream(source, source.calibration), mirrored=False)
+    kept = decode(_stream(source, source.calibration))
     images = CalibrationImages(kept.pixels, kept.prepare)
     with tempfile.TemporaryDirectory() as folder:
         files: list[File] = []

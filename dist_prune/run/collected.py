@@ -14,8 +14,10 @@ from dist_prune.config.arguments import naming_arguments
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import CompressionConfig, Run
+from dist_prune.correction.calibration import Calibration
 from dist_prune.correction.channels import channels_of
-from dist_prune.correction.correct import Calibration, require_deterministic
+from dist_prune.correction.correct import require_deterministic
+from dist_prune.correction.views import views_of
 from dist_prune.data.batches import BatchesError, Kept
 from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
@@ -161,7 +163,7 @@ def collect(
         everything.require_classes()
     if everything.concern and basis.loss != "mse" and outputs is None:
         warn(naming_arguments(everything.concern))
-    images = _calibration(given, settings)
+    images = _calibration(given, settings, run.seed)
     found = everything.select(run.compression.sites)
     image = pair[:1].clone()
     world.broadcast_(image)
@@ -235,14 +237,16 @@ def _asked(ask: Callable[[], T], given: Kept) -> T:
         ) from error
 
 
-def _calibration(given: Kept, settings: CorrectionConfig) -> Calibration:
+def _calibration(given: Kept, settings: CorrectionConfig, seed: int) -> Calibration:
     """This rank's part of the images to solve from, and of the holdout; they are numbered again."""
     pixels, places = given.evenly(settings.calibrate_images)
-    if settings.mirrored and given.packing:
-        raise ConfigError(f"--mirrored: the network takes several inputs ({given.packing}), expected images alone")
-    if settings.mirrored and pixels.dim() != 4:
-        raise ConfigError(f"--mirrored: images are {tuple(pixels.shape[1:])}, expected (channels, height, width)")
-    return Calibration(pixels, places, torch.clone, given.size, settings.mirrored)
+    wanted = "--mirrored" if settings.mirrored else "--crops"
+    views = views_of(settings, seed)
+    if not views.whole and given.packing:
+        raise ConfigError(f"{wanted}: the network takes several inputs ({given.packing}), expected images alone")
+    if not views.whole and pixels.dim() != 4:
+        raise ConfigError(f"{wanted}: images are {tuple(pixels.shape[1:])}, expected (channels, height, width)")
+    return Calibration(pixels, places, torch.clone, given.size, views)
 
 
 def _require_labels(given: Kept, everything: Survey) -> None:

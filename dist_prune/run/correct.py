@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dist_prune.correction import batchnorm
 from dist_prune.correction import correct as correction
+from dist_prune.correction.calibration import decode
+from dist_prune.correction.views import views_of
 from dist_prune.reporting.progress import Count
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, held_out_split, share_bits, unlabelled_stream
@@ -15,7 +17,7 @@ def correct(job: Job) -> None:
     """Solve the sites again against the dense network, in place."""
     settings, seed = job.config.correction, job.config.seed
     with job.report.phase("correction"):
-        images = correction.decode(unlabelled_stream(job), settings.mirrored)
+        images = decode(unlabelled_stream(job), views_of(settings, job.config.seed))
         state = correction.CorrectionState()
         if (left := job.checkpoints.resumed()) is not None:
             state.load_state_dict(left.common)
@@ -44,7 +46,7 @@ def correct(job: Job) -> None:
 def reestimate_batch_norm(job: Job) -> None:
     """Re-estimate batch norm's statistics, in place."""
     with job.report.phase("batch norm"):
-        images = correction.decode(unlabelled_stream(job), mirrored=False)
+        images = decode(unlabelled_stream(job))
         memory = job.config.correction.calibration_bytes(job.world.free_memory())
         result = batchnorm.reestimate(job.dense, job.state.compressed, images, memory, job.world)
         share_bits(job, job.state.compressed)

@@ -12,7 +12,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from dist_prune.correction.correct import decode, divergence, divergences, holdout_logits, improves
+from dist_prune.correction.calibration import decode, divergence, divergences, holdout_logits
+from dist_prune.correction.correct import improves
 from dist_prune.data.loader import training_stream
 from dist_prune.distributed.world import World
 from dist_prune.factorization.project import balance
@@ -58,7 +59,7 @@ class Holdout:
     @classmethod
     def of(cls, job: Job) -> Holdout:
         """Of the job's images."""
-        images = decode(unlabelled_stream(job), mirrored=False)
+        images = decode(unlabelled_stream(job))
         with evaluating(job.dense):
             return cls(holdout_logits(job.dense, images), images.prepare, job.world)
 

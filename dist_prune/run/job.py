@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dist_prune.config.run import Run
-from dist_prune.correction.correct import HELD
+from dist_prune.correction.calibration import HELD
 from dist_prune.data.dataset import Dataset, Split
 from dist_prune.data.loader import Batch, Stream, evaluation_stream
 from dist_prune.data.share import Share

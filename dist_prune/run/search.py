@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dist_prune.correction.correct import decode
+from dist_prune.correction.calibration import decode
+from dist_prune.correction.views import views_of
 from dist_prune.factorization.spectra import UNITS
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.compress import directions_with_losses, load_statistics
@@ -19,7 +20,7 @@ def search_plans(job: Job) -> None:
     found = job.state.directions or directions_with_losses(job, load_statistics(job))
     assert found.spectra is not None, "a method without spectra has no budget"
     with job.report.phase("search"):
-        images = gather_images(decode(unlabelled_stream(job), config.correction.mirrored), job.world)
+        images = gather_images(decode(unlabelled_stream(job), views_of(config.correction, config.seed)), job.world)
         ground = Ground(
             dense=job.state.dense,
             source=job.state.source,

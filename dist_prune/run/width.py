@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from dist_prune.correction import correct as correction
+from dist_prune.correction.calibration import decode
 from dist_prune.correction.channels import channels_of
+from dist_prune.correction.views import views_of
 from dist_prune.run.compress import collect_statistics, directions_with_losses, load_statistics
 from dist_prune.run.job import Job, probe, unlabelled_stream
 from dist_prune.width.choose import choose_widths, costs_within, removable_groups, without
@@ -21,7 +22,7 @@ def remove_channels(job: Job) -> None:
     gathered = load_statistics(job)
     found = directions_with_losses(job, gathered)
     with job.report.phase("width"):
-        images = correction.decode(unlabelled_stream(job), config.correction.mirrored)
+        images = decode(unlabelled_stream(job), views_of(config.correction, config.seed))
         channels = channels_of(job.dense, possible.groups, images, gathered.curvature, config.seed, job.world)
         costs = costs_within(job.dense, possible.groups, planner, found.spectra, probe(config, job.world, 1))
         kept = choose_widths(channels, costs, planner.rule.amount, planner.round_to, job.world)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.config.correction import CorrectionConfig
-from dist_prune.correction.correct import HELD, Calibration, correct, holdout_logits, metrics_of
+from dist_prune.correction.calibration import HELD, Calibration, holdout_logits
+from dist_prune.correction.correct import correct, metrics_of
 from dist_prune.distributed.alone import Alone
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.run import ImageSpec
-from dist_prune.correction.correct import Calibration, correct
+from dist_prune.correction.calibration import Calibration
+from dist_prune.correction.correct import correct
 from dist_prune.data.loader import normalise
 from dist_prune.distributed.world import World, joined
 from dist_prune.factorization.plan import Choice, Plan
@@ -132,7 +133,7 @@ def calibration(setting: Setting, world: World) -> Calibration:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     own, indices = pixels[mine].to(world.device), mine.to(world.device)
-    return Calibration(own, indices, partial(normalise, spec=ImageSpec(0, size)), setting.images, mirrored=False)
+    return Calibration(own, indices, partial(normalise, spec=ImageSpec(0, size)), setting.images)
 
 
 MEASUREMENTS: tuple[Callable[[Setting], Row], ...] = (cost_alone, cost_two_ranks)

@@ -14,7 +14,9 @@ import torch_pruning
 from torch import nn
 
 from dist_prune.config.correction import CorrectionConfig
-from dist_prune.correction.correct import correct, decode
+from dist_prune.correction.calibration import decode
+from dist_prune.correction.correct import correct
+from dist_prune.correction.views import Views
 from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating, survey
@@ -108,7 +110,7 @@ def solved_again(network: nn.Module, ground: Ground, images: int, seed: int) -> 
     groups = removable_groups(dense, survey(dense, pair[:1]).sites, pair).groups
     all_kept = [KeptChannels(group, surviving(dense, network, group)) for group in groups]
     kept = [each for each in all_kept if len(each.channels) < each.group.width]
-    seen = decode(ground.stream(ground.training(images, seed)), mirrored=True)
+    seen = decode(ground.stream(ground.training(images, seed)), Views(mirrored=True))
     consumers = [consumer for group in groups for consumer in group.consumers]
     moments = collect_channel_moments(dense, consumers, (batch.images for batch in seen.prepared()), world)
     narrow = narrowed(dense, kept, predictions(kept, moments)).eval()

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import parse_rule
 from dist_prune.config.run import ImageSpec, MethodConfig
-from dist_prune.correction.correct import Calibration, correct
+from dist_prune.correction.calibration import Calibration
+from dist_prune.correction.correct import correct
 from dist_prune.data.loader import Batch, normalise
 from dist_prune.distributed.world import World, joined
 from dist_prune.factorization.bases import solve
@@ -132,7 +133,7 @@ def corrected(bench: Bench, compressed: nn.Module, count: int) -> float:
     """CPU seconds of a correction from so many of the images."""
     spec = ImageSpec(0, bench.images.shape[-1])
     pixels = torch.randint(0, 256, (count, *bench.images.shape[1:]), dtype=torch.uint8)
-    calibration = Calibration(pixels, torch.arange(count), partial(normalise, spec=spec), 16, mirrored=False)
+    calibration = Calibration(pixels, torch.arange(count), partial(normalise, spec=spec), 16)
     copied, everything = copy.deepcopy(compressed), bench.found
     return clocked(
         lambda: correct(bench.model, copied, everything, calibration, CorrectionConfig(), 0, bench.world)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_prune.config.run import ImageSpec
 from dist_prune.correction.batchnorm import Reestimation, format_summary, reestimate
-from dist_prune.correction.correct import HELD, Calibration
+from dist_prune.correction.calibration import HELD, Calibration
 from dist_prune.data.loader import normalise
 from dist_prune.distributed.world import World
 from dist_prune.network.models import CifarResNet
@@ -28,7 +28,7 @@ def calibration(rank: int = 0, size: int = 1, count: int = 40) -> Calibration:
     """Uneven shares in batches of five."""
     cuts = {1: [0, count], 2: [0, 27, count], 3: [0, 9, 20, count]}[size]
     mine = torch.arange(cuts[rank], cuts[rank + 1])
-    return Calibration(pixels(count)[mine], mine, partial(normalise, spec=SPEC), 5, mirrored=False)
+    return Calibration(pixels(count)[mine], mine, partial(normalise, spec=SPEC), 5)
 
 
 class Deciding(CifarResNet):

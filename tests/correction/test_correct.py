@@ -7,7 +7,9 @@ from torch import nn
 
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.run import ImageSpec
-from dist_prune.correction.correct import Calibration, concerns, correct
+from dist_prune.correction.calibration import Calibration
+from dist_prune.correction.correct import concerns, correct
+from dist_prune.correction.views import Views
 from dist_prune.data.loader import normalise
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import survey
@@ -16,7 +18,11 @@ from dist_prune.network.sites import survey
 def calibration(indices: list[int], mirrored: bool = False) -> Calibration:
     pixels = torch.arange(len(indices) * 12, dtype=torch.uint8).reshape(-1, 3, 2, 2)
     return Calibration(
-        pixels, torch.tensor(indices, dtype=torch.int64), partial(normalise, spec=ImageSpec(0, 2)), 3, mirrored
+        pixels,
+        torch.tensor(indices, dtype=torch.int64),
+        partial(normalise, spec=ImageSpec(0, 2)),
+        3,
+        Views(mirrored),
     )
 
 
@@ -52,7 +58,7 @@ def test_what_is_not_solved_or_hardly_determined_is_named(world: World) -> None:
     compressed = copy.deepcopy(dense)
     compressed.few.weight.data.mul_(0.5)
     pixels = torch.randint(0, 256, (8, 3, 74, 74), dtype=torch.uint8)
-    images = Calibration(pixels, torch.arange(8), partial(normalise, spec=ImageSpec(0, 74)), 4, mirrored=False)
+    images = Calibration(pixels, torch.arange(8), partial(normalise, spec=ImageSpec(0, 74)), 4)
     sites = survey(dense, torch.zeros(1, 3, 74, 74))
     result = correct(dense, compressed, sites, images, CorrectionConfig(ridge=0.02), 0, world)
     left, few = concerns(result)[:2]

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.run import MethodConfig
-from dist_prune.correction.correct import HELD, Calibration, correct
+from dist_prune.correction.calibration import HELD, Calibration
+from dist_prune.correction.correct import correct
+from dist_prune.correction.views import Views
 from dist_prune.distributed.alone import Alone
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve
@@ -29,7 +31,7 @@ PLAN = Plan((choose("units.0.conv1", "output", (2,)), choose("units.1.conv2", "o
 def calibration(indices: Tensor, mirrored: bool = False) -> Calibration:
     """Images whose every pixel is the image's place in the list, in batches of as many as this rank likes."""
     pixels = indices[:, None, None, None].expand(-1, 3, 2, 2).to(torch.uint8)
-    return Calibration(pixels, indices, lambda kept: kept.float(), 7, mirrored)
+    return Calibration(pixels, indices, lambda kept: kept.float(), 7, Views(mirrored))
 
 
 def gathered(world: World) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -89,7 +91,7 @@ def ground() -> Ground:
 
 def calibration_of(pixels: Tensor, held: bool = False) -> Calibration:
     indices = torch.arange(len(pixels)) * (HELD if held else 1)
-    return Calibration(pixels, indices, torch.clone, 16, False)
+    return Calibration(pixels, indices, torch.clone, 16)
 
 
 @pytest.mark.parametrize("kind", ["none", "regression"])
