@@ -101,6 +101,8 @@ class Way:
 WAYS = {
     "ours": Way(),
     "ours, width and forms": Way({"width": "on"}),
+    "ours, width and forms, mirror images": Way({"width": "on", "mirrored": True}),
+    "ours, width and forms, mirror images and a crop": Way({"width": "on", "mirrored": True, "crops": 1}),
     "ours, width alone": Way({"width": "on", "forms": "dense"}),
     "ours, width and forms, not corrected": Way({"width": "on", "correct": "none"}),
     "ours, output form only": Way({"forms": "output"}),
