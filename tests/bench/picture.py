@@ -38,8 +38,8 @@ class Curve:
 
 CURVES = (
     Curve("this, forms and widths, from 512 images", "all forms and widths, corrected, 512", "#2f81f7", "o"),
+    Curve("… then distilled without labels, seed 0", "all forms and widths, distilled, 4096", "#3fb950", "s"),
     Curve("this, k×k → 1×1 alone, from 512 images", "… corrected, 512 images", "#39c5cf", "P"),
-    Curve("… with label-free distillation", "… distilled, 4096 images", "#3fb950", "s"),
     Curve("BALF", "BALF", "#d29922", "^"),
     Curve("PCA, the same share of every layer", "PCA, uniform", "#a371f7", "D"),
     Curve("structured pruning, best of 3", PRUNING, "#f85149", "v", "batch norm re-estimated"),

@@ -40,7 +40,7 @@ def test_a_curve_has_the_dense_network_and_the_best_row_of_each_budget() -> None
 
 
 def test_each_curve_finds_its_rows_and_those_of_them_that_were_tuned() -> None:
-    budgets = (3, 4)  # the dense network, 0.58, 0.35 and perhaps 0.2
+    budgets = (2, 3, 4)  # the dense network, 0.35, and perhaps 0.58 and 0.2
     for curve in picture.CURVES:
         assert len(picture.points(ROWS, curve)) in budgets, curve.label
         tuned = [row for row in ROWS if row["way"].startswith(curve.begins) and row["tuned"]]
