@@ -36,8 +36,9 @@ class Calibration:
         chosen = torch.nonzero((self.indices % HELD == 0) == held)[:, 0]
         for start in range(0, len(chosen), self.batch_size):  # none where this rank has no such image
             some = chosen[start : start + self.batch_size]
-            views = WHOLE if held else self.views
-            yield from ((pixels, self.indices[some]) for pixels in views.of(self.pixels[some], self.indices[some]))
+            indices = self.indices[some]
+            for pixels in (WHOLE if held else self.views).of(self.pixels[some], indices):
+                yield pixels, indices
 
     def prepared(self) -> Iterator[Batch]:
         """The images to solve from, as the network takes them, without labels."""

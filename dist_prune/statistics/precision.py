@@ -40,7 +40,7 @@ def products(tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def full_float32_convolutions() -> Iterator[None]:
-    """As `full_float32`, of convolutions, which torch lets cuDNN make in TF32 unless it is told otherwise.
+    """As `full_float32`, of convolutions, which torch lets cuDNN make in TF32 by default.
 
     For those that statistics are made by; a network's own are left as its user has them.
     """
