@@ -29,6 +29,7 @@ from dist_prune.network.sites import Site, View, output_rows
 from dist_prune.statistics.moments import Accumulator, StatisticsError, sum_moments
 from dist_prune.statistics.precision import full_float32
 from dist_prune.statistics.probes import Loss, kl
+from dist_prune.utils.paired import standard_error
 
 Rows = tuple[Tensor, Tensor]  # x̂ and t as columns, (g·d, images, positions) and (g·c, images, positions)
 CLEARLY = 3.0  # standard errors
@@ -222,9 +223,9 @@ class Correction:
                 sums += torch.stack([kls.sum(1), (kls - kls[0]).square().sum(1)])
                 count += len(wanted)
         self.world.sum_(sums, count)
-        mean, square = sums / count
-        errors = ((square - (mean - mean[0]).square()).clamp(min=0) / (count - 1)).sqrt()
-        return mean.nan_to_num(nan=math.inf).tolist(), errors.nan_to_num(nan=math.inf).tolist()
+        total, squares = sums
+        errors = standard_error(total - total[0], squares, count)
+        return (total / count).nan_to_num(nan=math.inf).tolist(), errors.nan_to_num(nan=math.inf).tolist()
 
 
 def choose(losses: Sequence[float], errors: Sequence[float]) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, repeat
-from statistics import NormalDist
 
-import torch
 from torch import Tensor, nn
 
 from dist_prune.correction.calibration import decode, divergence, divergences, holdout_logits
@@ -27,6 +24,7 @@ from dist_prune.training.cutmix import pasted
 from dist_prune.training.distillation_loss import towards
 from dist_prune.training.dry_step import reached_alone
 from dist_prune.training.trainer import Progress, Trainer
+from dist_prune.utils.paired import is_clearly_positive, sums_of
 
 CHANCE = 0.05  # that earlier weights, which are no better, are kept instead of the last
 CHECKS = 8  # how often the network is measured on images held out
@@ -74,12 +72,9 @@ class Holdout:
             saved = divergences(model, self.answers, self.prepare)
             with holding(model, other):
                 saved -= divergences(model, self.answers, self.prepare)
-        sums = torch.stack([saved.sum(), saved.square().sum(), saved.new_tensor(len(saved))]).to(self.world.device)
+        sums = sums_of(saved).to(self.world.device)
         self.world.sum_(sums)
-        total, squares, count = sums.tolist()
-        mean = total / count
-        error = math.sqrt(max(0.0, squares / count - mean**2) / max(1.0, count - 1))
-        return bool(mean > NormalDist().inv_cdf(1 - CHANCE) * error)
+        return is_clearly_positive(sums, CHANCE)
 
 
 @contextmanager

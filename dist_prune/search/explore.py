@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from statistics import NormalDist
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +24,7 @@ from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.planner import Planner
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.utils import keyed_random
+from dist_prune.utils.paired import is_clearly_positive, sums_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -85,9 +85,8 @@ class SearchState:
         One-sided, for `CHANCE` shared out over all plans that were tried (Bonferroni).
         """
         saved = self.losses[name_of(self.candidates[0].plan)] - self.losses[name_of(one.plan)]
-        error = saved.std(correction=0) / max(1, len(saved) - 1) ** 0.5
         others = max(1, len(self.losses) - 1)
-        return bool(saved.mean() > NormalDist().inv_cdf(1 - CHANCE / others) * error)
+        return is_clearly_positive(sums_of(saved), CHANCE / others)
 
 
 def search(
