@@ -33,8 +33,9 @@ from dist_prune.factorization.schedule import rounds
 from dist_prune.factorization.spectra import Spectra
 from dist_prune.network.sites import Survey, View
 
-TRIALS = 4  # plans that are timed as whole networks, at most
+TRIALS = 6  # plans that are timed as whole networks, at most
 NEAR = 1.01  # a measured time within this factor of the budget meets it: clocks are no better
+FAR = 0.95  # a plan after the first that takes less than this part of the budget leaves out too much
 
 
 @dataclass(frozen=True)
@@ -134,23 +135,48 @@ class Planner:
         )
 
     def _met(self, time_of: Callable[[Plan], float], spectra: Spectra) -> Plan:
-        """The first plan whose network is as fast as asked; the fastest, where none is.
+        """A plan whose network is as fast as asked, but not much faster; the fastest, where none is as fast.
 
-        Layers timed alone find their input in the cache, and promise more than the whole network keeps. Then less
-        is asked for.
+        Layers timed alone find their input in the cache, and promise more than the whole network keeps: then less
+        is asked for. Where a reading was far too long, as on a busy machine, that was too much, and the search
+        goes on between the two.
         """
-        wanted, rule, tried = self.rule.amount, self.rule, list[tuple[float, Plan]]()
-        while len(tried) < TRIALS and (not tried or tried[-1][0] > NEAR * wanted):
-            try:
-                plan = self._planned(rule, spectra)
-            except PlanError:
-                if not tried:
-                    raise
+        wanted, amount = self.rule.amount, self.rule.amount
+        slow = less = (
+            0.0  # the least amount whose network was too slow, the largest that was enough or out of reach
+        )
+        tried = list[Plan]()
+        for _ in range(TRIALS):
+            plan = self._timed(replace(self.rule, amount=amount), spectra, time_of, tried)
+            share = 0.0 if plan is None else (plan.time or 0) / wanted
+            if share > NEAR:
+                slow = amount
+            elif share >= FAR or not slow:
                 break
-            tried.append((time_of(plan), plan))
-            rule = replace(rule, amount=rule.amount * wanted / tried[-1][0])
-        taken, plan = min(tried, key=lambda one: one[0])
-        return replace(plan, time=taken)
+            else:
+                less = amount
+            amount = (slow + less) / 2 if less else amount / share
+        met = [plan for plan in tried if (plan.time or 0) <= NEAR * wanted]
+        return met[-1] if met else min(tried, key=lambda plan: plan.time or 0)
+
+    def _timed(
+        self, rule: Rule, spectra: Spectra, time_of: Callable[[Plan], float], tried: list[Plan]
+    ) -> Plan | None:
+        """What is planned by the rule, with its network's time; None if that is out of reach, and others were not.
+
+        Raises:
+            PlanError: it is the first, and out of reach.
+        """
+        try:
+            plan = self._planned(rule, spectra)
+        except PlanError:
+            if tried:
+                return None
+            raise
+        known = (other for other in tried if replace(other, time=None) == plan)
+        timed = next(known, None) or replace(plan, time=time_of(plan))
+        tried.append(timed)
+        return timed
 
     def foreseen(self) -> tuple[Plan, str]:
         """The plan before anything was measured, and, where the rule needs measurements, why it is incomplete."""

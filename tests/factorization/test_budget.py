@@ -181,6 +181,11 @@ def test_a_time_out_of_reach() -> None:
 # ── … of the network as a whole ────────────────────────────────────────────────────────────────────────────
 
 
+SPECTRA = Spectra(
+    {"a": spectrum([5, 3, 1, 1, 0]), "b": spectrum([1, 0, 0, 0]), "c": spectrum([3, 1, 1], [3, 1, 1])}
+)
+
+
 def slower_by(factor: float, tried: list[float], share: float) -> Plan:
     """What is planned for a share of the time where networks take `factor` of what their layers say."""
 
@@ -189,11 +194,8 @@ def slower_by(factor: float, tried: list[float], share: float) -> Plan:
         tried.append(factor * TIMES.predicted(chosen) / TIMES.whole)
         return tried[-1]
 
-    spectra = Spectra(
-        {"a": spectrum([5, 3, 1, 1, 0]), "b": spectrum([1, 0, 0, 0]), "c": spectrum([3, 1, 1], [3, 1, 1])}
-    )
     return Planner(Rule("budget", share, of="latency"), SMALL, 1, "output", 8, TIMES, time_of=time_of).plan(
-        spectra
+        SPECTRA
     )
 
 
@@ -208,6 +210,22 @@ def test_a_network_that_is_as_fast_as_asked_is_timed_once() -> None:
     tried = list[float]()
     assert slower_by(1.0, tried, 0.85).ranks == {"a": 2}
     assert tried == pytest.approx([0.85])
+
+
+@pytest.mark.parametrize("reading", [1.3, 2.0])  # the second asks for what is out of reach
+def test_one_reading_that_was_far_too_long_does_not_make_the_network_much_smaller(
+    reading: float,
+) -> None:
+    readings, tried = iter([reading]), list[Plan]()
+
+    def time_of(plan: Plan) -> float:
+        tried.append(plan)
+        chosen = {name: (choice.form, choice.ranks) for name, choice in plan.factored.items()}
+        return next(readings, 1.0) * TIMES.predicted(chosen) / TIMES.whole
+
+    planner = Planner(Rule("budget", 0.9, of="latency"), SMALL, 1, "output", 8, TIMES, time_of=time_of)
+    assert planner.plan(SPECTRA).time == pytest.approx(0.85)  # 0.69 is where the first reading led
+    assert len(tried) == len(set(map(repr, tried))) <= 6
 
 
 def test_where_no_network_is_as_fast_as_asked_the_fastest_is_taken_and_said_to_be() -> None:
