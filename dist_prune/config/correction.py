@@ -78,14 +78,14 @@ class DistillConfig:
     """Training images for these steps, or of --calibrate-data, labels unused; 0: all."""
     distill_batch_size: int = 64
     """Images per rank and step."""
-    distill_lr: float = 0.05
-    """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
-    distill_temperature: float = 4.0
-    """Of the softmax whose KL is the loss, times its square, so that gradients stay as large as at 1."""
+    distill_lr: float = 0.01
+    """Peak learning rate, of AdamW: a share of each parameter's root mean square, whatever the batch."""
+    distill_temperature: float = 1.0
+    """Of the softmax whose KL is a part of the loss, times its square, so that gradients stay as large as at 1."""
     distill_cutmix: float = 0.5
     """Share of the images that get a piece of another one of their batch; the dense network says what of it."""
-    distill_features: float = 0.0
-    """Weight of the relative squared error of the blocks' outputs, added to the KL of the softmax."""
+    distill_features: float = 100.0
+    """Weight of the mean relative squared error of the blocks' outputs, added to the KL of the softmax."""
 
     def __post_init__(self) -> None:
         _require(self.distill_steps >= 0, f"--distill-steps {self.distill_steps}: expected 0 or more")

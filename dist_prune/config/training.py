@@ -18,8 +18,9 @@ class TrainingConfig:
     """Images per rank and forward pass; the global batch is this times --accumulate times the ranks."""
     accumulate: int = 1
     """Forward and backward passes whose gradients make one step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """adamw is what transformers are trained with; it takes lower rates (0.001) and more decay (0.05)."""
+    optimizer: Literal["sgd", "adamw", "adamw-relative"] = "sgd"
+    """adamw is what transformers are trained with; it takes lower rates (0.001) and more decay (0.05). The rate of
+    adamw-relative is a share of each parameter's root mean square, whatever the batch."""
     lr: float = 0.01
     """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
     momentum: float = 0.9

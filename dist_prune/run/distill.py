@@ -1,12 +1,14 @@
-"""Label-free distillation from the dense network, and which of its weights stay."""
+"""Label-free distillation from the dense network, and how far its weights are followed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, repeat
 
+import torch
 from torch import Tensor, nn
 
 from dist_prune.correction.calibration import decode, divergence, divergences, holdout_logits
@@ -26,7 +28,8 @@ from dist_prune.training.dry_step import reached_alone
 from dist_prune.training.trainer import Progress, Trainer
 from dist_prune.utils.paired import is_clearly_positive, sums_of
 
-CHANCE = 0.05  # that earlier weights, which are no better, are kept instead of the last
+CHANCE = 0.05  # that weights nearer to those before, which are no better, are kept instead of the last
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way from the weights before to the last ones
 CHECKS = 8  # how often the network is measured on images held out
 EVERY = 20  # steps from one point of the curves to the next
 
@@ -36,14 +39,14 @@ def distill(job: Job) -> None:
     model, state = job.state.compressed, job.state
     with job.report.phase("distillation"):
         holdout = Holdout.of(job)
-        if state.best is None:
+        if state.undistilled is None:
             balance(model)
             share_bits(job, model)
-            state.best = Weighed(0, holdout.kl(model), weights_of(model))
-            job.report.say(f"   held-out KL {state.best.kl:.4f} before")
+            state.undistilled = Weighed(holdout.kl(model), weights_of(model))
+            job.report.say(f"   held-out KL {state.undistilled.kl:.4f} before")
         train_towards(job, model, holdout)
-        keep_best(job, model, holdout)
-        state.best = None
+        follow(job, model, holdout, state.undistilled)
+        state.undistilled = None
 
 
 @dataclass(frozen=True)
@@ -93,30 +96,53 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def keep_best(job: Job, model: nn.Module, holdout: Holdout) -> None:
-    """Take back what brought nothing on images held out, and the last steps if clearly worse than earlier ones."""
-    best, steps = job.state.best, job.config.distillation.distill_steps
-    assert best is not None
-    if best.step == 0:
+def between(one: dict[str, Tensor], other: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The point at this share of the way from one set of weights to the other; integers are the other's."""
+    return {n: torch.lerp(w, other[n], share) if w.is_floating_point() else other[n] for n, w in one.items()}
+
+
+def follow(job: Job, model: nn.Module, holdout: Holdout, before: Weighed) -> None:
+    """Go as far as `best_share` says from the weights before to the last, which the model has."""
+    last = weights_of(model)
+    share, kls = best_share(model, before, holdout)
+    job.report.say("   held-out KL " + ", ".join(f"{kl:.4f} at {at:.0%}" for at, kl in kls.items()))
+    if share == 0:
         job.report.warn("distillation brought nothing on images held out: the network is what it was before")
-        model.load_state_dict(best.weights)
-    elif best.step < steps and holdout.prefers(best.weights, model):
-        job.report.say(f"   kept after {best.step} steps, where the held-out KL was clearly less: {best.kl:.4f}")
-        model.load_state_dict(best.weights)
+    elif share < 1:
+        job.report.say(f"   kept {share:.0%} of the way to the last weights, where it was clearly less")
+    model.load_state_dict(between(before.weights, last, share))
     balance(model)
     share_bits(job, model)
 
 
+def best_share(model: nn.Module, before: Weighed, holdout: Holdout) -> tuple[float, dict[float, float]]:
+    """How far to go on the line from the weights before to the model's, and the held-out KL by share of the way.
+
+    All the way, unless another point loses less by more than chance: so is taken back in part what fits the images
+    of the training too closely, or came from too high a rate (Wortsman et al. 2022,
+    https://arxiv.org/abs/2109.01903). No step, 0, where no point is better than the weights before.
+    """
+    points = {share: between(before.weights, weights_of(model), share) for share in SHARES}
+    kls = {}
+    for share, weights in points.items():
+        with holding(model, weights):
+            kls[share] = holdout.kl(model)
+    best = min(SHARES, key=lambda share: kls[share] if math.isfinite(kls[share]) else math.inf)
+    if not improves(kls[best], before.kl):
+        return 0.0, kls
+    return (best if holdout.prefers(points[best], model) else SHARES[0]), kls
+
+
 def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
-    """Train `model` towards the job's dense network, in place, batch norm frozen; the state keeps the best."""
+    """Train `model` towards the job's dense network, in place, batch norm frozen."""
     settings, images, seed = job.config.distillation, job.config.images, job.config.seed
     how = replace(
         job.config.tuning,
         batch_size=settings.distill_batch_size,
-        optimizer="sgd",
+        optimizer="adamw-relative",
         lr=settings.distill_lr,
         weight_decay=0.0,
-        clip=1.0,  # gradients of batch norm that is frozen have no natural scale: without it, some runs diverged
+        clip=0.0,
         bn="frozen",
         accumulate=1,
         ema=0.0,
@@ -151,12 +177,9 @@ def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
 
 
 def look(job: Job, model: nn.Module, holdout: Holdout, progress: Progress) -> float:
-    """KL on images held out; where it is the least so far, the state keeps the weights."""
+    """KL on images held out."""
     kl = holdout.kl(model)
     job.report.say(f"   step {progress.step}: loss {progress.loss:.4f}, held-out KL {kl:.4f}")
-    assert job.state.best is not None
-    if improves(kl, job.state.best.kl):
-        job.state.best = Weighed(progress.step, kl, weights_of(model))
     return kl
 
 

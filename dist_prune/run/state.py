@@ -32,9 +32,8 @@ class SiteDirections:
 
 @dataclass(frozen=True)
 class Weighed:
-    """Weights after so many steps of a training, and what they lose on images held out: KL, nats per image."""
+    """Weights, and what they lose on images held out: KL, nats per image."""
 
-    step: int
     kl: float
     weights: dict[str, Tensor]
 
@@ -54,7 +53,7 @@ class State:
         kept: the channels that stay in groups from which others were removed.
         narrow: the dense network without those, if any were removed.
         network: the compressed one, as soon as there is one.
-        best: of its weights while distillation is under way, those that lost least on images held out.
+        undistilled: its weights before distillation, while that is under way.
         unfolded: whether its pairs are, for the moment, multiplied back to dense layers.
         directions: of the dense network, where one stage leaves them to the next; a checkpoint does not hold them.
     """
@@ -68,7 +67,7 @@ class State:
     kept: tuple[KeptChannels, ...] = ()
     narrow: nn.Module | None = None
     network: nn.Module | None = None
-    best: Weighed | None = None
+    undistilled: Weighed | None = None
     unfolded: bool = False
     directions: SiteDirections | None = None
 
@@ -106,13 +105,13 @@ class State:
             "turned": self._turned(),
             "narrow": self.narrow and self.narrow.state_dict(),
             "model": self.network and self.network.state_dict(),
-            "best": self.best and vars(self.best),
+            "undistilled": self.undistilled and vars(self.undistilled),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Be what `state_dict` gave; the network is built again from the dense one and the plan."""
         self.done, self.right = state["done"], state["right"]
-        self.best = Weighed(**best) if (best := state.get("best")) else None
+        self.undistilled = Weighed(**before) if (before := state["undistilled"]) else None
         self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
         self.kept = tuple(map(KeptChannels.from_json, state.get("kept", ())))
         if self.kept:

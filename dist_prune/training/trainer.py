@@ -28,7 +28,7 @@ from dist_prune.network.memory_format import lay_out, layout_of
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.statistics.probes import kl
-from dist_prune.training.optimizer import global_batch, optimizer_of, scaled_lr, schedule
+from dist_prune.training.optimizer import global_batch, optimizer_of, peaks_of, scaled_lr, schedule
 
 Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a scalar
 
@@ -171,11 +171,10 @@ class Trainer:
     def reschedule(self, step: int) -> None:
         """Stand at `step` of this trainer's own schedule, after `restore` from one of other steps."""
         self.step = step
-        peak = scaled_lr(self.settings, self.world.size)
-        self.scheduler.base_lrs = [peak for _ in self.optimizer.param_groups]
-        self.scheduler.last_epoch = step
-        self.scheduler._last_lr = [peak * factor(step) for factor in self.scheduler.lr_lambdas]
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+        peaks = peaks_of(self.optimizer, self.settings, self.world.size)
+        rates = [peak * factor(step) for peak, factor in zip(peaks, self.scheduler.lr_lambdas, strict=True)]
+        self.scheduler.base_lrs, self.scheduler._last_lr, self.scheduler.last_epoch = [*peaks], [*rates], step
+        for group, peak, rate in zip(self.optimizer.param_groups, peaks, rates, strict=True):
             group["initial_lr"], group["lr"] = peak, rate
 
     def rehearse(self, images: Tensor) -> None:
@@ -336,10 +335,11 @@ def steps_of(settings: TrainingConfig, batches: int) -> int:
 def format_summary(settings: TrainingConfig, batches: int, ranks: int, teacher: Distillation | None) -> str:
     """The settings of a training, in lines for the log."""
     product = f"{settings.batch_size} images × {settings.accumulate} × {ranks} rank(s)"
+    per = "of each parameter's size" if settings.optimizer == "adamw-relative" else f"{settings.lr} per 256 images"
     lines = [
         f"{settings.epochs} epochs of {steps_of(settings, batches)} steps, global batch "
         f"{global_batch(settings, ranks)} ({product}), peak learning rate {scaled_lr(settings, ranks):.4g} "
-        f"({settings.lr} per 256 images), batch norm {settings.bn}"
+        f"({per}), batch norm {settings.bn}"
     ]
     if teacher is not None:
         alpha, temperature = teacher.alpha, teacher.temperature

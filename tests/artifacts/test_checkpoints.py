@@ -101,7 +101,9 @@ def test_another_schema_is_refused_and_nothing_begins_anew(
     monkeypatch.setattr(checkpoints, "SCHEMA", 1)
     save(tmp_path, world, 1)
     monkeypatch.undo()
-    with pytest.raises(SchemaError, match=r"has schema 1, this version of dist_prune reads 6: finish"):
+    with pytest.raises(
+        SchemaError, match=f"has schema 1, this version of dist_prune reads {checkpoints.SCHEMA}: finish"
+    ):
         checkpoints.newest(tmp_path, world)
     assert (tmp_path / "00000001.pt").exists()
 

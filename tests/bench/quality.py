@@ -129,7 +129,10 @@ def searched_way(share: float) -> Way:
 
 
 PLANS, SEARCH_IMAGES = 32, 4096
-DISTILLED = ("--distill-steps", "8000", "--distill-images", "8192", "--pad", "0", "--bf16", "--channels-last")
+DISTILLED = (
+    *("--distill-steps", "4000", "--distill-lr", "0.01", "--distill-images", "8192"),
+    *("--pad", "0", "--bf16", "--channels-last"),
+)
 RATIOS = {0.584: 0.5, 0.346: 0.28}  # share of the MACs → uniform ratio that costs as much or less
 BUDGETS = (*RATIOS, 0.2)
 OPTIONS = {  # what the budget is spent on → flags

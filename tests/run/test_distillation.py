@@ -17,7 +17,7 @@ from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.network.models import CifarResNet
 from dist_prune.network.sites import survey
-from dist_prune.run.distill import CHECKS, EVERY, Holdout, is_checked
+from dist_prune.run.distill import CHECKS, EVERY, Holdout, best_share, between, holding, is_checked, weights_of
 from dist_prune.run.state import State, Weighed
 from dist_prune.training.distillation_loss import blocks, matched, relative_error, towards
 from dist_prune.training.trainer import Trainer
@@ -184,14 +184,22 @@ def test_images_held_out_are_looked_at_after_the_last_step_and_eight_times_at_mo
     assert max(gaps) - min(gaps) <= 2 * EVERY or steps < CHECKS * EVERY
 
 
-def test_weights_that_lost_least_are_in_a_checkpoint() -> None:
+def test_the_weights_before_are_in_a_checkpoint() -> None:
     model = plain()
-    best = Weighed(40, 0.125, {name: value + 1 for name, value in model.state_dict().items()})
+    before = Weighed(0.125, {name: value + 1 for name, value in model.state_dict().items()})
     later = State(model)
-    later.load_state_dict(copy.deepcopy(State(model, best=best).state_dict()))
-    assert later.best is not None and (later.best.step, later.best.kl) == (40, 0.125)
+    later.load_state_dict(copy.deepcopy(State(model, undistilled=before).state_dict()))
+    assert later.undistilled is not None and later.undistilled.kl == 0.125
     for name, value in model.state_dict().items():
-        assert torch.equal(later.best.weights[name], value + 1)
+        assert torch.equal(later.undistilled.weights[name], value + 1)
+
+
+def test_a_point_between_weights_is_at_that_share_of_the_way_and_counters_are_the_last() -> None:
+    one = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(3)}
+    other = {"w": torch.tensor([4.0, 0.0]), "n": torch.tensor(7)}
+    found = between(one, other, 0.25)
+    assert (found["w"].tolist(), int(found["n"])) == ([1.0, 3.0], 7)
+    assert between(one, other, 0)["w"].tolist() == [0.0, 4.0]
 
 
 def preferred(world: World) -> tuple[bool, bool, bool, bool]:
@@ -221,3 +229,27 @@ def preferred(world: World) -> tuple[bool, bool, bool, bool]:
 def test_earlier_weights_are_kept_only_where_they_are_better_by_more_than_chance(size: int) -> None:
     for clearly, worse, same, by_chance in run_ranks(preferred, size):
         assert clearly and not worse and not same and not by_chance
+
+
+def shares(world: World) -> list[float]:
+    """How far it is gone towards the dense network's own weights, past them by as much, away from them."""
+    torch.manual_seed(0)
+    dense, x = nn.Linear(6, 5).eval(), torch.randn(40, 6)
+    own = x[: 25 if world.size > 1 else 40] if world.rank == 0 else x[25 + world.rank - 1 :: world.size - 1]
+    with torch.no_grad():
+        holdout = Holdout([(part, dense(part)) for part in own.split(8)], lambda pixels: pixels, world)
+    exact = weights_of(dense)
+    off = {name: value + 0.05 * torch.randn_like(value) for name, value in exact.items()}
+
+    def share(start: float, end: float) -> float:
+        with torch.no_grad(), holding(dense, between(exact, off, start)):
+            before = Weighed(holdout.kl(dense), weights_of(dense))
+        with torch.no_grad(), holding(dense, between(exact, off, end)):
+            return best_share(dense, before, holdout)[0]
+
+    return [share(1, 0), share(1, -1), share(1, -3), share(0, 1), share(1, 2)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_weights_are_followed_as_far_as_they_help_on_images_held_out(size: int) -> None:
+    assert run_ranks(shares, size) == [[1.0, 0.5, 0.25, 0.0, 0.0]] * size

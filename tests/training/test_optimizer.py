@@ -33,6 +33,38 @@ def test_adamw_is_that_of_loshchilov_and_hutter() -> None:
         torch.testing.assert_close(parameter.detach(), weights, rtol=1e-12, atol=1e-14)
 
 
+def test_a_relative_rate_is_a_share_of_each_parameters_root_mean_square_and_decay_is_of_the_rate() -> None:
+    """Adam's first step is the rate for every entry that has a gradient."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    nn.init.zeros_(layer.bias)  # has no size: one of a thousandth is taken
+    settings = TrainingConfig(optimizer="adamw-relative", lr=0.01, weight_decay=0.1)
+    before = [p.detach().clone() for p in layer.parameters()]
+    optimizer = optimizer_of(layer, settings, ranks=8)
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    root_mean_square = float((before[0] ** 2).mean() ** 0.5)
+    for now, old, rate, decay in zip(
+        layer.parameters(), before, (root_mean_square, 1e-3), (0.1, 0.0), strict=True
+    ):
+        assert now.grad is not None
+        expected = old - 0.01 * (rate * now.grad.sign() + decay * old)
+        torch.testing.assert_close(now.detach(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_factors_of_any_shape_and_size_move_by_the_same_share_of_themselves() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(40, 2, bias=False), nn.Linear(2, 50, bias=False)).double()
+    layers[0].weight.data *= 100
+    before = [p.detach().clone() for p in layers.parameters()]
+    optimizer = optimizer_of(layers, TrainingConfig(optimizer="adamw-relative", lr=0.01, weight_decay=0), 1)
+    layers(torch.randn(5, 40, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    shares = [(p.detach() - old).norm() / old.norm() for p, old in zip(layers.parameters(), before, strict=True)]
+    assert [float(share) for share in shares] == pytest.approx([0.01, 0.01], rel=1e-4)
+
+
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine() -> None:
     rates = [schedule(step, 100, 10) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
@@ -48,6 +80,7 @@ def test_the_learning_rate_is_linear_in_the_global_batch() -> None:
     assert scaled_lr(settings, 4) == pytest.approx(0.1)
     assert scaled_lr(settings, 8) == pytest.approx(0.2)
     assert scaled_lr(replace(settings, accumulate=2), 4) == pytest.approx(0.2)
+    assert scaled_lr(replace(settings, optimizer="adamw-relative"), 4) == 0.1
 
 
 def test_only_matrices_and_kernels_decay() -> None:
