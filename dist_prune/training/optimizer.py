@@ -48,6 +48,12 @@ def peaks_of(optimizer: torch.optim.Optimizer, settings: TrainingConfig, ranks: 
     return [scaled_lr(settings, ranks) * float(group.get("size", 1.0)) for group in optimizer.param_groups]
 
 
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The present learning rate; a relative one as it is before parameters' sizes."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / float(group.get("size", 1.0))
+
+
 def global_batch(settings: TrainingConfig, ranks: int) -> int:
     """Images of a step: a batch on each rank, times the batches that are accumulated."""
     return settings.batch_size * settings.accumulate * ranks

@@ -28,7 +28,7 @@ from dist_prune.network.memory_format import lay_out, layout_of
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
 from dist_prune.statistics.probes import kl
-from dist_prune.training.optimizer import global_batch, optimizer_of, peaks_of, scaled_lr, schedule
+from dist_prune.training.optimizer import global_batch, optimizer_of, peaks_of, rate_of, scaled_lr, schedule
 
 Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a scalar
 
@@ -310,7 +310,7 @@ class _Window:
         trainer.settle()
         mean = sum(total for _, _, total, _ in seen) / (len(losses) * len(seen))
         rate = sum(images for _, _, _, images in seen) / (time.perf_counter() - self.began)
-        return Progress(trainer.step, trainer.steps, mean, float(trainer.scheduler.get_last_lr()[0]), rate)
+        return Progress(trainer.step, trainer.steps, mean, rate_of(trainer.optimizer), rate)
 
 
 def _require_numbers(trainer: Trainer, steps: int, seen: Sequence[tuple[float, int | None]]) -> None:

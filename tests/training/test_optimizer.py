@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_prune.config.training import TrainingConfig
-from dist_prune.training.optimizer import optimizer_of, scaled_lr, schedule, weight_decay_groups
+from dist_prune.training.optimizer import optimizer_of, peaks_of, rate_of, scaled_lr, schedule, weight_decay_groups
 
 
 def test_adamw_is_that_of_loshchilov_and_hutter() -> None:
@@ -41,6 +41,8 @@ def test_a_relative_rate_is_a_share_of_each_parameters_root_mean_square_and_deca
     settings = TrainingConfig(optimizer="adamw-relative", lr=0.01, weight_decay=0.1)
     before = [p.detach().clone() for p in layer.parameters()]
     optimizer = optimizer_of(layer, settings, ranks=8)
+    assert rate_of(optimizer) == pytest.approx(0.01)
+    assert peaks_of(optimizer, settings, 8) == [group["lr"] for group in optimizer.param_groups]
     for parameter in layer.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

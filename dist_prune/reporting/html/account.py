@@ -94,10 +94,10 @@ def _distillation(settings: Mapping[str, Any]) -> str:
     how = settings["distillation"]
     if not how["distill_steps"]:
         return "No label-free distillation."
-    features = f", and {how['distill_features']} × the blocks' outputs" if how["distill_features"] else ""
+    features = f" and its blocks' outputs, weight {how['distill_features']:g}" if how["distill_features"] else ""
     return (
-        f"Label-free distillation on: {how['distill_steps']:,} steps towards the dense network's softmax"
-        f"{features}, at temperature {how['distill_temperature']:g}, {how['distill_batch_size']} images per "
+        f"Label-free distillation on: {how['distill_steps']:,} steps towards the dense network's softmax at "
+        f"temperature {how['distill_temperature']:g}{features}, {how['distill_batch_size']} images per "
         f"process and step, {how['distill_cutmix']:.0%} of them with a piece of another, batch norm frozen."
     )
 
