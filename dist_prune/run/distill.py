@@ -156,7 +156,7 @@ def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:
     )
     noise = probe(job.config, job.world, 2)
     with (
-        towards(job.dense, model, settings.distill_features, settings.distill_temperature) as loss,
+        towards(job.dense, model, settings.distill_features, settings.distill_temperature, how.bf16) as loss,
         reached_alone(model, noise, how, job.world, loss),
     ):
         trainer = Trainer(model, how, settings.distill_steps, job.world, loss)

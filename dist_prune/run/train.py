@@ -19,8 +19,9 @@ from dist_prune.network.attention import opened_as, opened_in
 from dist_prune.network.memory_format import layout_of
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, probe, share_bits
+from dist_prune.training.distillation_loss import distillation_loss
 from dist_prune.training.dry_step import reached_alone
-from dist_prune.training.trainer import Trainer, TrainingError, distillation_loss, format_summary, steps_of
+from dist_prune.training.trainer import Trainer, TrainingError, format_summary, steps_of
 from dist_prune.utils import files
 
 

@@ -1,4 +1,4 @@
-"""The loss of distillation: KL of the softmax, and errors of the blocks' outputs."""
+"""Losses of distillation: KL of the softmax, beside labels or errors of the blocks' outputs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,46 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from dist_prune.config.flags import Distillation
+from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
 from dist_prune.network.factored import Factored
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating
-from dist_prune.training.trainer import Loss, softened_kl
+from dist_prune.statistics.probes import kl
+from dist_prune.training.trainer import Loss, cross_entropy
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+def distillation_loss(dense: nn.Module, how: Distillation, settings: TrainingConfig) -> Loss:
+    """α·T²·KL(dense ‖ trained) at temperature T + (1−α)·cross-entropy."""
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        soft = softened_kl(answers(dense, batch.images, settings.bf16), logits, how.temperature)
+        return how.alpha * soft + (1 - how.alpha) * cross_entropy(logits, batch, settings.label_smoothing)
+
+    return loss
+
+
+def softened_kl(dense: Tensor, trained: Tensor, temperature: float) -> Tensor:
+    """T²·KL(dense ‖ trained) of the softmax at temperature T, mean over images (Hinton et al. 2015), of logits.
+
+    The factor T² keeps the gradient in proportion, whatever T.
+    """
+    return temperature**2 * kl(dense / temperature, trained / temperature).mean()
+
+
+def answers(dense: nn.Module, images: Tensor, bf16: bool) -> Tensor:
+    """Logits of the dense network, float32, which runs in the same precision as the trained one."""
+    with evaluating(dense), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        return logits_of(dense(images)).float()
+
+
 @contextmanager
-def towards(dense: nn.Module, trained: nn.Module, features: float, temperature: float) -> Iterator[Loss]:
+def towards(
+    dense: nn.Module, trained: nn.Module, features: float, temperature: float, bf16: bool = False
+) -> Iterator[Loss]:
     """While open, lend the loss for `trained`'s last forward pass.
 
     T²·KL(dense ‖ trained) at temperature T, plus `features` times the mean over the blocks of ‖f̂ − f‖²/‖f‖², f
@@ -28,9 +57,7 @@ def towards(dense: nn.Module, trained: nn.Module, features: float, temperature: 
     with recorded(dense, names) as wanted, recorded(trained, names) as given:
 
         def loss(logits: Tensor, batch: Batch) -> Tensor:
-            with evaluating(dense):
-                target = logits_of(dense(batch.images)).float()
-            divergence = softened_kl(target, logits, temperature)
+            divergence = softened_kl(answers(dense, batch.images, bf16), logits, temperature)
             alike = [n for n in names if n in wanted and given[n].shape == wanted[n].shape]
             errors = [relative_error(given[name], wanted[name]) for name in alike]
             return divergence + features * torch.stack(errors).mean() if errors else divergence

@@ -26,8 +26,6 @@ from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
 from dist_prune.network.memory_format import lay_out, layout_of
 from dist_prune.network.outputs import logits_of
-from dist_prune.network.sites import evaluating
-from dist_prune.statistics.probes import kl
 from dist_prune.training.optimizer import global_batch, optimizer_of, peaks_of, rate_of, scaled_lr, schedule
 
 Loss = Callable[[Tensor, Batch], Tensor]  # float32 logits and their batch → a scalar
@@ -215,30 +213,6 @@ def require_possible(settings: TrainingConfig, device: torch.device) -> None:
 def cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     """Mean cross-entropy to the labels, mixed with the uniform distribution."""
     return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
-
-
-def distillation_loss(dense: nn.Module, how: Distillation, settings: TrainingConfig) -> Loss:
-    """α·T²·KL(dense ‖ trained) at temperature T + (1−α)·cross-entropy.
-
-    The dense network runs in the same precision as the trained one.
-    """
-
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
-        kind = batch.images.device.type
-        with evaluating(dense), torch.autocast(kind, torch.bfloat16, enabled=settings.bf16):
-            target = logits_of(dense(batch.images)).float()
-        soft = softened_kl(target, logits, how.temperature)
-        return how.alpha * soft + (1 - how.alpha) * cross_entropy(logits, batch, settings.label_smoothing)
-
-    return loss
-
-
-def softened_kl(dense: Tensor, trained: Tensor, temperature: float) -> Tensor:
-    """T²·KL(dense ‖ trained) of the softmax at temperature T, mean over images (Hinton et al. 2015), of logits.
-
-    The factor T² keeps the gradient in proportion, whatever T.
-    """
-    return temperature**2 * kl(dense / temperature, trained / temperature).mean()
 
 
 def freeze_norms(model: nn.Module) -> None:

@@ -19,8 +19,9 @@ from dist_prune.network import models
 from dist_prune.network.memory_format import lay_out
 from dist_prune.network.sites import survey
 from dist_prune.run.job import limited
+from dist_prune.training.distillation_loss import distillation_loss
 from dist_prune.training.evaluate import Metrics, Predictions, predict, score
-from dist_prune.training.trainer import Loss, Trainer, distillation_loss, steps_of
+from dist_prune.training.trainer import Loss, Trainer, steps_of
 
 RECIPE = RECIPES["cifar10"]
 SPEC, CLASSES = RECIPE.images.image, RECIPE.network.classes

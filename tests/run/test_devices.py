@@ -22,8 +22,9 @@ from dist_prune.network.models import CifarResNet
 from dist_prune.network.sites import Site, survey
 from dist_prune.statistics import collect as statistics
 from dist_prune.training import trainer
+from dist_prune.training.distillation_loss import distillation_loss
 from dist_prune.training.evaluate import predict, score
-from dist_prune.training.trainer import Trainer, distillation_loss
+from dist_prune.training.trainer import Trainer
 
 AFTER = -1  # the last batch
 METHODS = [

@@ -19,7 +19,7 @@ from dist_prune.network.models import CifarResNet
 from dist_prune.network.sites import survey
 from dist_prune.run.distill import CHECKS, EVERY, Holdout, best_share, between, holding, is_checked, weights_of
 from dist_prune.run.state import State, Weighed
-from dist_prune.training.distillation_loss import blocks, matched, relative_error, towards
+from dist_prune.training.distillation_loss import answers, blocks, matched, relative_error, towards
 from dist_prune.training.trainer import Trainer
 from tests.ranks import run_ranks
 
@@ -253,3 +253,15 @@ def shares(world: World) -> list[float]:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_weights_are_followed_as_far_as_they_help_on_images_held_out(size: int) -> None:
     assert run_ranks(shares, size) == [[1.0, 0.5, 0.25, 0.0, 0.0]] * size
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_dense_network_answers_in_the_precision_of_the_training(bf16: bool) -> None:
+    dense = nn.Linear(6, 5)
+    images = torch.randn(40, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected = dense(images).float()
+    found = answers(dense, images, bf16)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(found, dense(images)) is not bf16

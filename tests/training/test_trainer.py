@@ -11,11 +11,11 @@ from dist_prune.data.loader import Batch
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.world import World
 from dist_prune.network.memory_format import channels_last, lay_out
+from dist_prune.training.distillation_loss import distillation_loss
 from dist_prune.training.trainer import (
     Trainer,
     TrainingError,
     _synchronised,
-    distillation_loss,
     format_summary,
     require_possible,
     steps_of,
