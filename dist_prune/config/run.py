@@ -22,7 +22,8 @@ class NetworkConfig:
     arch: str = "resnet18"
     """torchvision name, CIFAR resnet20/32/44/56, mnist, timm name, or path/to/file.py:function."""
     weights: str = "none"
-    """A file, a torchvision enum such as IMAGENET1K_V1, `pretrained` for timm, or none."""
+    """A file, a torchvision enum such as IMAGENET1K_V1, none, or `pretrained`: timm's, or those with which your
+    function returns its network."""
     classes: int = 1000
     """Outputs of the network; the data's classes must be as many."""
 
@@ -372,7 +373,8 @@ def require_complete(run: Run) -> None:
     unused = f"--calibrate-data: --correct none and --method {run.compression.basis.method} leave it unused"
     _require(bool(used) or correction.calibrate_data is None, unused)
     known = run.network.weights != "none" or run.pretrain.epochs
-    _require(bool(known), "--weights none leaves nothing to compress: give weights, or --pretrain.epochs N")
+    own = " (`pretrained`, if your function loads them itself)" if ".py:" in run.network.arch else ""
+    _require(bool(known), f"--weights none leaves nothing to compress: give weights{own}, or --pretrain.epochs N")
 
 
 def to_dict(settings: Any) -> Any:  # noqa: ANN401  any field of a configuration

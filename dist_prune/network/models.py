@@ -154,7 +154,7 @@ def load(arch: str, classes: int, weights: str) -> nn.Module:
         arch: see `build`.
         classes: number of outputs.
         weights: a file (see `checkpoint_files`), a torchvision enum (`IMAGENET1K_V1`, `DEFAULT`), `pretrained`
-            for timm, or `none`.
+            for timm and for those with which a function in a file returns its network, or `none`.
 
     Raises:
         ModelError: no such file or enum, a damaged file, or a checkpoint of another architecture.
@@ -171,7 +171,8 @@ def fill(model: nn.Module, arch: str, classes: int, weights: str) -> str:
         What was taken of the file, in words; empty where it fits as it is.
     """
     path, what = Path(weights).expanduser(), f"--weights {weights} into --arch {arch}"
-    if weights == "none":
+    own = weights == "pretrained" and user_code.is_file(arch)  # the function has put in what it wants
+    if weights == "none" or own:
         return ""
     if path.is_file():
         return load_file(model, path, what)

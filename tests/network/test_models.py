@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -47,6 +48,18 @@ def test_a_network_from_a_file(tmp_path: Path) -> None:
         build(f"{file}:huge", 7)
     with pytest.raises(ModelError, match="there is no file"):
         build(f"{tmp_path}/absent.py:tiny", 7)
+
+
+def test_a_function_that_loads_weights_itself_keeps_them_where_pretrained_ones_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "mine.py"
+    body = "    layer = nn.Linear(4, num_classes)\n    nn.init.constant_(layer.weight, 3)\n    return layer\n"
+    file.write_text(f"from torch import nn\ndef tiny(num_classes):\n{body}")
+    layer = load(f"{file}:tiny", 7, "pretrained")
+    assert bool((cast(nn.Linear, layer).weight == 3).all())
+    with pytest.raises(ModelError, match="neither a file nor known"):
+        load(f"{file}:tiny", 7, "IMAGENET1K_V1")
 
 
 def saved(tmp_path: Path, state: object) -> str:
