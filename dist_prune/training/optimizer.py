@@ -23,9 +23,10 @@ def optimizer_of(model: nn.Module, settings: TrainingConfig, ranks: int) -> torc
     lr, momentum = scaled_lr(settings, ranks), settings.momentum
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    if settings.optimizer == "adamw-relative":
-        groups = relative_groups(groups, lr)
-    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+    betas = momentum, 0.999
+    if settings.optimizer == "adamw-relative":  # a group for each parameter: a kernel for each, too, or else ten
+        return torch.optim.AdamW(relative_groups(groups, lr), lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
 def relative_groups(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
