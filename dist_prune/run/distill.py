@@ -98,6 +98,8 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def between(one: dict[str, Tensor], other: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """The point at this share of the way from one set of weights to the other; integers are the other's."""
+    if share == 0:  # whatever the other's are: they may not be finite
+        return one
     return {n: torch.lerp(w, other[n], share) if w.is_floating_point() else other[n] for n, w in one.items()}
 
 
@@ -118,9 +120,9 @@ def follow(job: Job, model: nn.Module, holdout: Holdout, before: Weighed) -> Non
 def best_share(model: nn.Module, before: Weighed, holdout: Holdout) -> tuple[float, dict[float, float]]:
     """How far to go on the line from the weights before to the model's, and the held-out KL by share of the way.
 
-    All the way, unless another point loses less by more than chance: so is taken back in part what fits the images
-    of the training too closely, or came from too high a rate (Wortsman et al. 2022,
-    https://arxiv.org/abs/2109.01903). No step, 0, where no point is better than the weights before.
+    All the way, unless its end is no better than the beginning, or another point is better by more than chance: so
+    is taken back in part what fits the images of the training too closely, or came from too high a rate (Wortsman
+    et al. 2022, https://arxiv.org/abs/2109.01903). No step, 0, where no point is better than the weights before.
     """
     points = {share: between(before.weights, weights_of(model), share) for share in SHARES}
     kls = {}
@@ -130,7 +132,8 @@ def best_share(model: nn.Module, before: Weighed, holdout: Holdout) -> tuple[flo
     best = min(SHARES, key=lambda share: kls[share] if math.isfinite(kls[share]) else math.inf)
     if not improves(kls[best], before.kl):
         return 0.0, kls
-    return (best if holdout.prefers(points[best], model) else SHARES[0]), kls
+    wholly = improves(kls[SHARES[0]], before.kl) and not holdout.prefers(points[best], model)
+    return (SHARES[0] if wholly else best), kls
 
 
 def train_towards(job: Job, model: nn.Module, holdout: Holdout) -> None:

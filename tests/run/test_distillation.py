@@ -199,7 +199,8 @@ def test_a_point_between_weights_is_at_that_share_of_the_way_and_counters_are_th
     other = {"w": torch.tensor([4.0, 0.0]), "n": torch.tensor(7)}
     found = between(one, other, 0.25)
     assert (found["w"].tolist(), int(found["n"])) == ([1.0, 3.0], 7)
-    assert between(one, other, 0)["w"].tolist() == [0.0, 4.0]
+    lost = {"w": torch.full((2,), torch.nan), "n": torch.tensor(7)}
+    assert between(one, lost, 0)["w"].tolist() == [0.0, 4.0]
 
 
 def preferred(world: World) -> tuple[bool, bool, bool, bool]:
@@ -247,12 +248,12 @@ def shares(world: World) -> list[float]:
         with torch.no_grad(), holding(dense, between(exact, off, end)):
             return best_share(dense, before, holdout)[0]
 
-    return [share(1, 0), share(1, -1), share(1, -3), share(0, 1), share(1, 2)]
+    return [share(1, 0), share(1, -1), share(1, -3), share(1, -1.1), share(0, 1), share(1, 2)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_weights_are_followed_as_far_as_they_help_on_images_held_out(size: int) -> None:
-    assert run_ranks(shares, size) == [[1.0, 0.5, 0.25, 0.0, 0.0]] * size
+    assert run_ranks(shares, size) == [[1.0, 0.5, 0.25, 0.5, 0.0, 0.0]] * size
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -265,3 +266,16 @@ def test_the_dense_network_answers_in_the_precision_of_the_training(bf16: bool) 
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
     assert torch.equal(found, dense(images)) is not bf16
+
+
+@pytest.mark.parametrize(("end", "kept"), [(0.9, 1.0), (1.1, 0.25)])
+def test_an_end_no_better_than_the_beginning_is_not_kept_however_little_speaks_for_another_point(
+    monkeypatch: pytest.MonkeyPatch, world: World, end: float, kept: float
+) -> None:
+    """Where nothing is clear, as with very few images held out: all the way, but only if that is better."""
+    kls = iter([end, 1.0, 1.0, 0.8])  # at the end, at ¾, ½ and ¼ of the way to it; 1.0 at the beginning
+    monkeypatch.setattr(Holdout, "kl", lambda *_: next(kls))
+    monkeypatch.setattr(Holdout, "prefers", lambda *_: False)
+    layer = nn.Linear(2, 2)
+    share, _ = best_share(layer, Weighed(1.0, weights_of(layer)), Holdout([], lambda pixels: pixels, world))
+    assert share == kept
