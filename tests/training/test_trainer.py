@@ -291,19 +291,6 @@ def test_running_statistics_are_the_mean_of_all_ranks(decay: float) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_distillation_is_hinton_s_loss() -> None:
-    dense, (batch,) = network(1).eval(), batches(1, 6)
-    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
-    settings = TuningConfig(label_smoothing=0.1, distill="0.3,4")
-    assert settings.distillation is not None
-    p, q = (dense(batch.images) / 4).softmax(1), (logits / 4).softmax(1)
-    soft = 16 * (p * (p.log() - q.log())).sum(1).mean()
-    hard = nn.functional.cross_entropy(logits, batch.labels, label_smoothing=0.1)
-    found = distillation_loss(dense, settings.distillation, settings)(logits, batch)
-    torch.testing.assert_close(found, 0.3 * soft + 0.7 * hard)
-    assert not found.requires_grad
-
-
 def test_a_distilled_network_comes_closer_to_its_teacher(world: World) -> None:
     """Labels are worthless here: what is learned, is learned from the dense network."""
     torch.manual_seed(3)
