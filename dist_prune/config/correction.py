@@ -78,7 +78,7 @@ class DistillConfig:
     """Training images for these steps, or of --calibrate-data, labels unused; 0: all."""
     distill_batch_size: int = 64
     """Images per rank and step."""
-    distill_lr: float = 0.01
+    distill_lr: float = 0.003
     """Peak learning rate, of AdamW: a share of each parameter's root mean square, whatever the batch."""
     distill_temperature: float = 1.0
     """Of the softmax whose KL is a part of the loss, times its square, so that gradients stay as large as at 1."""

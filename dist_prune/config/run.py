@@ -131,7 +131,7 @@ class MethodConfig:
     sampled: bool = False
     """hessian-local: by sampling and double backward, site by site; slow, for comparison."""
     draws: int = 1
-    """fisher, hessian-local: random gradients per image; 0: all classes, exactly."""
+    """fisher, hessian-local: random gradients per image; 0: all classes, exactly, each with a backward pass."""
     probes: int = 1024
     """hessian-global, --sampled: how many images are tried, each along one random direction."""
     damping: float = 0.01

@@ -127,9 +127,10 @@ def left_and_restored(world: World, more: dict[str, Any], layout: torch.memory_f
     [
         ({}, torch.contiguous_format),
         ({"optimizer": "adamw"}, torch.contiguous_format),
+        ({"optimizer": "adamw-relative"}, torch.channels_last),
         (EVERYTHING, torch.channels_last),
     ],
-    ids=["plain", "adamw", "everything"],
+    ids=["plain", "adamw", "adamw-relative", "everything"],
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_restored_trainer_continues_to_the_same_bits(
