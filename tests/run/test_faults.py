@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_prune.artifacts.checkpoints import SCHEMA
 from dist_prune.artifacts.lock import Lock
 from dist_prune.utils import files
 from tests.pictures import picture, save
@@ -85,7 +86,7 @@ def test_an_older_schema_is_refused(bench: Bench, left: Path, tmp_path: Path) ->
         files.seal(path)
     done = bench.commands(*bench.words(folder, **FLAGS, resume=True), ranks=2)
     assert done.codes == [1, 1]
-    assert "has schema 1, this version of dist_prune reads 6" in done.errors[0]
+    assert f"has schema 1, this version of dist_prune reads {SCHEMA}" in done.errors[0]
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(bench: Bench, left: Path, tmp_path: Path) -> None:
@@ -123,6 +124,7 @@ def test_two_runs_do_not_write_into_one_directory(bench: Bench, left: Path, tmp_
 HOLD = """
 import sys, time
 from pathlib import Path
+from dist_prune.artifacts.checkpoints import SCHEMA
 from dist_prune.artifacts.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
