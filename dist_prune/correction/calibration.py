@@ -66,7 +66,11 @@ def divergence(
     loss: str = "kl",
 ) -> float:
     """KL to the dense network, nats per image, or another loss, over the held-out images of all ranks."""
-    losses = divergences(model, holdout, prepare, loss)
+    return mean_loss(divergences(model, holdout, prepare, loss), world)
+
+
+def mean_loss(losses: Tensor, world: World) -> float:
+    """Over the images of all ranks, of this rank's losses, (images,)."""
     sums = torch.tensor([losses.sum(), len(losses)], dtype=torch.float64, device=world.device)
     world.sum_(sums)
     total, count = sums.tolist()

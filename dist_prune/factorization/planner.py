@@ -142,9 +142,8 @@ class Planner:
         goes on between the two.
         """
         wanted, amount = self.rule.amount, self.rule.amount
-        slow = less = (
-            0.0  # the least amount whose network was too slow, the largest that was enough or out of reach
-        )
+        slow = 0.0  # the least amount whose network was too slow; 0: none yet
+        less = 0.0  # the largest that was enough, or out of reach
         tried = list[Plan]()
         for _ in range(TRIALS):
             plan = self._timed(replace(self.rule, amount=amount), spectra, time_of, tried)

@@ -11,7 +11,7 @@ from itertools import chain, islice, repeat
 import torch
 from torch import Tensor, nn
 
-from dist_prune.correction.calibration import decode, divergence, divergences, holdout_logits
+from dist_prune.correction.calibration import decode, divergences, holdout_logits, mean_loss
 from dist_prune.correction.correct import improves
 from dist_prune.data.loader import training_stream
 from dist_prune.distributed.world import World
@@ -64,18 +64,22 @@ class Holdout:
         with evaluating(job.dense):
             return cls(holdout_logits(job.dense, images), images.prepare, job.world)
 
+    def losses(self, model: nn.Module) -> Tensor:
+        """KL of each of this rank's images to the dense network, (images,)."""
+        with evaluating(model):
+            return divergences(model, self.answers, self.prepare)
+
     def kl(self, model: nn.Module) -> float:
         """The model's, nats per image, over all ranks."""
-        with evaluating(model):
-            return divergence(model, self.answers, self.prepare, self.world)
+        return self.mean(self.losses(model))
 
-    def prefers(self, other: dict[str, Tensor], model: nn.Module) -> bool:
-        """Whether the other weights lose less than the model's on the same images, by more than chance."""
-        with evaluating(model):
-            saved = divergences(model, self.answers, self.prepare)
-            with holding(model, other):
-                saved -= divergences(model, self.answers, self.prepare)
-        sums = sums_of(saved).to(self.world.device)
+    def mean(self, losses: Tensor) -> float:
+        """Over the images of all ranks."""
+        return mean_loss(losses, self.world)
+
+    def prefers(self, other: Tensor, own: Tensor) -> bool:
+        """Whether the other losses of the same images are less than `own`, by more than chance."""
+        sums = sums_of(own - other).to(self.world.device)
         self.world.sum_(sums)
         return is_clearly_positive(sums, CHANCE)
 
@@ -111,7 +115,7 @@ def follow(job: Job, model: nn.Module, holdout: Holdout, before: Weighed) -> Non
     if share == 0:
         job.report.warn("distillation brought nothing on images held out: the network is what it was before")
     elif share < 1:
-        job.report.say(f"   kept {share:.0%} of the way to the last weights, where it was clearly less")
+        job.report.say(f"   kept {share:.0%} of the way to the last weights, where it was less")
     model.load_state_dict(between(before.weights, last, share))
     balance(model)
     share_bits(job, model)
@@ -124,15 +128,15 @@ def best_share(model: nn.Module, before: Weighed, holdout: Holdout) -> tuple[flo
     is taken back in part what fits the images of the training too closely, or came from too high a rate (Wortsman
     et al. 2022, https://arxiv.org/abs/2109.01903). No step, 0, where no point is better than the weights before.
     """
-    points = {share: between(before.weights, weights_of(model), share) for share in SHARES}
-    kls = {}
-    for share, weights in points.items():
-        with holding(model, weights):
-            kls[share] = holdout.kl(model)
+    last, losses = weights_of(model), dict[float, Tensor]()
+    for share in SHARES:
+        with holding(model, between(before.weights, last, share)):
+            losses[share] = holdout.losses(model)
+    kls = {share: holdout.mean(each) for share, each in losses.items()}
     best = min(SHARES, key=lambda share: kls[share] if math.isfinite(kls[share]) else math.inf)
     if not improves(kls[best], before.kl):
         return 0.0, kls
-    wholly = improves(kls[SHARES[0]], before.kl) and not holdout.prefers(points[best], model)
+    wholly = improves(kls[SHARES[0]], before.kl) and not holdout.prefers(losses[best], losses[SHARES[0]])
     return (SHARES[0] if wholly else best), kls
 
 

@@ -3,9 +3,9 @@
     uv run python -m tests.bench.over_time --data DIR --weights FILE [--runs DIR] [--budgets 0.584 …]
 
 Each way's network of seed 0 that results/quality.json has a row of, as it is before fine-tuning; accuracy is that
-row's. What is not in `--runs` is compressed now. Batches of 64 images on one thread, in its own seconds,
-the dense network and the other in turns: shares of the dense network's time, and of the turns with the least and
-the greatest. Nothing else should run.
+row's. What is not in `--runs` is compressed now. Batches of 64 images on one thread, in its own seconds, the dense
+network and the other in turns: shares of the dense network's time, and of the turns with the least and the most.
+Nothing else should run.
 """
 
 from __future__ import annotations
@@ -67,14 +67,13 @@ def rows_of(options: argparse.Namespace) -> Iterator[Row]:
     whole, images = macs_of(dense), torch.randn(BATCH, 3, SPEC.crop, SPEC.crop)
     for budget in options.budgets:
         for way in quality.ways(budget, options):
-            names = [name for name in way.stages.values() if accuracy(known, name, budget)]
-            if not names or not any(part in names[-1] for part in options.only):
+            stages = [row for name in way.stages.values() if (row := accuracy(known, name, budget))]
+            if not stages or not any(part in stages[-1]["way"] for part in options.only):
                 continue
             quality.results(way, options)
             network = quality.network_in(quality.folder_of(way, 0, options)).eval()
-            row, macs = accuracy(known, names[-1], budget), macs_of(network) / whole
-            assert row is not None
-            yield Row(names[-1], macs, row["drop"], row["drop_std"], timed(dense, network, images))
+            name, drop, deviation = (stages[-1][key] for key in ("way", "drop", "drop_std"))
+            yield Row(name, macs_of(network) / whole, drop, deviation, timed(dense, network, images))
 
 
 def show(rows: list[Row]) -> str:
@@ -99,12 +98,10 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(quality.BUDGETS))
     parser.add_argument("--only", nargs="+", default=[""], help="only ways whose name holds one of these")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.set_defaults(arch="resnet20", ranks=1, seeds=(0,), more=[], distilled=False, searched=False, peers=True)
     options = parser.parse_args()
     for name in ("data", "weights", "runs"):
         setattr(options, name, getattr(options, name).resolve())
-    fixed = {"arch": "resnet20", "ranks": 1, "seeds": (0,), "more": [], "distilled": False, "searched": False}
-    for name, value in (fixed | {"peers": True}).items():
-        setattr(options, name, value)
     torch.set_num_threads(1)
     found = list(rows_of(options))
     print(show(found))

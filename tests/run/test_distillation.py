@@ -41,13 +41,18 @@ def test_a_point_between_weights_is_at_that_share_of_the_way_and_counters_are_th
     assert between(one, lost, 0)["w"].tolist() == [0.0, 4.0]
 
 
-def preferred(world: World) -> tuple[bool, bool, bool, bool]:
-    """Between weights near to the dense network's and others; rank 0 has more images than the others together."""
+def held_out(world: World) -> tuple[nn.Module, Holdout]:
+    """A dense network, and images of which rank 0 has more than the others together."""
     torch.manual_seed(0)
     dense, x = nn.Linear(6, 5).eval(), torch.randn(40, 6)
     own = x[: 25 if world.size > 1 else 40] if world.rank == 0 else x[25 + world.rank - 1 :: world.size - 1]
     with torch.no_grad():
-        holdout = Holdout([(part, dense(part)) for part in own.split(8)], lambda pixels: pixels, world)
+        return dense, Holdout([(part, dense(part)) for part in own.split(8)], lambda pixels: pixels, world)
+
+
+def preferred(world: World) -> tuple[bool, bool, bool, bool]:
+    """Between weights near to the dense network's and others."""
+    dense, holdout = held_out(world)
     exact = {name: value.clone() for name, value in dense.state_dict().items()}
     noise = {name: 0.05 * torch.randn_like(value) for name, value in exact.items()}
 
@@ -56,7 +61,9 @@ def preferred(world: World) -> tuple[bool, bool, bool, bool]:
 
     def prefers(other: float, own: float) -> bool:
         dense.load_state_dict(at(own))
-        found = holdout.prefers(at(other), dense)
+        with holding(dense, at(other)):
+            others = holdout.losses(dense)
+        found = holdout.prefers(others, holdout.losses(dense))
         assert all(torch.equal(value, at(own)[name]) for name, value in dense.state_dict().items())
         return found
 
@@ -72,11 +79,7 @@ def test_earlier_weights_are_kept_only_where_they_are_better_by_more_than_chance
 
 def shares(world: World) -> list[float]:
     """How far it is gone towards the dense network's own weights, past them by as much, away from them."""
-    torch.manual_seed(0)
-    dense, x = nn.Linear(6, 5).eval(), torch.randn(40, 6)
-    own = x[: 25 if world.size > 1 else 40] if world.rank == 0 else x[25 + world.rank - 1 :: world.size - 1]
-    with torch.no_grad():
-        holdout = Holdout([(part, dense(part)) for part in own.split(8)], lambda pixels: pixels, world)
+    dense, holdout = held_out(world)
     exact = weights_of(dense)
     off = {name: value + 0.05 * torch.randn_like(value) for name, value in exact.items()}
 
@@ -100,7 +103,7 @@ def test_an_end_no_better_than_the_beginning_is_not_kept_however_little_speaks_f
 ) -> None:
     """Where nothing is clear, as with very few images held out: all the way, but only if that is better."""
     kls = iter([end, 1.0, 1.0, 0.8])  # at the end, at ¾, ½ and ¼ of the way to it; 1.0 at the beginning
-    monkeypatch.setattr(Holdout, "kl", lambda *_: next(kls))
+    monkeypatch.setattr(Holdout, "mean", lambda *_: next(kls))
     monkeypatch.setattr(Holdout, "prefers", lambda *_: False)
     layer = nn.Linear(2, 2)
     share, _ = best_share(layer, Weighed(1.0, weights_of(layer)), Holdout([], lambda pixels: pixels, world))
