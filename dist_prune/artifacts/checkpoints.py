@@ -13,7 +13,7 @@ import torch
 from dist_prune.distributed.world import World
 from dist_prune.utils.files import CheckpointError, checksum, replacing, require_intact, seal, seal_of
 
-SCHEMA = 7  # schema of checkpoints; a reader of one does not understand another
+SCHEMA = 8  # schema of checkpoints; a reader of one does not understand another
 
 
 MIDDLE = "-mid"

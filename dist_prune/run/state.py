@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,11 +31,24 @@ class SiteDirections:
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """Weights, and what they lose on images held out: KL, nats per image."""
+class Undistilled:
+    """What a distillation that is under way began from.
+
+    Attributes:
+        kl: of these weights on images held out, nats per image.
+        weights: the compressed network's.
+        lr: the present peak learning rate.
+        taken_back: steps at higher rates, which did harm.
+    """
 
     kl: float
     weights: dict[str, Tensor]
+    lr: float
+    taken_back: int = 0
+
+    def slower(self, steps: int) -> Undistilled:
+        """To begin again after so many steps, at a third of the rate."""
+        return replace(self, lr=self.lr / 3, taken_back=self.taken_back + steps)
 
 
 @dataclass
@@ -53,7 +66,7 @@ class State:
         kept: the channels that stay in groups from which others were removed.
         narrow: the dense network without those, if any were removed.
         network: the compressed one, as soon as there is one.
-        undistilled: its weights before distillation, while that is under way.
+        undistilled: what it was before distillation, while that is under way.
         unfolded: whether its pairs are, for the moment, multiplied back to dense layers.
         directions: of the dense network, where one stage leaves them to the next; a checkpoint does not hold them.
     """
@@ -67,7 +80,7 @@ class State:
     kept: tuple[KeptChannels, ...] = ()
     narrow: nn.Module | None = None
     network: nn.Module | None = None
-    undistilled: Weighed | None = None
+    undistilled: Undistilled | None = None
     unfolded: bool = False
     directions: SiteDirections | None = None
 
@@ -111,7 +124,7 @@ class State:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Be what `state_dict` gave; the network is built again from the dense one and the plan."""
         self.done, self.right = state["done"], state["right"]
-        self.undistilled = Weighed(**before) if (before := state["undistilled"]) else None
+        self.undistilled = Undistilled(**before) if (before := state["undistilled"]) else None
         self.metrics = {stage: Metrics(**m) for stage, m in state["metrics"].items()}
         self.kept = tuple(map(KeptChannels.from_json, state.get("kept", ())))
         if self.kept:

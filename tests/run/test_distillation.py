@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
-from dist_prune.run.distill import CHECKS, EVERY, Holdout, best_share, between, holding, is_checked, weights_of
-from dist_prune.run.state import State, Weighed
+from dist_prune.run.distill import CHECKS, EVERY, best_share, is_checked
+from dist_prune.run.holdout import Holdout, between, holding, weights_of
+from dist_prune.run.state import State, Undistilled
 from tests.ranks import run_ranks
 
 
@@ -24,10 +25,11 @@ def test_images_held_out_are_looked_at_after_the_last_step_and_eight_times_at_mo
 
 def test_the_weights_before_are_in_a_checkpoint() -> None:
     model = nn.Linear(3, 2)
-    before = Weighed(0.125, {name: value + 1 for name, value in model.state_dict().items()})
+    before = Undistilled(0.125, {name: value + 1 for name, value in model.state_dict().items()}, 0.01, 40)
     later = State(model)
     later.load_state_dict(copy.deepcopy(State(model, undistilled=before).state_dict()))
-    assert later.undistilled is not None and later.undistilled.kl == 0.125
+    assert later.undistilled is not None
+    assert (later.undistilled.kl, later.undistilled.lr, later.undistilled.taken_back) == (0.125, 0.01, 40)
     for name, value in model.state_dict().items():
         assert torch.equal(later.undistilled.weights[name], value + 1)
 
@@ -85,7 +87,7 @@ def shares(world: World) -> list[float]:
 
     def share(start: float, end: float) -> float:
         with torch.no_grad(), holding(dense, between(exact, off, start)):
-            before = Weighed(holdout.kl(dense), weights_of(dense))
+            before = Undistilled(holdout.kl(dense), weights_of(dense), 0.01)
         with torch.no_grad(), holding(dense, between(exact, off, end)):
             return best_share(dense, before, holdout)[0]
 
@@ -106,5 +108,7 @@ def test_an_end_no_better_than_the_beginning_is_not_kept_however_little_speaks_f
     monkeypatch.setattr(Holdout, "mean", lambda *_: next(kls))
     monkeypatch.setattr(Holdout, "prefers", lambda *_: False)
     layer = nn.Linear(2, 2)
-    share, _ = best_share(layer, Weighed(1.0, weights_of(layer)), Holdout([], lambda pixels: pixels, world))
+    share, _ = best_share(
+        layer, Undistilled(1.0, weights_of(layer), 0.01), Holdout([], lambda pixels: pixels, world)
+    )
     assert share == kept

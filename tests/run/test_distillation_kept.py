@@ -31,8 +31,9 @@ def test_what_helps_on_images_held_out_is_kept(bench: Bench, tmp_path: Path) -> 
 
 
 def test_a_network_that_got_worse_on_images_held_out_is_what_it_was_before(bench: Bench, tmp_path: Path) -> None:
+    """At the rate that was asked for, which is not lowered."""
     said, before, after = distilled(bench, tmp_path / "run", distill_lr=10.0)
-    assert "distillation brought nothing" in said
+    assert "distillation brought nothing" in said and "at a rate of" not in said
     assert after["kl"] == pytest.approx(before["kl"], rel=1e-4)
 
 

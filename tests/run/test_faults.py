@@ -124,7 +124,6 @@ def test_two_runs_do_not_write_into_one_directory(bench: Bench, left: Path, tmp_
 HOLD = """
 import sys, time
 from pathlib import Path
-from dist_prune.artifacts.checkpoints import SCHEMA
 from dist_prune.artifacts.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)

@@ -21,24 +21,7 @@ from dist_prune.training.trainer import (
     steps_of,
 )
 from tests.ranks import RanksFailed, run_ranks
-
-
-def network(seed: int = 0, norm: bool = True) -> nn.Module:
-    torch.manual_seed(seed)
-    middle = nn.BatchNorm2d(8) if norm else nn.Identity()
-    return nn.Sequential(nn.Conv2d(3, 8, 3), middle, nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
-
-
-def batches(steps: int, size: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
-    """The same global batches whatever the number of ranks; classes that can be learned."""
-    generator = torch.Generator().manual_seed(1)
-    result = []
-    for _ in range(steps):
-        labels = torch.randint(4, (size,), generator=generator)
-        x = torch.randn(size, 3, 8, 8, generator=generator) + labels[:, None, None, None]
-        mine = slice(rank * size // ranks, (rank + 1) * size // ranks)
-        result.append(Batch(x[mine], labels[mine], torch.arange(size)[mine]))
-    return result
+from tests.training.learnable import batches, network
 
 
 def train_share(world: World, norm: bool) -> tuple[str, list[float]]:
@@ -365,66 +348,3 @@ def test_bfloat16_and_channels_last_train_too(world: World) -> None:
     assert progress[-1].loss < 0.6 * progress[0].loss
     assert trainer.model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-
-
-# ── the step before a resumed one ──────────────────────────────────────────────────────────────────────────
-
-
-class Watched(nn.Module):
-    """Notes how it is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: set[tuple[Any, ...]] = set()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layout = x.is_contiguous(memory_format=torch.channels_last)
-        modes = tuple(m.training for m in self.norms)
-        self.calls.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), layout, modes, x.shape))
-        return x
-
-    norms: tuple[nn.Module, ...] = ()
-
-
-@pytest.mark.parametrize("bn", ["local", "frozen"])
-@pytest.mark.parametrize("bf16", [True, False])
-def test_a_rehearsed_step_is_as_all_others_are(world: World, bf16: bool, bn: Any) -> None:
-    """In precision, layout and mode: else it could run out of memory, and would be compiled once more."""
-    model, watched = network(), Watched()
-    model.insert(0, watched)
-    lay_out(model, torch.channels_last)
-    watched.norms = (model[2],)
-    trainer = Trainer(model, TrainingConfig(epochs=1, batch_size=4, bf16=bf16, bn=bn), 2, world)
-    trainer.rehearse(torch.randn(4, 3, 8, 8))
-    rehearsed = set(watched.calls)
-    list(trainer.epoch(batches(2, 4)))
-    assert watched.calls == rehearsed and len(rehearsed) == 1
-
-
-class Own(nn.Module):
-    """A network with a forward of its own: Dynamo does not begin in torch's own containers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = network()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layers(x)
-        return out
-
-
-def graphs_of_a_resumed_training(world: World) -> tuple[int, int]:
-    from torch._dynamo.utils import counters
-
-    compile_with, stats = torch.compile, counters["stats"]
-    torch.compile = lambda model: compile_with(model, backend="eager")  # type: ignore[assignment]
-    trainer = Trainer(Own(), TrainingConfig(epochs=1, batch_size=4, bf16=True, compile=True), 2, world)
-    trainer.rehearse(torch.randn(4, 3, 8, 8))
-    rehearsed = stats["unique_graphs"]
-    list(trainer.epoch(batches(2, 4)))
-    return rehearsed, stats["unique_graphs"]
-
-
-def test_a_rehearsed_step_compiles_what_the_training_runs() -> None:
-    ((rehearsed, all_of_them),) = run_ranks(graphs_of_a_resumed_training, 1)
-    assert rehearsed == all_of_them > 0
