@@ -13,6 +13,7 @@ import safetensors
 from safetensors.torch import load_file, save_model
 from torch import nn
 
+from dist_prune.config.flags import is_from_file, parse_arch
 from dist_prune.config.run import ImageSpec, NetworkConfig, to_dict
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild
@@ -58,7 +59,7 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
         UnsoundError: NaN or infinity among the weights; nothing is written then.
     """
     require_finite(model)
-    arch = _with_sources(folder, description.arch) if user_code.is_file(description.arch) else description.arch
+    arch = _with_sources(folder, description.arch) if is_from_file(description.arch) else description.arch
     network = to_dict(NetworkConfig(arch, WEIGHTS, description.classes))
     content = {
         "format": FORMAT,
@@ -78,7 +79,7 @@ def save_compressed(folder: Path, model: nn.Module, description: Description) ->
 
 def _with_sources(folder: Path, arch: str) -> str:
     """Copy the file as `network.py`, or into `network/` with what it imports from beside it; its new name."""
-    function, files = user_code.split(arch)[1], user_code.sources(arch)
+    function, files = parse_arch(arch)[1], user_code.sources(arch)
     main, home = next(iter(files)), folder if len(files) == 1 else folder / "network"
     for name, source in files.items():
         copied = home / ("network.py" if len(files) == 1 else name)

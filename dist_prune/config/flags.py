@@ -175,3 +175,14 @@ def parse_distillation(text: str) -> Distillation | None:
     sound = 0 < found.alpha <= 1 and 0 < found.temperature < float("inf")
     require(sound, f"--distill {text}: expected 0 < ALPHA ≤ 1 and a temperature T above 0")
     return found
+
+
+def parse_arch(arch: str) -> tuple[str, str]:
+    """`path/to/file.py:function` as path and function; no function if there is none."""
+    path, _, function = arch.rpartition(":")
+    return (path, function) if path.endswith(".py") else (arch, "")
+
+
+def is_from_file(arch: str) -> bool:
+    """Whether an architecture is given as a file."""
+    return parse_arch(arch)[0].endswith(".py")

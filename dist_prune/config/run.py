@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dist_prune.config.correction import CorrectionConfig, DistillConfig
-from dist_prune.config.flags import FORMS, Rule, budgets_of, parse_forms, parse_rule
+from dist_prune.config.flags import FORMS, Rule, budgets_of, is_from_file, parse_forms, parse_rule
 from dist_prune.config.flags import require as _require
 from dist_prune.config.training import IterationConfig, TrainingConfig, TuningConfig
 
@@ -373,7 +373,7 @@ def require_complete(run: Run) -> None:
     unused = f"--calibrate-data: --correct none and --method {run.compression.basis.method} leave it unused"
     _require(bool(used) or correction.calibrate_data is None, unused)
     known = run.network.weights != "none" or run.pretrain.epochs
-    own = " (`pretrained`, if your function loads them itself)" if ".py:" in run.network.arch else ""
+    own = " (`pretrained`, if your function loads them itself)" if is_from_file(run.network.arch) else ""
     _require(bool(known), f"--weights none leaves nothing to compress: give weights{own}, or --pretrain.epochs N")
 
 

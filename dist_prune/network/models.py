@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from dist_prune.config.flags import is_from_file
 from dist_prune.network import published, user_code
 from dist_prune.network.errors import ModelError
 from dist_prune.network.weights import load_file, load_state
@@ -102,7 +103,7 @@ def build(arch: str, classes: int, options: Mapping[str, Any] | None = None) -> 
     Raises:
         ModelError: the name is unknown, and close matches are offered; or the file cannot be used.
     """
-    if user_code.is_file(arch):
+    if is_from_file(arch):
         return user_code.build_from_file(arch, classes)
     if arch in CIFAR_DEPTHS:
         return CifarResNet(CIFAR_DEPTHS[arch], classes)
@@ -118,7 +119,7 @@ def build(arch: str, classes: int, options: Mapping[str, Any] | None = None) -> 
 
 def is_timms(arch: str) -> bool:
     """Whether `build` takes the network from timm; a name that torchvision knows, too, is torchvision's."""
-    if user_code.is_file(arch) or arch in _without_timm() or importlib.util.find_spec("timm") is None:
+    if is_from_file(arch) or arch in _without_timm() or importlib.util.find_spec("timm") is None:
         return False
     import timm  # noqa: PLC0415  an optional extra
 
@@ -171,7 +172,7 @@ def fill(model: nn.Module, arch: str, classes: int, weights: str) -> str:
         What was taken of the file, in words; empty where it fits as it is.
     """
     path, what = Path(weights).expanduser(), f"--weights {weights} into --arch {arch}"
-    own = weights == "pretrained" and user_code.is_file(arch)  # the function has put in what it wants
+    own = weights == "pretrained" and is_from_file(arch)  # the function has put in what it wants
     if weights == "none" or own:
         return ""
     if path.is_file():

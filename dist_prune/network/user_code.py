@@ -20,21 +20,11 @@ from typing import Any
 
 from torch import nn
 
+from dist_prune.config.flags import parse_arch
 from dist_prune.network.errors import ModelError
 
 PREFIX = "dist_prune_user_"  # of a package that stands for the file's folder, for relative imports
 MARK = "__dist_prune_user__"  # on modules that a file of a user's own imported
-
-
-def is_file(arch: str) -> bool:
-    """Whether an architecture is given as a file."""
-    return split(arch)[0].endswith(".py")
-
-
-def split(arch: str) -> tuple[str, str]:
-    """`path/to/file.py:function` as path and function; no function if there is none."""
-    path, _, function = arch.rpartition(":")
-    return (path, function) if path.endswith(".py") else (arch, "")
 
 
 def build_from_file(arch: str, classes: int) -> nn.Module:
@@ -69,7 +59,7 @@ def sources(arch: str) -> dict[str, Path]:
 
 
 def _existing(arch: str) -> Path:
-    path = Path(split(arch)[0]).expanduser()
+    path = Path(parse_arch(arch)[0]).expanduser()
     if not path.is_file():
         raise ModelError(f"--arch {arch}: there is no file {path}")
     return path
@@ -96,7 +86,7 @@ def _named(module: ModuleType, arch: str) -> Any:  # noqa: ANN401  a function, a
     Raises:
         ModelError: there is no such function, or it does not take `num_classes`.
     """
-    path, function = split(arch)
+    path, function = parse_arch(arch)
     found = vars(module).get(function)
     if isinstance(found, nn.Module):
         return found

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_prune.artifacts import run_directory
-from dist_prune.config.flags import ConfigError
+from dist_prune.config.flags import ConfigError, parse_arch
 from dist_prune.config.run import Run
 from dist_prune.correction.correct import FEWEST, require_deterministic
 from dist_prune.data import pretrained_images
@@ -31,7 +31,7 @@ from dist_prune.network.padding import note_on, own_paddings, with_paddings
 from dist_prune.network.published import options_of
 from dist_prune.network.replacing import CopyError, with_replaced
 from dist_prune.network.sites import SiteError, Survey, survey
-from dist_prune.network.user_code import fault_of, split
+from dist_prune.network.user_code import fault_of
 from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
 from dist_prune.run.compress import made_of
@@ -332,7 +332,7 @@ def load_network(
     except Exception as error:  # whatever the network's own code raises
         size = " × ".join(map(str, image.shape[1:]))
         see = "--crop and --channels-last" if config.channels_last else "--crop"
-        reason = error if isinstance(error, RuntimeError) else fault_of(error, Path(split(network.arch)[0]))
+        reason = error if isinstance(error, RuntimeError) else fault_of(error, Path(parse_arch(network.arch)[0]))
         raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
     if paddings:
         say(note_on(paddings))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dist_prune.config.flags import is_from_file
 from dist_prune.config.run import Run, to_dict
 from dist_prune.config.training import TrainingConfig, TuningConfig
 from dist_prune.data.dataset import Split
@@ -66,7 +67,7 @@ def cached_weights(config: Run, ranks: int, train: Split) -> Path | None:
         torch.__version__,
     ]
     arch = config.network.arch
-    code = list(map(files.checksum, user_code.sources(arch).values())) if user_code.is_file(arch) else []
+    code = list(map(files.checksum, user_code.sources(arch).values())) if is_from_file(arch) else []
     key = [*map(str, map(to_dict, settings)), train.digest(), *code]
     return files.cache_folder() / f"{arch.replace('/', '_')}-{files.name_of(key)}.pt"
 
