@@ -125,7 +125,7 @@ def _rows(file: Path) -> Sequence[Mapping[str, Any]]:
 def main(folder: Path = PICTURES) -> None:
     """Draw all."""
     over_macs, timed = _rows(quality.RESULT), _rows(over_time.RESULT)
-    tuned = list(quality.TUNING)[-1]
+    tuned = quality.column(2, "distilled")
     macs = [Panel("before fine-tuning", over_macs), Panel("after two epochs of fine-tuning", over_macs, tuned)]
     time = [Panel(f"before fine-tuning, {engine}", timed, engine=engine) for engine in over_time.ENGINES]
     for theme, (text, grid) in THEMES.items():

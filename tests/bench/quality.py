@@ -4,10 +4,10 @@
 
 DIR is a CIFAR-10 folder of JPEGs (train/ and val/), FILE a ResNet-20 state dict. Every cell of this project is a
 run of launch/local.py, started as a user starts it, once for each seed: the seed chooses the training images that
-statistics and correction see. `--peers` adds methods of others, at as many MACs; `--tuned` the same two epochs of
-fine-tuning of the networks of these seeds, from labels alone and with distillation from the dense network. Figures
-are of the whole validation set. What is finished in the folder `--runs` is not repeated; `--only` measures some
-ways and keeps the rows of the others.
+statistics and correction see. `--peers` adds methods of others, at as many MACs; `--tuned` the same two or twenty
+`--epochs` of fine-tuning of the networks of these seeds, from labels alone and with distillation from the dense
+network. Figures are of the whole validation set. What is finished in the folder `--runs` is not repeated; `--only`
+measures some ways and keeps the rows of the others.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ RESULT = Path(__file__).parent / "results" / "quality.json"
 COMMAND = "uv run python -m tests.bench.quality --data DIR --weights FILE"
 SEEDS = (0, 1, 2)
 UNTUNED = ("--epochs", "0")
-TUNING = {"two epochs, labels": "none", "two epochs, distilled": "0.9,4"}  # column → --distill
-EPOCHS = 2
+TUNING = {"labels": "none", "distilled": "0.9,4"}  # column → --distill
+EPOCHS = {2: "two", 20: "twenty"}
 SEEN = 512  # images that every way sees before it is tuned, if it needs any
 NETWORK = "network.pt"
 
@@ -205,14 +205,15 @@ class Cell:
     @property
     def kept(self) -> Path:
         """Where its metrics are, once it was tuned: beside the network."""
-        return self.folder / f"tuned-{self.distill}-{self.options.tuning_images}.json"
+        return self.folder / f"tuned-{self.distill}-{self.options.epochs}-{self.options.tuning_images}.json"
 
 
 def tunings(way: Way | Peer, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Metrics after each kind of fine-tuning, one a seed; as many processes at a time as there are ranks."""
+    folders = {seed: folder_of(way, seed, options) for seed in options.tuned}
     cells = {
-        name: [Cell(folder_of(way, seed, options), seed, distill, options) for seed in options.tuned]
-        for name, distill in TUNING.items()
+        column(options.epochs, how): [Cell(folder, s, TUNING[how], options) for s, folder in folders.items()]
+        for how in options.tunings
     }
     if missing := [cell for some in cells.values() for cell in some if not cell.kept.is_file()]:
         with ProcessPoolExecutor(options.ranks, get_context("spawn")) as pool:
@@ -224,9 +225,15 @@ def tune(cell: Cell) -> None:
     """Fine-tune one network, and keep its metrics."""
     torch.set_num_threads(1)
     with joined("cpu") as world:
-        at = ground(cell.options.data, cell.options.weights, cell.options.arch, world)
-        metrics = at.tune(network_in(cell.folder), cell.seed, cell.distill, EPOCHS, cell.options.tuning_images)
+        options, network = cell.options, network_in(cell.folder)
+        at = ground(options.data, options.weights, options.arch, world)
+        metrics = at.tune(network, cell.seed, cell.distill, options.epochs, options.tuning_images)
     write_json(cell.kept, asdict(metrics))
+
+
+def column(epochs: int, how: str) -> str:
+    """Of `tuned`: after so many epochs."""
+    return f"{EPOCHS[epochs]} epochs, {how}"
 
 
 def network_in(folder: Path) -> nn.Module:
@@ -271,7 +278,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def show(found: Sequence[Row], options: argparse.Namespace) -> str:
     """The table."""
-    extra = [name for name in TUNING if any(name in row.tuned for row in found)]
+    extra = dict.fromkeys(name for row in found for name in row.tuned)
     cells = []
     for r in found:
         after = [format_spread(*t[:2], options.tuned) if (t := r.tuned.get(name)) else "" for name in extra]
@@ -306,6 +313,8 @@ def main() -> None:
             print(show(found, options), flush=True)
     given = [f"--{name}" for name in ("distilled", "searched", "peers") if getattr(options, name)]
     given += [" ".join(["--tuned", *map(str, options.tuned)])] if options.tuned else []
+    given += [] if options.epochs == min(EPOCHS) else [f"--epochs {options.epochs}"]
+    given += [] if options.tunings == list(TUNING) else [" ".join(["--tunings", *options.tunings])]
     given += [] if options.budgets == list(BUDGETS) else [" ".join(["--budgets", *map(str, options.budgets)])]
     given += [f"--only '{options.only}'"] if options.only else []
     content = heading(" ".join([COMMAND, *given])) | {
@@ -339,6 +348,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--searched", action="store_true", help="the best of several plans, too")
     parser.add_argument("--peers", action="store_true", help="methods of others, too")
     parser.add_argument("--tuned", type=int, nargs="*", default=[], help="seeds to fine-tune: minutes a network")
+    parser.add_argument("--epochs", type=int, default=min(EPOCHS), choices=list(EPOCHS), help="of fine-tuning")
+    parser.add_argument("--tunings", nargs="+", default=list(TUNING), choices=list(TUNING), help="kinds of it")
     parser.add_argument("--tuning-images", type=int, default=0, help="0: all")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("more", nargs="*", help="after --: flags for every run")
