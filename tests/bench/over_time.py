@@ -27,6 +27,7 @@ from dist_prune.utils.tables import table
 from tests.bench import quality
 from tests.bench.ground import CLASSES, SPEC, macs_of
 from tests.bench.timing import heading, write_json
+from tests.bench.ways import BUDGETS, ways
 
 RESULT = Path(__file__).parent / "results" / "over_time.json"
 ENGINES: tuple[Engine, ...] = ("onnxruntime", "channels-last")
@@ -66,7 +67,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[Row]:
     dense = models.load(options.arch, CLASSES, str(options.weights))
     whole, images = macs_of(dense), torch.randn(BATCH, 3, SPEC.crop, SPEC.crop)
     for budget in options.budgets:
-        for way in quality.ways(budget, options):
+        for way in ways(budget, options):
             stages = [row for name in way.stages.values() if (row := accuracy(known, name, budget))]
             if not stages or not any(part in stages[-1]["way"] for part in options.only):
                 continue
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/quality"), help="where the runs of the bench are kept"
     )
-    parser.add_argument("--budgets", type=float, nargs="+", default=list(quality.BUDGETS))
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
     parser.add_argument("--only", nargs="+", default=[""], help="only ways whose name holds one of these")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.set_defaults(arch="resnet20", ranks=1, seeds=(0,), more=[], distilled=False, searched=False, peers=True)

@@ -1,16 +1,19 @@
-"""Structured pruning with Torch-Pruning 1.6 (Fang et al. 2023): whole channels are removed, nothing is factored.
+"""Methods of others: pruning by Torch-Pruning 1.6 (Fang et al. 2023), Tucker-2 by tensorly (Kim et al. 2016).
 
-Only the inner channels of each residual block are removed, those between its two convolutions: the others are
-added to shortcuts. One threshold for the whole network, found by bisection: as many MACs as the others.
+Of pruning, only the inner channels of each residual block go, those between its two convolutions: the others are
+added to shortcuts. One share for the whole network, found by bisection: as many MACs as the others.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import tensorly
 import torch
 import torch.nn.functional as F
 import torch_pruning
+from tensorly.decomposition import partial_tucker
 from torch import nn
 
 from dist_prune.config.correction import CorrectionConfig
@@ -30,7 +33,9 @@ IMPORTANCE = {
     "taylor": torch_pruning.importance.GroupTaylorImportance,
     "bn-scale": torch_pruning.importance.BNScaleImportance,
 }
-HALVINGS = 10  # of the interval in which the threshold lies
+HALVINGS = 10  # of the interval in which the share lies
+
+tensorly.set_backend("pytorch")
 
 
 def prune(ground: Ground, importance: str, share: float, images: int, seed: int, repair: str) -> nn.Module:
@@ -38,16 +43,51 @@ def prune(ground: Ground, importance: str, share: float, images: int, seed: int,
 
     `images` training images give the gradients of `taylor`, with their labels, and what the repair needs.
     """
+    pruned = within(ground, share, lambda kept: without_channels(ground, importance, 1 - kept, images, seed))
+    return REPAIRS[repair](pruned, ground, images, seed)
+
+
+def tucker(ground: Ground, share: float, images: int, seed: int) -> nn.Module:
+    """Every k×k convolution as 1×1 → k×k → 1×1, the same share of both its channels; batch norm re-estimated."""
+    return reestimated(within(ground, share, lambda kept: with_tucker(ground.dense, kept)), ground, images, seed)
+
+
+def within(ground: Ground, share: float, made: Callable[[float], nn.Module]) -> nn.Module:
+    """Of the networks that are made by keeping a share of something, the largest within this share of the MACs."""
     budget, low, high, best = share * macs_of(ground.dense), 0.0, 1.0, None
     for _ in range(HALVINGS):
-        ratio = (low + high) / 2
-        candidate = without_channels(ground, importance, ratio, images, seed)
+        candidate = made(kept := (low + high) / 2)
         if macs_of(candidate) <= budget:
-            high, best = ratio, candidate
+            low, best = kept, candidate
         else:
-            low = ratio
-    assert best is not None, f"no ratio of channels reaches {share} of the MACs"
-    return REPAIRS[repair](best, ground, images, seed)
+            high = kept
+    assert best is not None, f"nothing reaches {share} of the MACs"
+    return best
+
+
+def with_tucker(dense: nn.Module, kept: float) -> nn.Module:
+    """A copy whose k×k convolutions are chains at this share of their channels, in and out."""
+    network = copy.deepcopy(dense)
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            network.set_submodule(name, tucker_of(module, kept))
+    return network.eval()
+
+
+def tucker_of(conv: nn.Conv2d, kept: float) -> nn.Sequential:
+    """Of an ungrouped convolution, by tensorly's higher-order orthogonal iteration from its SVD initialisation."""
+    ranks = [max(1, round(kept * width)) for width in (conv.out_channels, conv.in_channels)]
+    (core, (outer, inner)), _ = partial_tucker(conv.weight.detach().double(), ranks, modes=[0, 1], init="svd")
+    first = nn.Conv2d(conv.in_channels, ranks[1], 1, bias=False)
+    middle = nn.Conv2d(ranks[1], ranks[0], conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)
+    last = nn.Conv2d(ranks[0], conv.out_channels, 1, bias=conv.bias is not None)
+    with torch.no_grad():
+        first.weight.copy_(inner.mT[:, :, None, None])
+        middle.weight.copy_(core)
+        last.weight.copy_(outer[:, :, None, None])
+        if conv.bias is not None and last.bias is not None:
+            last.bias.copy_(conv.bias)
+    return nn.Sequential(first, middle, last)
 
 
 def without_channels(ground: Ground, importance: str, ratio: float, images: int, seed: int) -> nn.Module:

@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,132 +29,15 @@ from dist_prune.artifacts.saved_model import load_compressed
 from dist_prune.distributed.world import joined
 from dist_prune.utils.files import name_of
 from dist_prune.utils.tables import table
-from tests.bench import peers
-from tests.bench.ground import ground, macs_of
+from tests.bench.ground import ground
 from tests.bench.timing import heading, write_json
+from tests.bench.ways import BUDGETS, NETWORK, Peer, Way, ways
 
-ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "quality.json"
 COMMAND = "uv run python -m tests.bench.quality --data DIR --weights FILE"
 SEEDS = (0, 1, 2)
-UNTUNED = ("--epochs", "0")
 TUNING = {"labels": "none", "distilled": "0.9,4"}  # column → --distill
 EPOCHS = {2: "two", 20: "twenty"}
-SEEN = 512  # images that every way sees before it is tuned, if it needs any
-NETWORK = "network.pt"
-
-
-@dataclass(frozen=True)
-class Way:
-    """Flags that compress to a share of the MACs; which stages of result.json are shown, under which names.
-
-    The network after the last of them is the one that is tuned.
-    """
-
-    flags: tuple[str, ...]
-    stages: dict[str, str]
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What its runs are named by."""
-        return self.flags
-
-    def make(self, seed: int, folder: Path, options: argparse.Namespace) -> None:
-        """One run of the program, in processes of its own."""
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        program = ["--nproc-per-node", str(options.ranks), "launch/local.py", "cifar10"]
-        given = ["--data", str(options.data), "--weights", str(options.weights)]
-        where = ["--seed", str(seed), "--run-dir", str(folder), "--overwrite"]
-        words = [*launcher, *program, *given, *where, *UNTUNED, *self.flags, *options.more]
-        subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Torch-Pruning with one of its criteria, and one of `peers.REPAIRS`."""
-
-    importance: str
-    share: float
-    repair: str
-
-    @property
-    def stages(self) -> dict[str, str]:
-        """See `Way`."""
-        return {"projected": f"Torch-Pruning, {self.importance}, {self.repair}"}
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """See `Way`."""
-        return "torch-pruning", self.importance, str(self.share), self.repair
-
-    def make(self, seed: int, folder: Path, options: argparse.Namespace) -> None:
-        """Prune, measure, and write what a run of the program would, as far as it is shown."""
-        with joined("cpu") as world:
-            at = ground(options.data, options.weights, options.arch, world)
-            network = peers.prune(at, self.importance, self.share, SEEN, seed, self.repair)
-            dense, found = asdict(at.measure(at.dense)), asdict(at.measure(network))
-            macs = {"dense": macs_of(at.dense), "compressed": macs_of(network)}
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(network, folder / NETWORK)
-        write_json(folder / "result.json", {"dense": dense, "projected": found, "macs": macs})
-
-
-def seed_way(ratio: float) -> Way:
-    """PCA, the same share of every stride-1 convolution's ranks, nothing corrected."""
-    flags = ("--method", "pca", "--sites", "@stride1", "--ranks", f"uniform:{ratio}", "--correct", "none")
-    return Way(flags, {"projected": "PCA, uniform, stride-1 convolutions"})
-
-
-def plain_way(method: str, share: float, name: str) -> Way:
-    """Ranks by budget over all layers from the method's own spectra, nothing corrected."""
-    budget = ("--sites", "*", "--method", method, "--ranks", f"budget:macs={share}", "--correct", "none")
-    return Way((*budget, "--statistics-images", str(SEEN)), {"projected": name})
-
-
-def own_way(share: float, images: int, options: str, *more: str) -> Way:
-    """What `OPTIONS` allows, by budget, closed-form correction, perhaps label-free distillation."""
-    budget = ("--sites", "*", "--method", "fisher", "--draws", "0", "--ranks", f"budget:macs={share}")
-    seen = ("--statistics-images", str(SEEN), "--calibrate-images", str(images))
-    stages = {"projected": "by budget", "corrected": "corrected", "distilled": "distilled"}
-    named = {stage: f"{options}, {what}, {images} images" for stage, what in stages.items()}
-    return Way((*budget, *seen, *OPTIONS[options], "--mirrored", "--eval-batch-size", "64", *more), named)
-
-
-def searched_way(share: float) -> Way:
-    """The best of several plans, tried on the images that the correction sees."""
-    way = own_way(share, SEARCH_IMAGES, "all forms", "--search", str(PLANS))
-    return replace(way, stages={stage: f"{name}, best of {PLANS} plans" for stage, name in way.stages.items()})
-
-
-PLANS, SEARCH_IMAGES = 32, 4096
-DISTILLED = (
-    *("--distill-steps", "4000", "--distill-lr", "0.01", "--distill-images", "8192"),
-    *("--pad", "0", "--bf16", "--channels-last"),
-)
-RATIOS = {0.584: 0.5, 0.346: 0.28}  # share of the MACs → uniform ratio that costs as much or less
-BUDGETS = (*RATIOS, 0.2)
-OPTIONS = {  # what the budget is spent on → flags
-    "all forms and widths": ("--forms", "all", "--width", "on"),
-    "all forms": ("--forms", "all", "--width", "off"),
-    "widths alone": ("--forms", "dense", "--width", "on"),
-    "k×k → 1×1 alone": ("--forms", "output", "--width", "off"),
-}
-
-
-def ways(share: float, options: argparse.Namespace) -> Iterator[Way | Peer]:
-    """What is compared at a share of the MACs."""
-    if share in RATIOS:
-        yield seed_way(RATIOS[share])
-    for allowed in OPTIONS:
-        yield own_way(share, SEEN, allowed)
-        if options.distilled:
-            yield own_way(share, 4096, allowed, *DISTILLED)
-    if options.searched:
-        yield searched_way(share)
-    if options.peers:
-        yield plain_way("weight-svd", share, "weight SVD, by budget")
-        yield plain_way("whitened-svd", share, "BALF: whitened SVD, by budget")
-        yield from (Peer(importance, share, repair) for repair in peers.REPAIRS for importance in peers.IMPORTANCE)
 
 
 @dataclass(frozen=True)

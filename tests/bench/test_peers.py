@@ -1,0 +1,51 @@
+"""Methods of others that are put together here do what their papers say."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dist_prune.network.models import build
+from tests.bench.ground import macs_of
+from tests.bench.peers import tucker_of, with_tucker, within
+
+
+def conv(**more: int) -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(8, 12, 3, **more)
+
+
+@pytest.mark.parametrize("more", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}])
+def test_tucker_of_all_channels_is_the_convolution_itself(more: dict[str, int]) -> None:
+    layer, x = conv(**more), torch.randn(2, 8, 11, 11)
+    torch.testing.assert_close(tucker_of(layer, 1.0)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tucker_is_as_near_as_projections_on_leading_singular_vectors_or_nearer() -> None:
+    """Higher-order orthogonal iteration begins there (De Lathauwer et al. 2000)."""
+    layer, half = conv(), 0.5
+    first, middle, last = (part.weight.detach().double() for part in tucker_of(layer, half))
+    assert (middle.shape, first.shape[0], last.shape[1]) == ((6, 4, 3, 3), 4, 6)
+    found = torch.einsum("or,rqhw,qi->oihw", last[:, :, 0, 0], middle, first[:, :, 0, 0])
+    weight = layer.weight.detach().double()
+    outputs, inputs = (torch.linalg.svd(weight.movedim(axis, 0).flatten(1))[0] for axis in (0, 1))
+    p, q = outputs[:, :6] @ outputs[:, :6].mT, inputs[:, :4] @ inputs[:, :4].mT
+    projected = torch.einsum("oO,OIhw,Ii->oihw", p, weight, q)
+    assert (found - weight).norm() <= (projected - weight).norm() * (1 + 1e-6)
+    assert (found - weight).norm() > 0.05 * weight.norm()
+
+
+@pytest.mark.parametrize("share", [0.584, 0.2])
+def test_as_much_is_kept_as_the_budget_allows(share: float) -> None:
+    dense = build("resnet20", 10)
+    made: dict[float, nn.Module] = {}
+
+    def at(kept: float) -> nn.Module:
+        return made.setdefault(kept, with_tucker(dense, kept))
+
+    found = within(SimpleNamespace(dense=dense), share, at)  # type: ignore[arg-type]
+    assert 0.95 * share < macs_of(found) / macs_of(dense) <= share
+    assert all(
+        macs_of(other) <= macs_of(found) or macs_of(other) > share * macs_of(dense) for other in made.values()
+    )
