@@ -31,7 +31,7 @@ CHECKS = 8  # how often the network is measured on images held out
 EVERY = 20  # steps from one point of the curves to the next
 FIRST_RATE = 0.01  # where none is given; a third of it, and so on, where it does harm
 LEAST_RATE = 1e-5
-HARM = 1.5  # times the held-out KL before is too much
+HARM = 1.5  # times the held-out KL before is too much at the beginning; in the second half, more than once is
 
 
 def distill(job: Job) -> None:
@@ -91,7 +91,7 @@ def train_towards(job: Job, model: nn.Module, holdout: Holdout, before: Undistil
         towards(job.dense, model, settings.distill_features, settings.distill_temperature, how.bf16) as loss,
         reached_alone(model, noise, how, job.world, loss),
     ):
-        while harm := harm_of_training(job, model, holdout, before, loss):
+        while harm := attempt(job, model, holdout, before, loss):
             model.load_state_dict(before.weights)
             before = job.state.undistilled = before.slower(harm.step)
             job.report.say(f"   {harm.reason}: from the beginning again, at a rate of {before.lr:.2g}")
@@ -106,12 +106,8 @@ class Harm:
     step: int
 
 
-def harm_of_training(job: Job, model: nn.Module, holdout: Holdout, before: Undistilled, loss: Loss) -> Harm | None:
-    """Train at the present rate; stop early where it is not the user's and does harm that does not mend itself.
-
-    The first look at the images held out decides. Steps of AdamW are as long at the beginning as later, and at the
-    rates that are best in the end do not gain anything yet then; but they do not ruin the network.
-    """
+def attempt(job: Job, model: nn.Module, holdout: Holdout, before: Undistilled, loss: Loss) -> Harm | None:
+    """Train at the present rate; where the user gave none and this one does harm, stop early and say which."""
     settings, split = job.config.distillation, images_of(job)
     trainer = Trainer(model, training_of(job.config, before.lr), settings.distill_steps, job.world, loss)
     session = Session(job, trainer, opened(job, split, layout_of(model)))
@@ -128,8 +124,9 @@ def harm_of_training(job: Job, model: nn.Module, holdout: Holdout, before: Undis
             kl = look(job, model, holdout, progress) if checked else None
             point = {**asdict(progress), "step": None, "steps": None, "held_out_kl": kl}
             job.report.scalars("distill", before.taken_back + progress.step, point)
-            if lowers and kl is not None and is_first(progress) and not kl < HARM * before.kl:
-                return Harm(f"held-out KL {kl:.4f}, more than {HARM:g} × {before.kl:.4f}", progress.step)
+            most = bearable(progress.step / progress.steps) * before.kl
+            if lowers and kl is not None and not kl < most:
+                return Harm(f"held-out KL {kl:.4f}, more than {most:.4f}", progress.step)
     except TrainingError as error:
         if not lowers:
             raise
@@ -180,7 +177,10 @@ def is_checked(step: int, steps: int) -> bool:
     return step == steps or int(step / part) > int((step - EVERY) / part)
 
 
-def is_first(progress: Progress) -> bool:
-    """Whether no look at the images held out came before this one."""
-    earlier = range(EVERY, progress.step, EVERY)
-    return not any(is_checked(step, progress.steps) for step in earlier)
+def bearable(done: float) -> float:
+    """Times the KL before, that it may be after this share of the steps.
+
+    Steps of AdamW are as long at the beginning as later: at the rates that are best in the end little is gained at
+    first, and something lost.
+    """
+    return max(HARM - done, 1.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.distributed.world import World
-from dist_prune.run.distill import CHECKS, EVERY, best_share, is_checked
+from dist_prune.run.distill import CHECKS, EVERY, bearable, best_share, is_checked
 from dist_prune.run.holdout import Holdout, between, holding, weights_of
 from dist_prune.run.state import State, Undistilled
 from tests.ranks import run_ranks
@@ -21,6 +21,11 @@ def test_images_held_out_are_looked_at_after_the_last_step_and_eight_times_at_mo
     assert checked[-1] == steps and len(checked) == min(CHECKS, len(shown))
     gaps = [b - a for a, b in itertools.pairwise([0, *checked])]
     assert max(gaps) - min(gaps) <= 2 * EVERY or steps < CHECKS * EVERY
+
+
+def test_more_loss_than_before_is_borne_for_half_of_the_steps_and_less_and_less_of_it() -> None:
+    most = [bearable(step / 8) for step in range(1, 9)]
+    assert most == pytest.approx([1.375, 1.25, 1.125, 1, 1, 1, 1, 1])
 
 
 def test_the_weights_before_are_in_a_checkpoint() -> None:

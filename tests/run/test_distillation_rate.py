@@ -43,7 +43,7 @@ def test_it_is_lowered_until_it_does_no_harm(bench: Bench, tmp_path: Path, ranks
     steps = [point["step"] for point in curve]
     assert steps == sorted({*steps}), "one point stands before or over another"
     assert steps[-1] == 40 + 20 * len(rates(done.out)), "steps that were taken back are on the curve, too"
-    assert curve[0]["lr"] > 1 and curve[-3]["held_out_kl"] > 1.5 * result["projected"]["kl"]
+    assert curve[0]["lr"] > 1 and curve[-3]["held_out_kl"] > result["projected"]["kl"]
 
 
 def test_a_loss_that_is_no_number_lowers_it_too(bench: Bench, tmp_path: Path) -> None:
