@@ -118,6 +118,7 @@ def attempt(job: Job, model: nn.Module, holdout: Holdout, before: Undistilled, l
     batches = islice(watched, trainer.steps - trainer.step)
     mixtures = pasted(batches, settings.distill_cutmix, job.config.seed, job.world.rank, trainer.step)
     lowers = not settings.distill_lr and before.lr > LEAST_RATE
+    looks = lowers and before.taken_back < settings.distill_steps  # where nothing is to be gained, all do harm
     try:
         for progress in trainer.epoch(mixtures, EVERY):
             checked = is_checked(progress.step, progress.steps)
@@ -125,7 +126,7 @@ def attempt(job: Job, model: nn.Module, holdout: Holdout, before: Undistilled, l
             point = {**asdict(progress), "step": None, "steps": None, "held_out_kl": kl}
             job.report.scalars("distill", before.taken_back + progress.step, point)
             most = bearable(progress.step / progress.steps) * before.kl
-            if lowers and kl is not None and not kl < most:
+            if looks and kl is not None and not kl < most:
                 return Harm(f"held-out KL {kl:.4f}, more than {most:.4f}", progress.step)
     except TrainingError as error:
         if not lowers:

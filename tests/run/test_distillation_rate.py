@@ -46,11 +46,21 @@ def test_it_is_lowered_until_it_does_no_harm(bench: Bench, tmp_path: Path, ranks
     assert curve[0]["lr"] > 1 and curve[-3]["held_out_kl"] > result["projected"]["kl"]
 
 
+def test_as_many_steps_are_taken_back_as_were_asked_for_and_no_more(bench: Bench, tmp_path: Path) -> None:
+    """Where there is nothing to gain, every rate does harm."""
+    folder = tmp_path / "run"
+    done = bench.commands.succeed(30, *bench.words(folder, **FLAGS), ranks=2, function=FUNCTION)
+    assert rates(done.out) == pytest.approx([10, 3.3])
+    assert [point["step"] for point in points(folder) if point["group"] == "distill"] == [20, 40, 60, 80]
+    assert "distillation brought nothing" in done.out + done.err
+    assert result_of(folder)["distilled"]["kl"] == pytest.approx(result_of(folder)["projected"]["kl"], rel=1e-4)
+
+
 def test_a_loss_that_is_no_number_lowers_it_too(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = bench.commands.succeed(1e30, *bench.words(folder, **FLAGS), ranks=2, function=FUNCTION)
     assert "the loss became nan" in done.out and len(rates(done.out)) > 10
-    assert result_of(folder)["distilled"]["kl"] < result_of(folder)["projected"]["kl"]
+    assert result_of(folder)["distilled"]["kl"] < 1.05 * result_of(folder)["projected"]["kl"]
 
 
 def test_a_run_killed_after_it_was_lowered_ends_with_the_same_bits(bench: Bench, tmp_path: Path) -> None:
