@@ -130,7 +130,7 @@ def attempt(job: Job, model: nn.Module, holdout: Holdout, before: Undistilled, l
                 return Harm(f"held-out KL {kl:.4f}, more than {most:.4f}", progress.step)
     except TrainingError as error:
         if not lowers:
-            raise
+            raise TrainingError(f"{error}; of distillation, the rate is --distill-lr") from error
         return Harm(str(error), trainer.step)
     job.report.say(f"   {settings.distill_steps} steps on {len(split)} images")
     return None

@@ -43,3 +43,12 @@ def test_images_that_judge_are_not_trained_on() -> None:
     judges = chosen.take(range(0, 32, 8))
     assert judges.files == chosen.files[::8]
     assert {*every.without(judges).files} == {*every.files} - {*judges.files}
+
+
+def test_a_given_rate_at_which_the_loss_is_no_number_ends_the_run_and_names_the_flag(
+    bench: Bench, tmp_path: Path
+) -> None:
+    flags = {"epochs": 0, "correct": "none", "distill_steps": 8, "distill_batch_size": 8, "distill_lr": 1e30}
+    done = bench.commands(*bench.words(tmp_path / "run", **flags), ranks=2)
+    assert done.codes == [1, 1]
+    assert "the loss became nan" in done.errors[0] and "--distill-lr" in done.errors[0]
