@@ -31,7 +31,8 @@ CHECKS = 8  # how often the network is measured on images held out
 EVERY = 20  # steps from one point of the curves to the next
 FIRST_RATE = 0.01  # where none is given; a third of it, and so on, where it does harm
 LEAST_RATE = 1e-5
-HARM = 1.5  # times the held-out KL before is too much at the beginning; in the second half, more than once is
+HARM = 1.5  # times the held-out KL before is too much at the beginning,
+MENDED = 0.75  # and after this share of the steps more than once
 
 
 def distill(job: Job) -> None:
@@ -184,4 +185,4 @@ def bearable(done: float) -> float:
     Steps of AdamW are as long at the beginning as later: at the rates that are best in the end little is gained at
     first, and something lost.
     """
-    return max(HARM - done, 1.0)
+    return max(HARM - (HARM - 1) * done / MENDED, 1.0)
