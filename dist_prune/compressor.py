@@ -14,7 +14,7 @@ from dist_prune.compression import Compression, Ranks, as_plan, compressed_from,
 from dist_prune.config.arguments import arguments_named, as_patterns, require_one_of
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import BUDGETS, ConfigError, did_you_mean
-from dist_prune.config.run import BLIND, CompressionConfig, Method, MethodConfig, Run, Side
+from dist_prune.config.run import BLIND, CompressionConfig, Method, MethodConfig, Run, Side, require_views
 from dist_prune.config.training import TuningConfig
 from dist_prune.correction.correct import FEWEST
 from dist_prune.data.batches import Reading, keep
@@ -64,6 +64,7 @@ class Compressor:
         repair: as `--repair`: how much later layers repair of what earlier ones lose.
         mirrored: solve from the mirror images, too.
         crops: as `--crops`: solve from so many random crops of each image, too.
+        statistics_views: statistics of the mirror images and crops, too, not of the images alone.
         resolve_dense: solve the layers that stay dense, too.
         outputs: a function of what the network returns: the tensor that counts. Without it that is the tensor
             returned; of a mapping, dataclass, tuple or list `logits`, `out` or the only tensor; of several in a
@@ -95,6 +96,7 @@ class Compressor:
     repair: float = CorrectionConfig.repair
     mirrored: bool = CorrectionConfig.mirrored
     crops: int = CorrectionConfig.crops
+    statistics_views: bool = MethodConfig.statistics_views
     resolve_dense: bool = CorrectionConfig.resolve_dense
     outputs: Outputs | None = None
     inputs: Inputs | None = None
@@ -251,6 +253,7 @@ class Compressor:
             draws=self.draws,
             probes=self.probes,
             damping=self.damping,
+            statistics_views=self.statistics_views,
         )
         correction = CorrectionConfig(
             self.correct,
@@ -273,7 +276,9 @@ class Compressor:
             search=self.search,
         )
         tuning = TuningConfig(bf16=self.bf16)  # nothing is tuned here, but latency is of that precision
-        return Run(compression=compression, correction=correction, tuning=tuning, seed=self.seed)
+        run = Run(compression=compression, correction=correction, tuning=tuning, seed=self.seed)
+        require_views(run)
+        return run
 
 
 def _first_argument(network: nn.Module) -> str:

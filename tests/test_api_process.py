@@ -199,10 +199,26 @@ def test_options_of_correction_and_statistics_reach_their_places() -> None:
         {"damping": 0.5},
         {"mirrored": True},
         {"crops": 1},
+        {"mirrored": True, "statistics_views": True},
         {"resolve_dense": False, "sites": "0"},
     ):
         found = compress(model(), [images()], "uniform:0.5", **options)
         assert (found.kl_projected, found.kl) != (base.kl_projected, base.kl)
+
+
+def test_statistics_of_views_are_those_of_images_given_once_more_mirrored() -> None:
+    """Without correction nothing else sees them."""
+    how = {"ranks": "uniform:0.5", "method": "pca", "correct": "none"}
+    x = images()
+    both = compress(model(), [torch.cat([x, x.flip(3)])], **how).model(x)
+    seen = compress(model(), [x], mirrored=True, statistics_views=True, **how).model(x)
+    torch.testing.assert_close(seen, both, rtol=1e-4, atol=1e-5)
+    assert (compress(model(), [x], **how).model(x) - both).abs().max() > 1e-3 * both.abs().max()
+
+
+def test_views_of_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="statistics_views: there are none; give mirrored, crops or both"):
+        compress(model(), [images()], 0.6, statistics_views=True)
 
 
 class Photos(torch.utils.data.Dataset[Any]):

@@ -14,6 +14,7 @@ from dist_prune.config.flags import ConfigError, did_you_mean
 from dist_prune.config.recipes import parse
 from dist_prune.config.run import DATA_FREE, Run, require_complete, to_dict
 from dist_prune.config.settings import settings
+from dist_prune.data.views import views_of_statistics
 from dist_prune.statistics.collect import origin
 from dist_prune.utils.files import is_intact
 
@@ -155,8 +156,9 @@ def statistics_key(run: Run) -> str:
         return ""
     trained = network.weights == "none"
     seeded = trained or method.statistics_images > 0
+    image, views = to_dict(run.images.image), views_of_statistics(run).described
     content = {
-        "of": origin(method, "", "", to_dict(run.images.image), run.seed, method.statistics_bf16),
+        "of": origin(method, "", "", image, run.seed, method.statistics_bf16, views),
         "float32": method.statistics_float32,
         "network": to_dict(network),
         "trained": to_dict(run.pretrain) if trained else None,

@@ -138,6 +138,9 @@ class MethodConfig:
     """fisher: added to the metric, as a share of its largest eigenvalue."""
     statistics_images: int = 0
     """Training images (or of --calibrate-data) the statistics see; 0: all."""
+    statistics_views: bool = False
+    """Of the mirror images and crops, too, that --mirrored and --crops have the correction see: worth it where
+    images are few, and as much longer as there are views."""
     loss_images: int = 512
     """fisher: of the statistics' images, those whose exact second-order losses the ranks are chosen by; 0: the
     metric alone, which takes errors of neighbouring positions as independent and predicts too little."""
@@ -162,8 +165,10 @@ class MethodConfig:
         self._require_fitting("sampled", self.sampled, "hessian-local", "other methods have no double backward")
         wrong_side = self.side == "input" and self.method in ("fisher", "whitened-svd")
         _require(not wrong_side, f"--method {self.method} is of outputs; on --side input use pca or hessian-local")
-        unused = self.statistics is not None and self.method in DATA_FREE
-        _require(not unused, f"--statistics: --method {self.method} uses none; leave it out")
+        for flag in ("statistics", "statistics_views"):
+            unused = getattr(self, flag) and self.method in DATA_FREE
+            text = f"--{flag.replace('_', '-')}: --method {self.method} uses none; leave it out"
+            _require(not unused, text)
         rough = self.statistics_bf16 and (self.probing or self.method in DATA_FREE)
         _require(not rough, "--statistics-bf16: goes with pca, whitened-svd, gradient, fisher and hessian-local")
         both = self.statistics_bf16 and self.statistics_float32
@@ -342,12 +347,19 @@ class Run:
         return self.correction.repair if solved_again else 0.0
 
 
+def require_views(run: Run) -> None:
+    """Refuse statistics of views where there are none (ConfigError)."""
+    some = run.correction.mirrored or run.correction.crops or not run.compression.basis.statistics_views
+    _require(bool(some), "--statistics-views: there are none; give --mirrored, --crops or both")
+
+
 def require_complete(run: Run) -> None:
     """A recipe may leave open what only its user knows; a run may not.
 
     Raises:
         ConfigError: data or weights are missing, or flags exclude each other.
     """
+    require_views(run)
     _require(not (run.resume and run.overwrite), "--resume and --overwrite exclude each other")
     _require(not run.reshard or run.resume, "--reshard goes with --resume")
     _require(run.save_minutes >= 0, f"--save-minutes {run.save_minutes}: expected 0 or more")

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dist_prune.correction.views import WHOLE, Views
 from dist_prune.data.loader import Batch, Stream, normalise
+from dist_prune.data.views import WHOLE, Views
 from dist_prune.distributed.world import World
 from dist_prune.network.outputs import logits_of
 from dist_prune.statistics.probes import LOSSES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from typing import Literal, TypeVar
@@ -17,8 +17,9 @@ from dist_prune.config.run import CompressionConfig, Run
 from dist_prune.correction.calibration import Calibration
 from dist_prune.correction.channels import channels_of
 from dist_prune.correction.correct import require_deterministic
-from dist_prune.correction.views import views_of
 from dist_prune.data.batches import BatchesError, Kept
+from dist_prune.data.loader import Batch
+from dist_prune.data.views import in_views, views_of, views_of_statistics
 from dist_prune.distributed.fingerprint import fingerprint
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, solve
@@ -103,6 +104,10 @@ class Collected:
     def device(self) -> torch.device:
         """Where the network is."""
         return self.image.device
+
+    def opened(self, images: int = 0) -> Iterator[Batch]:
+        """This rank's part of the first so many images that the statistics are of, in all their views; 0: all."""
+        return in_views(self.given.open(images), views_of_statistics(self.run))
 
     def require_unchanged(self, world: World) -> None:
         """Refuse to go on with a network that was trained, or loaded, since the statistics were collected.
@@ -212,7 +217,7 @@ def _with_statistics(collected: Collected, patches: bool, world: World) -> Colle
     """Of the network that is there."""
     run, model, found, given = collected.run, collected.model, collected.found, collected.given
     basis, passes = run.compression.basis, _Shown(len(given.batches), collected.progress, world)
-    sums = statistics.collect(model, found.sites, given.open, world, basis, run.seed, passes, patches)
+    sums = statistics.collect(model, found.sites, collected.opened, world, basis, run.seed, passes, patches)
     for text in statistics.warnings(sums, found.sites, basis, given.total):
         warn(naming_arguments(text))
     bases = solve(model, found.sites, sums, basis, run.seed, world)

@@ -13,6 +13,7 @@ from torch import nn
 
 from dist_prune.config.run import DATA_FREE, Run, to_dict
 from dist_prune.config.training import TuningConfig
+from dist_prune.data.views import in_views, views_of_statistics
 from dist_prune.distributed.fingerprint import digest, fingerprint
 from dist_prune.factorization import layers
 from dist_prune.factorization.bases import Basis, solve
@@ -84,7 +85,8 @@ def made_of(job: Job, network: nn.Module | None) -> dict[str, Any]:
     model = "" if network is None else digest(network)
     method = job.config.compression.basis
     bf16 = statistics.runs_bf16(method, job.world.device)
-    origin = statistics.origin(method, model, images.digest(), image, job.config.seed, bf16)
+    views = views_of_statistics(job.config).described
+    origin = statistics.origin(method, model, images.digest(), image, job.config.seed, bf16, views)
     known = {name: value for name, value in origin.items() if network is not None or name != "model"}
     return known | {statistics.IMAGE_COUNT: len(images)}
 
@@ -124,7 +126,12 @@ def load_statistics(job: Job) -> Statistics:
 
 def passes_of(job: Job) -> Resumable:
     """Over the statistics' images, in a run that can be left in their middle."""
-    return Resumable(job.checkpoints, lambda images: calibration(job, images), job.report.meter.batches)
+    views = views_of_statistics(job.config)
+    return Resumable(
+        job.checkpoints,
+        lambda images: calibration(job, images),
+        lambda stream: in_views(job.report.meter.batches(stream), views),
+    )
 
 
 def keep_layers(job: Job, bases: Mapping[str, Basis]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dist_prune.correction import batchnorm
 from dist_prune.correction import correct as correction
 from dist_prune.correction.calibration import decode
-from dist_prune.correction.views import views_of
+from dist_prune.data.views import views_of
 from dist_prune.reporting.progress import Count
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.job import Job, held_out_split, share_bits, unlabelled_stream

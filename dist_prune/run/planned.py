@@ -195,5 +195,5 @@ def _directions(collected: Collected, plans: Planner, world: World) -> Direction
     bases, run = collected.bases, collected.run
     basis = run.compression.basis
     nested = nested_of(model, sites, plans.projected_forms, bases, sums, basis.damping, world)
-    known, images = spectra_of(bases, basis, nested), collected.given.open
+    known, images = spectra_of(bases, basis, nested), collected.opened
     return nested, with_exact_losses(known, model, sites, bases, nested, sums, images, world, basis, run.seed)

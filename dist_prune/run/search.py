@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_prune.correction.calibration import decode
-from dist_prune.correction.views import views_of
+from dist_prune.data.views import views_of
 from dist_prune.factorization.spectra import UNITS
 from dist_prune.run.checkpointing import ResumePoint
 from dist_prune.run.compress import directions_with_losses, load_statistics

@@ -6,7 +6,7 @@ import math
 
 from dist_prune.correction.calibration import decode
 from dist_prune.correction.channels import channels_of
-from dist_prune.correction.views import views_of
+from dist_prune.data.views import views_of
 from dist_prune.run.compress import collect_statistics, directions_with_losses, load_statistics
 from dist_prune.run.job import Job, probe, unlabelled_stream
 from dist_prune.width.choose import choose_widths, costs_within, removable_groups, without

@@ -265,8 +265,12 @@ def origin(
     image: Any,  # noqa: ANN401
     seed: int,
     bf16: bool = False,
+    views: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What statistics depend on, beyond rounding: plain types, to be compared. `bf16` as `runs_bf16` says."""
+    """What statistics depend on, beyond rounding: plain types, to be compared.
+
+    `bf16` as `runs_bf16` says, `views` as `Views.described`.
+    """
     random = method.method not in ("pca", "whitened-svd", "gradient")
     return {
         "model": model_digest,
@@ -280,5 +284,6 @@ def origin(
         "draws": method.draws if random and not method.probing else None,
         "probes": method.probes if method.probing else None,
         "bf16": bf16 or None,
+        "views": views,
         "seed": seed if random else None,
     }

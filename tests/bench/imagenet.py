@@ -98,10 +98,15 @@ class Way:
             yield budget, found
 
 
+BOTH = {"mirrored": True, "statistics_views": True}
 WAYS = {
     "ours": Way(),
     "ours, width and forms": Way({"width": "on"}),
     "ours, width and forms, mirror images": Way({"width": "on", "mirrored": True}),
+    "ours, width and forms, mirror images, in statistics, too": Way({"width": "on", **BOTH}),
+    "ours, width and forms, mirror images and a crop, in statistics, too": Way(
+        {"width": "on", "crops": 1, **BOTH}
+    ),
     "ours, width and forms, mirror images and a crop": Way({"width": "on", "mirrored": True, "crops": 1}),
     "ours, width alone": Way({"width": "on", "forms": "dense"}),
     "ours, width and forms, not corrected": Way({"width": "on", "correct": "none"}),

@@ -19,7 +19,7 @@ from torch import nn
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.correction.calibration import decode
 from dist_prune.correction.correct import correct
-from dist_prune.correction.views import Views
+from dist_prune.data.views import Views
 from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating, survey

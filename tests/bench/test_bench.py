@@ -163,7 +163,7 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [row["way"].split(",")[0] for row in found] == [
         "PCA",
-        *2 * ["all forms and widths"],
+        *4 * ["all forms and widths"],
         *2 * ["all forms"],
         *2 * ["widths alone"],
         *2 * ["k×k → 1×1 alone"],

@@ -129,6 +129,7 @@ RATIOS = {0.584: 0.5, 0.346: 0.28}  # share of the MACs → uniform ratio that c
 BUDGETS = (*RATIOS, 0.2)
 OPTIONS = {  # what the budget is spent on → flags
     "all forms and widths": ("--forms", "all", "--width", "on"),
+    "all forms and widths, mirrored statistics": ("--forms", "all", "--width", "on", "--statistics-views"),
     "all forms": ("--forms", "all", "--width", "off"),
     "widths alone": ("--forms", "dense", "--width", "on"),
     "k×k → 1×1 alone": ("--forms", "output", "--width", "off"),

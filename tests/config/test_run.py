@@ -84,6 +84,8 @@ def test_all_ranks_but_the_first_keep_quiet(capsys: pytest.CaptureFixture[str]) 
         ("--pad -1", "--pad -1"),
         ("--area 0.5 0.2", "--area 0.5 0.2"),
         ("--resume", "--resume needs --run-dir"),
+        ("--statistics-views", "--statistics-views: there are none; give --mirrored"),
+        ("--mirrored --statistics-views --method weight-svd", "--statistics-views: --method weight-svd uses none"),
         ("--resume --overwrite --run-dir x", "exclude each other"),
     ],
 )

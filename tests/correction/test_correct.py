@@ -9,8 +9,8 @@ from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.run import ImageSpec
 from dist_prune.correction.calibration import Calibration
 from dist_prune.correction.correct import concerns, correct
-from dist_prune.correction.views import Views
 from dist_prune.data.loader import normalise
+from dist_prune.data.views import Views
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import survey
 

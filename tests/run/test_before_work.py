@@ -77,6 +77,10 @@ def collected(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 OTHERS: dict[str, tuple[dict[str, object], str]] = {
+    "views of them": (
+        {"mirrored": True, "statistics_views": True},
+        "views: None there, {'mirrored': True, 'crops': 0, 'seed': None} here",
+    ),
     "fewer images": ({"statistics_images": 8}, "40 images there, 8 here"),
     "as many others": ({"seed": 5, "statistics_images": 39}, "40 images there, 39 here"),
     "another method": ({"method": "fisher"}, "method: pca there, fisher here"),

@@ -10,7 +10,7 @@ from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.run import MethodConfig
 from dist_prune.correction.calibration import HELD, Calibration
 from dist_prune.correction.correct import correct
-from dist_prune.correction.views import Views
+from dist_prune.data.views import Views
 from dist_prune.distributed.alone import Alone
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve

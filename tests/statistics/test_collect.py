@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import MethodConfig
 from dist_prune.data.loader import Batch
+from dist_prune.data.views import Views, in_views
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve
 from dist_prune.factorization.plan import Choice, Plan
@@ -122,6 +123,34 @@ def test_bf16_statistics_are_near_the_others(kind: str, side: str, world: World)
             assert (rough - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize("method", [MethodConfig("pca"), MethodConfig("fisher", draws=0)], ids=lambda m: m.method)
+def test_statistics_of_views_are_those_of_images_and_their_mirror_images(
+    method: MethodConfig, world: World
+) -> None:
+    def both(count: int) -> list[Batch]:
+        mirrored = [replace(b, images=b.images.flip(3), indices=b.indices + IMAGES) for b in batches(count)]
+        return [*batches(count), *mirrored]
+
+    wanted = statistics.collect(network(), SITES, both, world, method, 0, patches=True)
+    seen = statistics.collect(
+        network(),
+        SITES,
+        lambda count: in_views(batches(count), Views(mirrored=True)),
+        world,
+        method,
+        0,
+        patches=True,
+    )
+    for site in SITES:
+        name = site.name
+        torch.testing.assert_close(seen.moments[name].covariance, wanted.moments[name].covariance)
+        assert seen.moments[name].count == wanted.moments[name].count
+        if method.method == "fisher":
+            torch.testing.assert_close(seen.curvature[name], wanted.curvature[name])
+    assert seen.patches.keys() == wanted.patches.keys() == {"0", "2"}
+    torch.testing.assert_close(seen.patches["2"].places, wanted.patches["2"].places)
+
+
 @pytest.mark.parametrize("method", METHODS[:11], ids=lambda m: f"{m.method}-{m.side}-{m.loss}")
 def test_statistics_come_back_from_disk_bit_for_bit(method: MethodConfig, world: World, tmp_path: Path) -> None:
     found = statistics.collect(network(), SITES, batches, world, method, seed=0)
@@ -144,6 +173,7 @@ def test_statistics_come_back_from_disk_bit_for_bit(method: MethodConfig, world:
         ({"image": {"crop": 7}}, "run: crop: 6 there, 7 here; leave"),
         ({"side": "input"}, "side: output there, input here"),
         ({"bf16": True}, "bf16: None there, True here"),
+        ({"views": {"mirrored": True}}, "views: None there, {'mirrored': True} here"),
         ({"seed": 4, "draws": 3}, "draws: 1 there, 3 here; seed: 0 there, 4 here"),
     ],
 )

@@ -1,15 +1,18 @@
-"""What is made of an image to solve from: its mirror image and crops, so that few images say more."""
+"""What is made of an image to learn from: its mirror image and crops, so that few images say more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dist_prune.config.correction import CorrectionConfig
+from dist_prune.config.run import Run
+from dist_prune.data.loader import Batch
 from dist_prune.utils import keyed_random
 
 SMALLEST = 0.4  # share of the image's area that a crop has at least
@@ -31,6 +34,11 @@ class Views:
         """Whether there is nothing but the images themselves."""
         return not self.mirrored and self.crops == 0
 
+    @property
+    def described(self) -> dict[str, Any] | None:
+        """In plain types, to be compared; None if it is nothing but the images themselves."""
+        return None if self.whole else {**asdict(self), "seed": self.seed if self.crops else None}
+
     def of(self, pixels: Tensor, indices: Tensor) -> Iterator[Tensor]:
         """Images (n, channels, height, width), as often as there are views, of the same shape and type.
 
@@ -50,6 +58,19 @@ WHOLE = Views()
 def views_of(settings: CorrectionConfig, seed: int) -> Views:
     """As the settings want them."""
     return Views(settings.mirrored, settings.crops, seed)
+
+
+def views_of_statistics(run: Run) -> Views:
+    """Those of the correction, where the statistics are to see them."""
+    return views_of(run.correction, run.seed) if run.compression.basis.statistics_views else WHOLE
+
+
+def in_views(batches: Iterable[Batch], views: Views) -> Iterator[Batch]:
+    """Each batch with all views of its images, one after the other; each has its image's label and number."""
+    for batch in batches:
+        found = list(views.of(batch.images, batch.indices))
+        count = len(found)
+        yield Batch(torch.cat(found), batch.labels.repeat(count), batch.indices.repeat(count))
 
 
 def cropped(pixels: Tensor, draws: Tensor, flips: float = 0.0) -> Tensor:

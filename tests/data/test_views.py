@@ -7,7 +7,9 @@ from torch import Tensor
 
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError
-from dist_prune.correction.views import SMALLEST, Views, cropped, views_of
+from dist_prune.config.run import CompressionConfig, MethodConfig, Run
+from dist_prune.data.loader import Batch
+from dist_prune.data.views import SMALLEST, Views, cropped, in_views, views_of, views_of_statistics
 
 
 def images(count: int = 4, size: tuple[int, int] = (24, 40)) -> Tensor:
@@ -51,6 +53,25 @@ def test_there_are_as_many_views_as_wanted_and_crops_depend_on_the_image_and_the
         torch.testing.assert_close(other, one[some])
     other_seed = list(Views(True, 3, 8).of(pixels, indices))[2:]
     assert not any(torch.equal(one, other) for one, other in zip(crops, other_seed, strict=True))
+
+
+def test_a_batch_in_views_has_each_image_beside_its_label_and_number() -> None:
+    batch = Batch(images(3), torch.tensor([5, 6, 7]), torch.tensor([2, 0, 9]))
+    (seen,) = in_views([batch], Views(mirrored=True, crops=1, seed=3))
+    assert (len(seen.images), seen.labels.tolist(), seen.indices.tolist()) == (9, [5, 6, 7] * 3, [2, 0, 9] * 3)
+    torch.testing.assert_close(seen.images, torch.cat(list(Views(True, 1, 3).of(batch.images, batch.indices))))
+
+
+def test_what_views_statistics_are_of_is_described_where_they_are_wanted() -> None:
+    method = MethodConfig("fisher", statistics_views=True)
+
+    def described(**correction: object) -> object:
+        run = Run(compression=CompressionConfig(method), correction=CorrectionConfig(**correction), seed=4)
+        return views_of_statistics(run).described
+
+    assert described(mirrored=True) == {"mirrored": True, "crops": 0, "seed": None}, "crops alone are drawn"
+    assert described(crops=2) == {"mirrored": False, "crops": 2, "seed": 4}
+    assert views_of_statistics(Run(correction=CorrectionConfig(mirrored=True))).described is None
 
 
 def test_without_views_anything_passes() -> None:
