@@ -98,7 +98,7 @@ class Way:
             yield budget, found
 
 
-BOTH = {"mirrored": True, "statistics_views": True}
+VIEWS = {"mirrored": True, "statistics_views": True}
 WAYS = {
     "ours": Way(),
     "ours, width and forms": Way({"width": "on"}),
