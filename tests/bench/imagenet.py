@@ -103,10 +103,8 @@ WAYS = {
     "ours": Way(),
     "ours, width and forms": Way({"width": "on"}),
     "ours, width and forms, mirror images": Way({"width": "on", "mirrored": True}),
-    "ours, width and forms, mirror images, in statistics, too": Way({"width": "on", **BOTH}),
-    "ours, width and forms, mirror images and a crop, in statistics, too": Way(
-        {"width": "on", "crops": 1, **BOTH}
-    ),
+    "ours, width and forms, mirror images, in statistics, too": Way({"width": "on", **VIEWS}),
+    "ours, width and forms, a crop, too, in both": Way({"width": "on", "crops": 1, **VIEWS}),
     "ours, width and forms, mirror images and a crop": Way({"width": "on", "mirrored": True, "crops": 1}),
     "ours, width alone": Way({"width": "on", "forms": "dense"}),
     "ours, width and forms, not corrected": Way({"width": "on", "correct": "none"}),
