@@ -23,11 +23,14 @@ import torchvision
 from torch import Tensor, nn
 
 from dist_prune import Compression, compress
+from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import Rule
 from dist_prune.config.run import ImageSpec
+from dist_prune.correction.calibration import Calibration
 from dist_prune.data.dataset import list_unlabelled
 from dist_prune.data.loader import evaluation_stream
 from dist_prune.data.pretrained_images import spec_of
+from dist_prune.data.views import Views
 from dist_prune.distributed.world import joined
 from dist_prune.factorization.plan import PlanError, cost, make_plan
 from dist_prune.network import models
@@ -35,6 +38,7 @@ from dist_prune.network.models import is_timms
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating, survey
 from dist_prune.utils.tables import table
+from tests.bench import peers
 from tests.bench.timing import heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "imagenet.json"
@@ -77,15 +81,24 @@ def uniform(budget: float, network: nn.Module, image: Tensor, step: float = 0.00
 
 
 @dataclass(frozen=True)
+class Made:
+    """A compressed network: asked for, and got, shares of the MACs; KL predicted, and that of its holdout."""
+
+    budget: float
+    model: nn.Module
+    macs: float
+    predicted: float | None = None
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
 class Way:
     """Arguments of `compress`, and how a share of the MACs becomes its `ranks`."""
 
     how: dict[str, Any] = field(default_factory=dict)
     ranks: Callable[[float, nn.Module, Tensor], str] = by_budget
 
-    def compressions(
-        self, network: nn.Module, images: list[Tensor], budgets: Sequence[float]
-    ) -> Iterator[tuple[float, Compression]]:
+    def networks(self, network: nn.Module, images: list[Tensor], budgets: Sequence[float]) -> Iterator[Made]:
         """One at each budget that can be met, all from one set of statistics."""
         found: Compression | None = None
         for budget in budgets:
@@ -95,11 +108,35 @@ class Way:
             except PlanError as error:
                 print(f"{self.how}, {budget}: {error}", flush=True)
                 continue
-            yield budget, found
+            print(found, flush=True)
+            predicted = found.predicted if found.unit == "KL" else None
+            yield Made(budget, found.model, found.compressed.macs / found.dense.macs, predicted, found.kl)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Channels removed by Torch-Pruning's magnitude; what is left is solved again as ours, mirror images, too."""
+
+    def networks(self, network: nn.Module, images: list[Tensor], budgets: Sequence[float]) -> Iterator[Made]:
+        """One at each budget."""
+        pixels, pair = torch.cat(images), torch.zeros_like(images[0][:2])
+        settings = CorrectionConfig(calibrate_images=len(pixels), mirrored=True)
+        seen = Calibration(pixels, torch.arange(len(pixels)), torch.clone, len(images[0]), Views(mirrored=True))
+        for budget in budgets:
+            pruned = peers.within(
+                network,
+                pair,
+                budget,
+                lambda kept: peers.without_channels(network, pair, "magnitude", 1 - kept),
+            )
+            with joined("cpu") as world:
+                found = peers.solved(network, pruned, pair, seen, settings, 0, world)
+            share = survey(found, pair[:1]).macs / survey(network, pair[:1]).macs
+            yield Made(budget, found, share)
 
 
 VIEWS = {"mirrored": True, "statistics_views": True}
-WAYS = {
+WAYS: dict[str, Way | Pruned] = {
     "ours": Way(),
     "ours, width and forms": Way({"width": "on"}),
     "ours, width and forms, mirror images": Way({"width": "on", "mirrored": True}),
@@ -113,6 +150,7 @@ WAYS = {
     "PCA, uniform": Way({"method": "pca", "correct": "none"}, uniform),
     "weight SVD, by budget": Way({"method": "weight-svd", "correct": "none"}),
     "BALF: whitened SVD, by budget": Way({"method": "whitened-svd", "correct": "none"}),
+    "Torch-Pruning, magnitude, solved again": Pruned(),
 }
 
 
@@ -149,11 +187,9 @@ def rows(name: str, network: nn.Module, options: argparse.Namespace, spec: Image
     classes, dense = torch.cat([labels for _, labels in val]), answers(network, val)
     yield Row(name, "dense", 1.0, 1.0, *measure(dense, dense, classes))
     for way in options.ways:
-        for budget, found in WAYS[way].compressions(network, seen, options.budgets):
-            print(found, flush=True)
-            share = found.compressed.macs / found.dense.macs
-            held = found.kl, found.predicted if found.unit == "KL" else None
-            yield Row(name, way, budget, share, *measure(answers(found.model, val), dense, classes), *held[::-1])
+        for made in WAYS[way].networks(network, seen, options.budgets):
+            found = measure(answers(made.model, val), dense, classes)
+            yield Row(name, way, made.budget, made.macs, *found, made.predicted, made.held_out)
 
 
 def show(found: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
 """Methods of others: pruning by Torch-Pruning 1.6 (Fang et al. 2023), Tucker-2 by tensorly (Kim et al. 2016).
 
-Of pruning, only the inner channels of each residual block go, those between its two convolutions: the others are
-added to shortcuts. One share for the whole network, found by bisection: as many MACs as the others.
+Of pruning, only the inner channels of blocks go, as this project's widths have it: the others are added to
+shortcuts. One share for the whole network, found by bisection: as many MACs as the others.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import torch
 import torch.nn.functional as F
 import torch_pruning
 from tensorly.decomposition import partial_tucker
-from torch import nn
+from torch import Tensor, nn
 
 from dist_prune.config.correction import CorrectionConfig
-from dist_prune.correction.calibration import decode
+from dist_prune.correction.calibration import Calibration, decode
 from dist_prune.correction.correct import correct
 from dist_prune.data.views import Views
+from dist_prune.distributed.world import World
 from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating, survey
 from dist_prune.width.choose import predictions, removable_groups
 from dist_prune.width.moments import collect_channel_moments
 from dist_prune.width.narrowing import narrowed
-from tests.bench.ground import SPEC, Ground, macs_of
+from tests.bench.ground import SPEC, Ground
 
 IMPORTANCE = {
     "magnitude": torch_pruning.importance.GroupMagnitudeImportance,
@@ -34,6 +35,7 @@ IMPORTANCE = {
     "bn-scale": torch_pruning.importance.BNScaleImportance,
 }
 HALVINGS = 10  # of the interval in which the share lies
+PAIR = torch.zeros(2, 3, SPEC.crop, SPEC.crop)  # of the ground's images
 
 tensorly.set_backend("pytorch")
 
@@ -43,21 +45,25 @@ def prune(ground: Ground, importance: str, share: float, images: int, seed: int,
 
     `images` training images give the gradients of `taylor`, with their labels, and what the repair needs.
     """
-    pruned = within(ground, share, lambda kept: without_channels(ground, importance, 1 - kept, images, seed))
+    dense = copy.deepcopy(ground.dense)
+    if importance == "taylor":
+        leave_gradients(dense, ground, images, seed)
+    pruned = within(ground.dense, PAIR, share, lambda kept: without_channels(dense, PAIR, importance, 1 - kept))
     return REPAIRS[repair](pruned, ground, images, seed)
 
 
 def tucker(ground: Ground, share: float, images: int, seed: int) -> nn.Module:
     """Every k×k convolution as 1×1 → k×k → 1×1, the same share of both its channels; batch norm re-estimated."""
-    return reestimated(within(ground, share, lambda kept: with_tucker(ground.dense, kept)), ground, images, seed)
+    chains = within(ground.dense, PAIR, share, lambda kept: with_tucker(ground.dense, kept))
+    return reestimated(chains, ground, images, seed)
 
 
-def within(ground: Ground, share: float, made: Callable[[float], nn.Module]) -> nn.Module:
+def within(dense: nn.Module, pair: Tensor, share: float, made: Callable[[float], nn.Module]) -> nn.Module:
     """Of the networks that are made by keeping a share of something, the largest within this share of the MACs."""
-    budget, low, high, best = share * macs_of(ground.dense), 0.0, 1.0, None
+    budget, low, high, best = share * survey(dense, pair[:1]).macs, 0.0, 1.0, None
     for _ in range(HALVINGS):
         candidate = made(kept := (low + high) / 2)
-        if macs_of(candidate) <= budget:
+        if survey(candidate, pair[:1]).macs <= budget:
             low, best = kept, candidate
         else:
             high = kept
@@ -90,21 +96,27 @@ def tucker_of(conv: nn.Conv2d, kept: float) -> nn.Sequential:
     return nn.Sequential(first, middle, last)
 
 
-def without_channels(ground: Ground, importance: str, ratio: float, images: int, seed: int) -> nn.Module:
-    """A copy with this share of all inner channels removed, those that matter least by the criterion."""
-    network = copy.deepcopy(ground.dense)
-    if importance == "taylor":
-        leave_gradients(network, ground, images, seed)
-    for parameter in network.parameters():
+def without_channels(dense: nn.Module, pair: Tensor, importance: str, ratio: float) -> nn.Module:
+    """A copy with this share of all inner channels removed, those that matter least by the criterion.
+
+    Batch norm's running means are the numbers that its channels had: no criterion looks at them, all are repaired.
+    """
+    network = copy.deepcopy(dense)
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean = torch.arange(norm.num_features, dtype=torch.float32)
+    gradients = {name: parameter.grad for name, parameter in dense.named_parameters()}
+    for name, parameter in network.named_parameters():
         parameter.requires_grad_(True)
+        parameter.grad = gradients[name]
+    inner = {name for group in groups_of(dense, pair) for name in (*group.producers, *group.between)}
     kept = [
         module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not is_inner(name)
+        if isinstance(module, nn.Conv2d | nn.Linear) and name not in inner
     ]
     pruner = torch_pruning.pruner.MetaPruner(
         network,
-        torch.zeros(1, 3, SPEC.crop, SPEC.crop),
+        pair[:1],
         IMPORTANCE[importance](),
         global_pruning=True,
         pruning_ratio=ratio,
@@ -116,9 +128,9 @@ def without_channels(ground: Ground, importance: str, ratio: float, images: int,
     return network.eval()
 
 
-def is_inner(name: str) -> bool:
-    """Whether a convolution's outputs stay within a residual block of two."""
-    return name.startswith("layer") and name.endswith("conv1")
+def groups_of(dense: nn.Module, pair: Tensor) -> tuple[Group, ...]:
+    """The groups of channels that can go."""
+    return removable_groups(dense, survey(dense, pair[:1]).sites, pair).groups
 
 
 def leave_gradients(network: nn.Module, ground: Ground, images: int, seed: int) -> None:
@@ -144,29 +156,44 @@ def reestimated(network: nn.Module, ground: Ground, images: int, seed: int) -> n
 
 
 def solved_again(network: nn.Module, ground: Ground, images: int, seed: int) -> nn.Module:
-    """The same channels removed as this project does it: consumers take up what they lose, layers are solved."""
-    dense, world = ground.dense, ground.world
-    pair = torch.zeros(2, 3, SPEC.crop, SPEC.crop)
-    groups = removable_groups(dense, survey(dense, pair[:1]).sites, pair).groups
-    all_kept = [KeptChannels(group, surviving(dense, network, group)) for group in groups]
-    kept = [each for each in all_kept if len(each.channels) < each.group.width]
+    """The same channels removed as this project does it, from training images and their mirror images."""
     seen = decode(ground.stream(ground.training(images, seed)), Views(mirrored=True))
+    return solved(
+        ground.dense,
+        network,
+        PAIR,
+        seen,
+        CorrectionConfig(calibrate_images=images, mirrored=True),
+        seed,
+        ground.world,
+    )
+
+
+def solved(
+    dense: nn.Module,
+    pruned: nn.Module,
+    pair: Tensor,
+    seen: Calibration,
+    settings: CorrectionConfig,
+    seed: int,
+    world: World,
+) -> nn.Module:
+    """The dense network without the channels that are gone: consumers take up their loss, layers are solved."""
+    groups = groups_of(dense, pair)
+    all_kept = [KeptChannels(group, surviving(dense, pruned, group)) for group in groups]
+    kept = [each for each in all_kept if len(each.channels) < each.group.width]
     consumers = [consumer for group in groups for consumer in group.consumers]
     moments = collect_channel_moments(dense, consumers, (batch.images for batch in seen.prepared()), world)
     narrow = narrowed(dense, kept, predictions(kept, moments)).eval()
-    solved = copy.deepcopy(narrow)
-    settings = CorrectionConfig(calibrate_images=images, mirrored=True)
-    correct(dense, solved, survey(narrow, pair[:1]), seen, settings, seed, world, source=narrow, kept=kept)
-    return solved
+    found = copy.deepcopy(narrow)
+    correct(dense, found, survey(narrow, pair[:1]), seen, settings, seed, world, source=narrow, kept=kept)
+    return found
 
 
 def surviving(dense: nn.Module, pruned: nn.Module, group: Group) -> tuple[int, ...]:
-    """Which of the group's channels are still there: the rows of the first layer are what they were."""
-    before, after = (
-        network.get_submodule(group.producers[0]).get_parameter("weight") for network in (dense, pruned)
-    )
-    same = (before[:, None] == after[None]).flatten(2).all(2)
-    return tuple(same.any(1).nonzero()[:, 0].tolist())
+    """Which of the group's channels are still there, by the mark that `without_channels` left."""
+    name = next(name for name in group.between if isinstance(dense.get_submodule(name), nn.BatchNorm2d))
+    return tuple(pruned.get_submodule(name).get_buffer("running_mean").long().tolist())
 
 
 REPAIRS = {"batch norm re-estimated": reestimated, "solved again": solved_again}

@@ -1,14 +1,12 @@
 """Methods of others that are put together here do what their papers say."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from dist_prune.network.models import build
 from tests.bench.ground import macs_of
-from tests.bench.peers import tucker_of, with_tucker, within
+from tests.bench.peers import PAIR, groups_of, surviving, tucker_of, with_tucker, within, without_channels
 
 
 def conv(**more: int) -> nn.Conv2d:
@@ -44,8 +42,21 @@ def test_as_much_is_kept_as_the_budget_allows(share: float) -> None:
     def at(kept: float) -> nn.Module:
         return made.setdefault(kept, with_tucker(dense, kept))
 
-    found = within(SimpleNamespace(dense=dense), share, at)  # type: ignore[arg-type]
+    found = within(dense, PAIR, share, at)
     assert 0.95 * share < macs_of(found) / macs_of(dense) <= share
     assert all(
         macs_of(other) <= macs_of(found) or macs_of(other) > share * macs_of(dense) for other in made.values()
     )
+
+
+def test_channels_that_survive_pruning_are_known_by_their_numbers() -> None:
+    """Filters that are left are what they were; of a layer whose inputs are gone, too, without these."""
+    dense = build("resnet20", 10)
+    pruned = without_channels(dense, PAIR, "magnitude", 0.4)
+    fewer = 0
+    for group in groups_of(dense, PAIR):
+        left = surviving(dense, pruned, group)
+        before, after = (net.get_submodule(group.producers[0]).get_parameter("weight") for net in (dense, pruned))
+        assert torch.equal(before[list(left)], after) and len(set(left)) == len(left)
+        fewer += group.width - len(left)
+    assert fewer > 50
