@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import reduce
+from io import StringIO
 from operator import or_
 from typing import Annotated, Any
 
@@ -66,8 +67,11 @@ def completion(words: Sequence[str]) -> int:
         for name, command in COMMANDS.items()
         if command.flags
     ]
-    with suppress(SystemExit):
+    script = StringIO()
+    with suppress(SystemExit), redirect_stdout(script):
         tyro.cli(reduce(or_, kinds), prog="dist-prune", args=["--tyro-print-completion", words[0]])
+    for line in script.getvalue().splitlines():
+        print(line.replace(r"\n", " ") if line.startswith("COMPLETION_SPEC") else line)  # shells end words there
     return 0
 
 

@@ -162,7 +162,9 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, capsys: pytest
         "--statistics-bf16",
         "--statistics-float32",
         "--statistics-images",
+        "--statistics-views",
     }
+    assert completed("run", "--loss-im") == ["--loss-images"], "its help has several lines"
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
