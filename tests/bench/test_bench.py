@@ -167,7 +167,7 @@ def test_the_quality_comparison_runs(tmp_path: Path) -> None:
         *2 * ["all forms"],
         *2 * ["widths alone"],
         *2 * ["k×k → 1×1 alone"],
-        *2 * ["weight SVD"],
+        "weight SVD",
         "Tucker-2 of the weights",
         "BALF: whitened SVD",
         *6 * ["Torch-Pruning"],

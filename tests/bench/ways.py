@@ -99,10 +99,10 @@ def seed_way(ratio: float) -> Way:
     return Way(flags, {"projected": "PCA, uniform, stride-1 convolutions"})
 
 
-def plain_way(method: str, share: float, name: str, *more: str) -> Way:
+def plain_way(method: str, share: float, name: str) -> Way:
     """Ranks by budget over all layers from the method's own spectra, nothing corrected."""
     budget = ("--sites", "*", "--method", method, "--ranks", f"budget:macs={share}", "--correct", "none")
-    return Way((*budget, "--statistics-images", str(SEEN), *more), {"projected": name})
+    return Way((*budget, "--statistics-images", str(SEEN)), {"projected": name})
 
 
 def own_way(share: float, images: int, options: str, *more: str) -> Way:
@@ -148,7 +148,6 @@ def ways(share: float, options: argparse.Namespace) -> Iterator[Way | Peer]:
         yield searched_way(share)
     if options.peers:
         yield plain_way("weight-svd", share, "weight SVD, by budget")
-        yield plain_way("weight-svd", share, "weight SVD, all forms by their error, by budget", "--forms", "all")
         yield tucker(share)
         yield plain_way("whitened-svd", share, "BALF: whitened SVD, by budget")
         yield from (
