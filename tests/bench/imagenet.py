@@ -123,12 +123,7 @@ class Pruned:
         settings = CorrectionConfig(calibrate_images=len(pixels), mirrored=True)
         seen = Calibration(pixels, torch.arange(len(pixels)), torch.clone, len(images[0]), Views(mirrored=True))
         for budget in budgets:
-            pruned = peers.within(
-                network,
-                pair,
-                budget,
-                lambda kept: peers.without_channels(network, pair, "magnitude", 1 - kept),
-            )
+            pruned = peers.pruned_to(network, pair, "magnitude", budget)
             with joined("cpu") as world:
                 found = peers.solved(network, pruned, pair, seen, settings, 0, world)
             share = survey(found, pair[:1]).macs / survey(network, pair[:1]).macs

@@ -7,7 +7,7 @@ shortcuts. One share for the whole network, found by bisection: as many MACs as 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorly
 import torch
@@ -48,8 +48,13 @@ def prune(ground: Ground, importance: str, share: float, images: int, seed: int,
     dense = copy.deepcopy(ground.dense)
     if importance == "taylor":
         leave_gradients(dense, ground, images, seed)
-    pruned = within(ground.dense, PAIR, share, lambda kept: without_channels(dense, PAIR, importance, 1 - kept))
-    return REPAIRS[repair](pruned, ground, images, seed)
+    return REPAIRS[repair](pruned_to(dense, PAIR, importance, share), ground, images, seed)
+
+
+def pruned_to(dense: nn.Module, pair: Tensor, importance: str, share: float) -> nn.Module:
+    """With as few channels removed as the share of the MACs allows; not repaired."""
+    groups = groups_of(dense, pair)
+    return within(dense, pair, share, lambda kept: without_channels(dense, pair, groups, importance, 1 - kept))
 
 
 def tucker(ground: Ground, share: float, images: int, seed: int) -> nn.Module:
@@ -96,8 +101,10 @@ def tucker_of(conv: nn.Conv2d, kept: float) -> nn.Sequential:
     return nn.Sequential(first, middle, last)
 
 
-def without_channels(dense: nn.Module, pair: Tensor, importance: str, ratio: float) -> nn.Module:
-    """A copy with this share of all inner channels removed, those that matter least by the criterion.
+def without_channels(
+    dense: nn.Module, pair: Tensor, groups: Sequence[Group], importance: str, ratio: float
+) -> nn.Module:
+    """A copy with this share of all channels of the groups removed, those that matter least by the criterion.
 
     Batch norm's running means are the numbers that its channels had: no criterion looks at them, all are repaired.
     """
@@ -108,7 +115,7 @@ def without_channels(dense: nn.Module, pair: Tensor, importance: str, ratio: flo
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(True)
         parameter.grad = gradients[name]
-    inner = {name for group in groups_of(dense, pair) for name in (*group.producers, *group.between)}
+    inner = {name for group in groups for name in (*group.producers, *group.between)}
     kept = [
         module
         for name, module in network.named_modules()

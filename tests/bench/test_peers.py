@@ -52,9 +52,9 @@ def test_as_much_is_kept_as_the_budget_allows(share: float) -> None:
 def test_channels_that_survive_pruning_are_known_by_their_numbers() -> None:
     """Filters that are left are what they were; of a layer whose inputs are gone, too, without these."""
     dense = build("resnet20", 10)
-    pruned = without_channels(dense, PAIR, "magnitude", 0.4)
-    fewer = 0
-    for group in groups_of(dense, PAIR):
+    groups, fewer = groups_of(dense, PAIR), 0
+    pruned = without_channels(dense, PAIR, groups, "magnitude", 0.4)
+    for group in groups:
         left = surviving(dense, pruned, group)
         before, after = (net.get_submodule(group.producers[0]).get_parameter("weight") for net in (dense, pruned))
         assert torch.equal(before[list(left)], after) and len(set(left)) == len(left)

@@ -77,6 +77,8 @@ def test_what_views_statistics_are_of_is_described_where_they_are_wanted() -> No
 def test_without_views_anything_passes() -> None:
     tokens = torch.arange(12).reshape(3, 4)
     assert [each is tokens for each in Views().of(tokens, torch.arange(3))] == [True]
+    batch = Batch(tokens, torch.zeros(3), torch.arange(3))
+    assert [each is batch for each in in_views([batch], Views())] == [True], "nothing is copied"
 
 
 def test_the_settings_say_which() -> None:
