@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from torch import Tensor
 from dist_prune.config.run import Augment, ImageSpec
 from dist_prune.data.dali_errors import cause_of, explain
 from dist_prune.data.dataset import Split
+from dist_prune.data.decoder import Decoder
 from dist_prune.data.in_flight import InFlight, aboard
 from dist_prune.data.listing import DataError
 from dist_prune.data.reading import ReadAhead
@@ -189,7 +190,7 @@ class Stream:
                 encoded, indices = self._read_ahead(dali)
             else:
                 encoded, indices = self._read_shards(dali, scratch) if self.split.archive else self._read(dali)
-            decoder = _Decoder(dali, self.spec, "cpu" if on_cpu else "mixed", self.layout)
+            decoder = Decoder(dali, self.spec, "cpu" if on_cpu else "mixed", self.layout)
             pixels = decoder.augmented(encoded, self.augment) if self.augment else decoder.centred(encoded)
             pipeline.set_outputs(pixels, indices)
         return cast("Pipeline", pipeline)
@@ -325,74 +326,3 @@ def _dali() -> tuple[ModuleType, ModuleType]:
             f"or nvidia-dali-cuda130 beside a torch built for CUDA 13; "
             f"dist_prune.compress does without"
         ) from error
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """Encoded files → uint8, HWC where `layout` is channels_last, else CHW, as nodes of a DALI graph."""
-
-    dali: ModuleType
-    spec: ImageSpec
-    place: str
-    layout: torch.memory_format
-
-    def centred(self, encoded: DataNode) -> DataNode:
-        """Resize and cut as torchvision's Resize + CenterCrop: sizes floored, corners rounded to even."""
-        sides, pixels = self._sides(encoded), self._decode(self.dali.fn.decoders.image, encoded)
-        if not self.spec.resize:
-            return self._laid_out(self._cut(pixels, self._central(sides)))
-        resized = sides * self.spec.resize // self.dali.fn.reductions.min(sides)
-        corner, scale = self._central(resized), self._float(sides) / self._float(resized)
-        # the part that is kept, in pixels of the file: what a centre crop would cut off is never computed
-        part = {"roi_start": corner * scale, "roi_end": (corner + self.spec.crop) * scale}
-        return self._laid_out(self._resized(pixels, **part))
-
-    def _laid_out(self, pixels: DataNode, **mirror: DataNode) -> DataNode:
-        """HWC → what is wanted, mirrored on the way."""
-        if self.layout is not torch.channels_last:
-            as_they_are = {"dtype": self.dali.types.UINT8, "mean": [0.0], "std": [1.0], "output_layout": "CHW"}
-            return cast("DataNode", self.dali.fn.crop_mirror_normalize(pixels, **as_they_are, **mirror))
-        return cast("DataNode", self.dali.fn.flip(pixels, horizontal=mirror["mirror"])) if mirror else pixels
-
-    def _central(self, sides: DataNode) -> DataNode:
-        spare = sides - self.spec.crop
-        half = spare // 2
-        return half + (spare - 2 * half) * (half - half // 2 * 2)
-
-    def _float(self, numbers: DataNode) -> DataNode:
-        return cast("DataNode", self.dali.fn.cast(numbers, dtype=self.dali.types.FLOAT))
-
-    def augmented(self, encoded: DataNode, augment: Augment) -> DataNode:
-        """Cut at random: an area of any size where the spec resizes, else a shift over a black border."""
-        fn, crop = self.dali.fn, self.spec.crop
-        if self.spec.resize:
-            area, ratio = list(augment.area), list(augment.ratio)
-            cut = partial(fn.decoders.image_random_crop, random_area=area, random_aspect_ratio=ratio)
-            pixels = self._resized(self._decode(cut, encoded))
-        else:
-            places = self._sides(encoded) + (2 * augment.pad - crop + 1)
-            place = self.dali.math.floor(fn.random.uniform(range=[0.0, 1.0], shape=[2]) * places)
-            pixels = self._cut(
-                self._decode(fn.decoders.image, encoded), place - augment.pad, out_of_bounds_policy="pad"
-            )
-        return self._laid_out(pixels, **{"mirror": fn.random.coin_flip()} if augment.flip else {})
-
-    def _sides(self, encoded: DataNode) -> DataNode:
-        fn = self.dali.fn
-        return cast("DataNode", fn.slice(fn.peek_image_shape(encoded, adjust_orientation=False), 0, 2, axes=[0]))
-
-    def _decode(self, decoder: Callable[..., DataNode], encoded: DataNode) -> DataNode:
-        # as Pillow does: not turned by EXIF, chroma smoothed
-        like_pillow = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
-        return decoder(encoded, device=self.place, output_type=self.dali.types.RGB, **like_pillow)
-
-    def _resized(self, pixels: DataNode, **part: DataNode) -> DataNode:
-        kinds = {"bilinear": self.dali.types.INTERP_LINEAR, "bicubic": self.dali.types.INTERP_CUBIC}
-        kind = kinds[self.spec.interpolation]
-        how = {"interp_type": kind, "antialias": True, "subpixel_scale": False}
-        return cast("DataNode", self.dali.fn.resize(pixels, size=[self.spec.crop] * 2, **how, **part))
-
-    def _cut(self, pixels: DataNode, corner: DataNode, **policy: str) -> DataNode:
-        start, side = self.dali.fn.cast(corner, dtype=self.dali.types.INT32), self.spec.crop
-        cut = self.dali.fn.slice(pixels, start=start, shape=[side, side], axes=[0, 1], **policy)
-        return cast("DataNode", cut)
