@@ -81,7 +81,7 @@ class Decoder:
     def _decode_part(self, encoded: DataNode, corner: DataNode, size: DataNode) -> DataNode:
         """The part from a corner on; a GPU decodes all, as its decoders refuse parts with smoothed chroma.
 
-        They say so for every image, and leave it to one three times slower (CUDA 12 and 13, DALI 2.4).
+        They say so for every image, and leave it to one three times slower (nvJPEG before 13.2).
         """
         fn, axes = self.dali.fn, [0, 1]
         if self.place == "cpu":

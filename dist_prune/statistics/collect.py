@@ -98,7 +98,7 @@ def collect(
         return Statistics()
     views = [View(site, method.side, method.chunk_mb << 20) for site in sites]
     passes = passes or Passes()
-    watch, bf16 = passes.watch, runs_bf16(method, world.device)
+    watch, bf16 = passes.watch, runs_bf16(method, world.device) and _is_float32(model)
     if method.method in ONE_PASS:
         with accumulating_patches(model, sites if patches else (), world.device) as places:
             sums: dict[str, Sums] = {f"patches/{name}": each for name, each in places.items()}
@@ -137,6 +137,11 @@ def runs_bf16(method: MethodConfig, device: torch.device) -> bool:
     if device.type != "cuda" or method.statistics_float32 or method.probing:
         return method.statistics_bf16
     return method.statistics_bf16 or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _is_float32(model: nn.Module) -> bool:
+    """Whether autocast is meant for it: of a float16 network it would feed layers two kinds of numbers."""
+    return all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
 
 
 def _objective(method: MethodConfig, seed: int) -> Objective:

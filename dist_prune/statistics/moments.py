@@ -3,8 +3,8 @@
 Each rank sums n, Σ(y−m) and Σ(y−m)(y−m)ᵀ about a shift m of its own (the mean of its first batch): without
 the shift, float32 products of data far from zero would cancel. At the end all ranks move their sums to one
 common shift, in float64, where the distance is a few standard deviations at most, and one all-reduce adds
-them. Products of centred rows are taken in float32, or in TF32 on a GPU where the network runs in bfloat16; their
-sums are kept in float64.
+them. Products of centred rows are taken in float32, or, on a GPU where the network runs in bfloat16, of rows that
+are centred in bfloat16; their sums are kept in float64.
 """
 
 from __future__ import annotations
@@ -122,16 +122,18 @@ class Accumulator:
         """
         if not blocks[0].numel():
             return
-        groups, dtype = len(self.total), torch.promote_types(blocks[0].dtype, torch.float32)
+        groups, given, tiles = len(self.total), blocks[0].dtype, tiles_of(self.total)
+        wide = torch.promote_types(given, torch.float32)
+        dtype = given if given == torch.bfloat16 and tiles.keeps_bf16 else wide
         parts = [block.view(groups, -1, *block.shape[1:]) for block in blocks]
         if self.shift is None:
-            self.shift = torch.cat([part.mean((2, 3), dtype=dtype) for part in parts], 1)
+            self.shift = torch.cat([_shift_of(part, wide) for part in parts], 1)
         count, positions = blocks[0].shape[1:]
-        images = max(1, tiles_of(self.total).bytes // (self.total.numel() * positions * dtype.itemsize))
+        images = max(1, tiles.bytes // (self.total.numel() * positions * dtype.itemsize))
         for some in zip(*(torch.split(part, images, dim=2) for part in parts), strict=True):
-            columns = _minus(some, self.shift)
+            columns = _minus(some, self.shift.to(dtype))
             self.outer.add_square(columns)
-            self.total += columns.sum(-1)
+            self.total += columns.sum(-1, dtype=wide)
         self.count += count * positions
         self.outer.close_batch()
 
@@ -151,6 +153,16 @@ class Accumulator:
         """The sums so far."""
         shift = self.total.new_zeros(self.total.shape) if self.shift is None else self.shift.double()
         return Moments(self.total.new_tensor(self.count), shift, self.total, self.outer.matrix())
+
+
+def _shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their mean, (g, k), as a multiple of the last bit of the largest.
+
+    In bfloat16 large rows then lose it exactly, and what small rows are rounded by has no sign.
+    """
+    mean, largest = rows.mean((2, 3), dtype=dtype), torch.linalg.vector_norm(rows, torch.inf, (2, 3), dtype=dtype)
+    unit = largest.clamp_(torch.finfo(dtype).tiny).log2_().ceil_().exp2_().mul_(torch.finfo(rows.dtype).eps)
+    return mean.div_(unit).round_().mul_(unit)
 
 
 def _minus(blocks: Sequence[Tensor], shift: Tensor) -> Tensor:

@@ -18,15 +18,18 @@ class Tiles(NamedTuple):
         bytes: of columns multiplied at once.
         panel: least width of a panel of their symmetric product.
         batches: whose float32 products are summed before they are added to the sums in float64.
+        keeps_bf16: whether rows in bfloat16 are multiplied as they are, into float32: by tensor cores, from half
+            the memory.
     """
 
     bytes: int
     panel: int
     batches: int
+    keeps_bf16: bool
 
 
-CPU_TILES = Tiles(2 << 20, 48, 1)  # what stays in a core's cache, and the width at which MKL is fastest
-GPU_TILES = Tiles(1 << 27, 256, 16)  # few large kernels
+CPU_TILES = Tiles(2 << 20, 48, 1, False)  # what stays in a core's cache, the width at which MKL is fastest
+GPU_TILES = Tiles(1 << 27, 256, 16, True)  # few large kernels
 
 
 def tiles_of(tensor: Tensor) -> Tiles:
@@ -47,8 +50,9 @@ class SymmetricSum:
         self._batches = 0  # in it
 
     def add_square(self, columns: Tensor) -> None:
-        """Add columns·columnsᵀ, of (g, k, n)."""
-        add_lower_product(self._product_in(columns.dtype, whole=False), columns, self._panel)
+        """Add columns·columnsᵀ, of (g, k, n), of bfloat16 exact but for the sums' rounding in float32."""
+        wide = torch.promote_types(columns.dtype, torch.float32)
+        add_lower_product(self._product_in(wide, whole=False), columns, self._panel)
 
     def add_product(self, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
         """Add scale·(left·rightᵀ + right·leftᵀ)/2, of (g, k, n) each."""
@@ -102,7 +106,18 @@ class SymmetricSum:
 def add_lower_product(product: Tensor, columns: Tensor, step: int) -> None:
     """Add columns·columnsᵀ, (g, k, k), in panels of columns that begin at the diagonal: about half of it."""
     for p in panels(product.shape[-1], step):
-        product[:, p.start :, p].baddbmm_(columns[:, p.start :], columns[:, p].mT)
+        panel, left, right = product[:, p.start :, p], columns[:, p.start :], columns[:, p].mT
+        if columns.dtype == product.dtype:
+            panel.baddbmm_(left, right)
+        else:
+            panel += _product(left, right, product.dtype)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left·right, (g, k, n) and (g, n, m), in a wider type than theirs; a CPU has no kernel for that."""
+    if left.device.type == "cpu":
+        return torch.bmm(left.to(dtype), right.to(dtype))
+    return torch.bmm(left, right, out_dtype=dtype)
 
 
 def panels(width: int, step: int = 0) -> Iterator[slice]:

@@ -199,7 +199,7 @@ def test_what_makes_the_statistics_fast_leaves_them_right(
     groups: int, layout: torch.memory_format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several chunks, the last one smaller; several panels, the last one narrower; every layout."""
-    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(8 * 60 * 49 * 4, 7, 1))
+    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(8 * 60 * 49 * 4, 7, 1, False))
     y = torch.randn(19, 60, 7, 7, generator=torch.Generator().manual_seed(0)) + 3
     y = y.to(dtype).contiguous(memory_format=layout)
     accumulator = Accumulator(groups, 60 // groups, torch.device("cpu"))

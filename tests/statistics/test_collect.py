@@ -336,3 +336,16 @@ def test_gpus_that_compute_in_bfloat16_run_the_statistics_in_it_unless_float32_i
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
     assert statistics.runs_bf16(MethodConfig(**settings), torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_network_of_another_precision_is_run_in_its_own(world: World, dtype: torch.dtype) -> None:
+    """Autocast made bfloat16 of the inputs of a batch norm whose weights were float16: CUDA refuses that."""
+    seen: list[torch.dtype] = []
+    model = network().to(dtype)
+    model[0].register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    given = [replace(batch, images=batch.images.to(dtype)) for batch in batches(0)]
+    settings = MethodConfig("pca", statistics_bf16=True)
+    sites = survey(model, given[0].images[:1]).sites
+    statistics.collect(model, sites, lambda _: given, world, settings, 0)
+    assert {*seen} == {dtype}

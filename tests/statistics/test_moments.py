@@ -150,7 +150,7 @@ def test_output_covariance_follows_from_the_input_covariance(world: World) -> No
 def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lower_panels_alone(
     panel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(1 << 20, 8, 1))
+    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(1 << 20, 8, 1, False))
     first, second = torch.randn(2, 2 * 48, 5, 7, generator=torch.Generator().manual_seed(0))
     whole, stopped, resumed = (Accumulator(2, 48, torch.device("cpu")) for _ in range(3))
     for batch in (first, second):
@@ -162,7 +162,7 @@ def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lowe
         sum(t.numel() for name, t in state.items() if name.startswith("outer/"))
         < 0.54 * stopped.outer.total.numel()
     )
-    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(1 << 20, panel, 1))  # as on another device
+    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(1 << 20, panel, 1, False))  # as on another device
     resumed.load_state_dict(state)
     resumed.add(second)
     found = resumed.moments()
@@ -174,7 +174,7 @@ def test_saved_between_two_batches_it_continues_with_the_same_bits_from_the_lowe
 def test_float32_products_of_several_batches_are_flushed_to_float64_and_when_they_are_asked_for(
     batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(1 << 20, 8, batches))
+    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.Tiles(1 << 20, 8, batches, False))
     rows = torch.randn(2 * 24, 10, 30, generator=torch.Generator().manual_seed(0))
     accumulator, resumed = (Accumulator(2, 24, torch.device("cpu")) for _ in range(2))
     for part in rows[:, :6].split(1, dim=1):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import dist_prune
 from dist_prune.network.sites import describe
+from dist_prune.statistics import symmetric
 from dist_prune.statistics.moments import Accumulator
 from dist_prune.statistics.patches import PatchAccumulator
 from dist_prune.statistics.precision import full_float32, full_float32_convolutions, products
@@ -110,13 +111,13 @@ def test_no_product_that_statistics_or_correction_are_made_of_is_in_tf32_whateve
 # ── bfloat16: products of centred rows may be ──────────────────────────────────────────────────────────────
 
 
-def correlated(width: int, count: int) -> Tensor:
+def correlated(width: int, count: int, mean: float = 10.0) -> Tensor:
     """Rows (width, count) whose eigenvalues span five decades, means ten times the largest deviation: as after a
     batch norm and a ReLU."""
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
     scale = torch.logspace(0, -2.5, width, dtype=torch.float64)
-    return (turn * scale) @ torch.randn(width, count, generator=generator, dtype=torch.float64) + 10
+    return (turn * scale) @ torch.randn(width, count, generator=generator, dtype=torch.float64) + mean
 
 
 def error_of(found: Tensor, exact: Tensor) -> float:
@@ -142,6 +143,34 @@ def test_spectra_of_centred_tf32_products_are_those_of_float64_down_to_small_eig
 
     assert error(centred=True) < 1e-3
     assert kind == "bfloat16 rows" or error(centred=False) > 10 * error(centred=True)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3, 10.0])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_rows_centred_in_bfloat16_as_on_a_gpu_lose_no_more_than_they_had_lost(
+    monkeypatch: pytest.MonkeyPatch, mean: float, channels_last: bool
+) -> None:
+    monkeypatch.setattr(symmetric, "CPU_TILES", symmetric.GPU_TILES._replace(panel=16))
+    rows = correlated(48, 20_000, mean)
+    given = rows.bfloat16().view(48, 20, -1)
+    if channels_last:
+        given = given.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    accumulator = Accumulator(1, 48, torch.device("cpu"))
+    multiplied: list[torch.dtype] = []
+    add_square = symmetric.SymmetricSum.add_square
+    monkeypatch.setattr(
+        symmetric.SymmetricSum, "add_square", lambda own, x: (multiplied.append(x.dtype), add_square(own, x))
+    )
+    for part in given.split(4, 1):
+        accumulator.add(part)
+    assert {*multiplied} == {torch.bfloat16}
+    found, exact, rounded = (
+        accumulator.moments(), torch.cov(rows, correction=0), torch.cov(given.flatten(1).double(), correction=0)
+    )  # fmt: skip
+    torch.testing.assert_close(found.mean[0], given.flatten(1).double().mean(1), rtol=0, atol=2e-5)
+    lost = error_of(rounded, exact)
+    assert lost > 0
+    assert error_of(found.covariance[0], exact) < 2 * lost + 1e-6
 
 
 @pytest.mark.parametrize("kind", ["float32 inputs", "bfloat16 inputs"])
