@@ -199,7 +199,8 @@ class CompressionConfig:
     """Layers to compress: globs over names and kinds, comma-separated, ! excludes: 'layer*,!layer4.*'. @conv,
     @linear, @stride1 (convolutions of stride 1), @spatial (kernels larger than 1×1)."""
     round_to: int = 0
-    """Ranks are multiples of this; 0: 8 on CUDA, on the CPU 16 where latency is the budget, else 1."""
+    """Ranks are multiples of this; 0: 8 on CUDA (less where layers are narrow), on the CPU 16 where latency is the
+    budget, else 1."""
     width: Literal["auto", "on", "off"] = "auto"
     """on: within a budget of MACs or parameters, hidden channels can go, too, where that loses less than lower
     ranks; with fisher. auto: where that can be."""

@@ -37,6 +37,10 @@ TRIALS = 6  # plans that are timed as whole networks, at most
 NEAR = 1.01  # a measured time within this factor of the budget meets it: clocks are no better
 FAR = 0.95  # a plan after the first that takes less than this part of the budget leaves out too much
 
+TENSOR_CORES = 8  # take factors of this many columns
+MULTIPLES = 8  # of the step that a layer has at least, else its ranks are too coarse
+FEW = 0.1  # of the multiply-adds
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -250,7 +254,7 @@ def planner(config: Run, found: Survey, world: World) -> Planner:
     compression = config.compression
     rule, side = parse_rule(compression.ranks), compression.basis.side
     forms = tuple(FORMS[name] for name in compression.allowed_forms)
-    round_to = compression.round_to or usual_step(rule, world.device)
+    round_to = compression.round_to or usual_step(rule, world.device, found)
     batch = config.images.eval_batch_size
     return Planner(rule, found, round_to, side, batch, repair=config.repair, forms=forms)
 
@@ -261,14 +265,22 @@ def follower(plan: Plan, config: Run, found: Survey, world: World) -> Planner:
     return replace(planner(config, found, world), rule=Rule("sites", listed=named))
 
 
-def usual_step(rule: Rule, device: torch.device) -> int:
+def usual_step(rule: Rule, device: torch.device, found: Survey) -> int:
     """What ranks are multiples of: 8 for tensor cores; where time is what counts, 16 for registers of 512 bits.
 
-    A convolution on such a processor takes as long for 17 outputs as for 32.
+    A convolution on such a processor takes as long for 17 outputs as for 32. Tensor cores gain a few per cent, and
+    a narrow layer loses more by it: for them it is halved until few multiply-adds are in layers of less than
+    `MULTIPLES` multiples.
     """
-    if device.type == "cuda":
-        return 8
-    return 16 if rule.of == "latency" else 1
+    if device.type != "cuda":
+        return 16 if rule.of == "latency" else 1
+    return next(step for step in (TENSOR_CORES, 4, 2, 1) if step == 1 or _narrow(found, step) < FEW)
+
+
+def _narrow(found: Survey, step: int) -> float:
+    """The share of the sites' multiply-adds in those of too few outputs for ranks in multiples of this."""
+    narrow = sum(site.macs for site in found.sites if site.outputs < MULTIPLES * step)
+    return narrow / max(1, sum(site.macs for site in found.sites))
 
 
 def timed_planner(config: Run, dense: nn.Module, found: Survey, world: World, image: Tensor) -> Planner:

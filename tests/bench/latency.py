@@ -79,7 +79,7 @@ class Row:
 def planned(rule: str, dense: nn.Module, images: Tensor) -> Plan:
     """The plan that a run with `--method weight-svd --channels-last` would make on this device."""
     parsed, found = parse_rule(rule), survey(dense, images[:1])
-    round_to = usual_step(parsed, images.device)
+    round_to = usual_step(parsed, images.device, found)
     weights = {site: dense.get_submodule(site.name) for site in found.sites}
     bases = {
         s.name: by_weight(weight_of(m, s).double(), bias_of(m, s).double(), "output") for s, m in weights.items()

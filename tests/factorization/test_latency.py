@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from dist_prune.config.flags import parse_forms
+from dist_prune.config.flags import parse_forms, parse_rule
 from dist_prune.config.recipes import parse
 from dist_prune.distributed.world import World
 from dist_prune.factorization import latency
@@ -29,8 +29,9 @@ from dist_prune.factorization.latency import (
     time_share,
 )
 from dist_prune.factorization.plan import undecided
-from dist_prune.factorization.planner import timed_planner
+from dist_prune.factorization.planner import timed_planner, usual_step
 from dist_prune.network.memory_format import channels_last
+from dist_prune.network.models import build
 from dist_prune.network.sites import Site, View, survey
 from dist_prune.run.prepare import load_network
 from tests.ranks import run_ranks
@@ -291,6 +292,20 @@ def test_where_time_counts_ranks_fill_a_processor_s_registers(
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     model, run = network(), parse(["digits", *flags])
     assert timed_planner(run, model, survey(model, IMAGES[:1]), world, IMAGES[:1]).round_to == step
+
+
+@pytest.mark.parametrize(
+    ("arch", "side", "step"), [("resnet20", 32, 2), ("resnet18", 64, 8), ("mobilenet_v2", 64, 4)]
+)
+def test_on_a_gpu_narrow_layers_are_not_left_a_few_coarse_ranks(arch: str, side: int, step: int) -> None:
+    found, rule = survey(build(arch, 10), torch.zeros(1, 3, side, side)), parse_rule("budget:macs=0.5")
+    assert usual_step(rule, torch.device("cuda"), found) == step
+    narrow, coarse = (
+        sum(site.macs for site in found.sites if site.outputs < 8 * each) / sum(site.macs for site in found.sites)
+        for each in (step, 2 * step)
+    )
+    assert narrow < 0.1
+    assert step == 8 or coarse >= 0.1
 
 
 def test_in_bfloat16_layers_are_given_what_they_have_in_a_pass_of_that_precision(
