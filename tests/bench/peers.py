@@ -1,4 +1,5 @@
-"""Methods of others: pruning by Torch-Pruning 1.6 (Fang et al. 2023), Tucker-2 by tensorly (Kim et al. 2016).
+"""Methods of others: pruning by Torch-Pruning 1.6 (Fang et al. 2023), Tucker-2 by tensorly (Kim et al. 2016), and
+forms that are chosen by the error of weights (SVD-NAS, Yu and Bouganis 2023, without its search).
 
 Of pruning, only the inner channels of blocks go, as this project's widths have it: the others are added to
 shortcuts. One share for the whole network, found by bisection: as many MACs as the others.
@@ -17,13 +18,22 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
 
 from dist_prune.config.correction import CorrectionConfig
+from dist_prune.config.flags import Rule
+from dist_prune.config.run import MethodConfig
 from dist_prune.correction.calibration import Calibration, decode
 from dist_prune.correction.correct import correct
 from dist_prune.data.views import Views
 from dist_prune.distributed.world import World
+from dist_prune.factorization.bases import solve
+from dist_prune.factorization.forms import FORMS
+from dist_prune.factorization.nested import nested_of
+from dist_prune.factorization.plan import make_plan
+from dist_prune.factorization.project import project
+from dist_prune.factorization.spectra import spectra_of
 from dist_prune.network.channels import Group, KeptChannels
 from dist_prune.network.outputs import logits_of
 from dist_prune.network.sites import evaluating, survey
+from dist_prune.statistics.collect import Statistics
 from dist_prune.width.choose import predictions, removable_groups
 from dist_prune.width.moments import collect_channel_moments
 from dist_prune.width.narrowing import narrowed
@@ -61,6 +71,22 @@ def tucker(ground: Ground, share: float, images: int, seed: int) -> nn.Module:
     """Every k×k convolution as 1×1 → k×k → 1×1, the same share of both its channels; batch norm re-estimated."""
     chains = within(ground.dense, PAIR, share, lambda kept: with_tucker(ground.dense, kept))
     return reestimated(chains, ground, images, seed)
+
+
+def forms_by_weight(ground: Ground, share: float, images: int, seed: int) -> nn.Module:
+    """Every layer in the form and at the ranks whose weights err least in sum; batch norm re-estimated."""
+    chains = with_forms(ground.dense, PAIR, share, tuple(FORMS), ground.world)
+    return reestimated(chains, ground, images, seed)
+
+
+def with_forms(dense: nn.Module, pair: Tensor, share: float, forms: Sequence[str], world: World) -> nn.Module:
+    """A copy within this share of the MACs, of chains for which all inputs and all outputs count alike."""
+    found, method, nothing = survey(dense, pair[:1]), MethodConfig("weight-svd"), Statistics()
+    bases = solve(dense, found.sites, nothing, method, 0, world)
+    nested = nested_of(dense, found.sites, forms, bases, nothing, 0.0, world)
+    budget, allowed = Rule("budget", share, of="macs"), tuple(FORMS[name] for name in forms)
+    plan = make_plan(budget, found, 1, spectra=spectra_of(bases, method, nested), forms=allowed)
+    return project(dense, found.sites, bases, plan, nested=nested).eval()
 
 
 def within(dense: nn.Module, pair: Tensor, share: float, made: Callable[[float], nn.Module]) -> nn.Module:

@@ -4,9 +4,21 @@ import pytest
 import torch
 from torch import nn
 
+from dist_prune.distributed.world import World
+from dist_prune.factorization.forms import FORMS
 from dist_prune.network.models import build
+from dist_prune.network.sites import survey
 from tests.bench.ground import macs_of
-from tests.bench.peers import PAIR, groups_of, surviving, tucker_of, with_tucker, within, without_channels
+from tests.bench.peers import (
+    PAIR,
+    groups_of,
+    surviving,
+    tucker_of,
+    with_forms,
+    with_tucker,
+    within,
+    without_channels,
+)
 
 
 def conv(**more: int) -> nn.Conv2d:
@@ -32,6 +44,35 @@ def test_tucker_is_as_near_as_projections_on_leading_singular_vectors_or_nearer(
     projected = torch.einsum("oO,OIhw,Ii->oihw", p, weight, q)
     assert (found - weight).norm() <= (projected - weight).norm() * (1 + 1e-6)
     assert (found - weight).norm() > 0.05 * weight.norm()
+
+
+def kernel_of(layer: nn.Module) -> torch.Tensor:
+    """Of a chain of 3×3 convolutions without bias: what it answers to each number of a patch, (8·9, outputs)."""
+    return layer(torch.eye(8 * 9, dtype=torch.float64).view(-1, 8, 3, 3)).flatten(1)
+
+
+def test_forms_by_weight_err_least_in_sum_and_are_plain_svds_where_one_form_is_allowed(world: World) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(nn.Conv2d(8, 8, 3, bias=False) for _ in range(4)), nn.Flatten()).double()
+    with torch.no_grad():  # two that are nearly chains of columns and rows already
+        for layer, places in ((dense[2], "oqh,qcw->ochw"), (dense[3], "oqw,qch->ochw")):
+            layer.weight.mul_(0.1).add_(torch.einsum(places, torch.randn(8, 4, 3), torch.randn(4, 8, 3)))
+    pair, share = torch.zeros(2, 8, 10, 10, dtype=torch.float64), 0.35
+
+    @torch.no_grad()
+    def errors(*forms: str) -> list[float]:
+        made = with_forms(dense, pair, share, forms, world)
+        assert survey(made, pair[:1]).macs <= share * survey(dense, pair[:1]).macs
+        found = []
+        for before, after in zip(map(kernel_of, dense[:4]), map(kernel_of, made[:4]), strict=True):
+            found.append(float((before - after).square().sum()))
+            if forms == ("output",):
+                rank = int(torch.linalg.matrix_rank(after, rtol=1e-8))
+                assert found[-1] == pytest.approx(float(torch.linalg.svdvals(before)[rank:].square().sum()))
+        return found
+
+    every = [sum(errors(name)) for name in ("output", "input", "vertical", "horizontal")]
+    assert sum(errors(*FORMS)) < 0.9 * min(every)
 
 
 @pytest.mark.parametrize("share", [0.584, 0.2])

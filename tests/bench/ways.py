@@ -93,6 +93,12 @@ def tucker(share: float) -> Peer:
     return Peer(name, share, lambda at, seed: peers.tucker(at, share, SEEN, seed))
 
 
+def forms_by_weight(share: float) -> Peer:
+    """Every layer's form by the error of its weights."""
+    name = "all forms by the weights' error, by budget, batch norm re-estimated"
+    return Peer(name, share, lambda at, seed: peers.forms_by_weight(at, share, SEEN, seed))
+
+
 def seed_way(ratio: float) -> Way:
     """PCA, the same share of every stride-1 convolution's ranks, nothing corrected."""
     flags = ("--method", "pca", "--sites", "@stride1", "--ranks", f"uniform:{ratio}", "--correct", "none")
@@ -148,6 +154,7 @@ def ways(share: float, options: argparse.Namespace) -> Iterator[Way | Peer]:
         yield searched_way(share)
     if options.peers:
         yield plain_way("weight-svd", share, "weight SVD, by budget")
+        yield forms_by_weight(share)
         yield tucker(share)
         yield plain_way("whitened-svd", share, "BALF: whitened SVD, by budget")
         yield from (
