@@ -161,7 +161,8 @@ def _shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
     In bfloat16 large rows then lose it exactly, and what small rows are rounded by has no sign.
     """
     mean, largest = rows.mean((2, 3), dtype=dtype), torch.linalg.vector_norm(rows, torch.inf, (2, 3), dtype=dtype)
-    unit = largest.clamp_(torch.finfo(dtype).tiny).log2_().ceil_().exp2_().mul_(torch.finfo(rows.dtype).eps)
+    bit = torch.finfo(rows.dtype).eps
+    unit = largest.clamp_(torch.finfo(dtype).tiny / bit).log2_().ceil_().exp2_().mul_(bit)
     return mean.div_(unit).round_().mul_(unit)
 
 

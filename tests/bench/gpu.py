@@ -2,10 +2,11 @@
 
     uv run python -m tests.bench.gpu [--device cpu] [--quick] [--parts NAME …] [--seconds N] [--output FILE]
 
-Made for one CUDA device and ten minutes at most (an H200 took two); with `--device cpu` the same parts run on the CPU, smaller, and what
-needs a GPU says so. Synthetic images and random weights, but for `bases`, where a network is trained on
-scikit-learn's digits. Neither weights nor data are needed, and of the packages in pyproject.toml neither DALI (the
-part `decoding` then says that it was not measured) nor submitit, jinja2, tomli-w and the extras.
+Made for one CUDA device and ten minutes at most (an H200 took two); with `--device cpu` the same parts run on
+the CPU, smaller, and what needs a GPU says so. Synthetic images and random weights, but for `bases`, where a
+network is trained on scikit-learn's digits. Neither weights nor data are needed, and of the packages in
+pyproject.toml neither DALI (the part `decoding` then says that it was not measured) nor submitit, jinja2,
+tomli-w and the extras.
 
 Both sides of every ratio are taken in turns. A fraction is of what this device was measured to do at best, see
 `ceilings.py`. Results are written after every part. A part that fails is told, the others go on, and the exit

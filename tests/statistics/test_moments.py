@@ -186,3 +186,22 @@ def test_float32_products_of_several_batches_are_flushed_to_float64_and_when_the
     expected = torch.stack([torch.cov(g, correction=0) for g in rows.double().view(2, 24, 300)])
     for each in (accumulator, resumed):
         torch.testing.assert_close(each.moments().covariance, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_channels_that_are_always_zero_and_others_are_counted_alike_on_processors_without_denormals(
+    dtype: torch.dtype,
+) -> None:
+    rows = (10 + torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))).to(dtype)
+    rows[1], rows[2] = 0, -1e-30
+    torch.set_flush_denormal(True)
+    try:
+        accumulator = Accumulator(1, 4, torch.device("cpu"))
+        for part in rows.split(2, dim=1):
+            accumulator.add(part)
+        found = accumulator.moments()
+    finally:
+        torch.set_flush_denormal(False)
+    plain = rows.double().flatten(1)
+    torch.testing.assert_close(found.mean[0], plain.mean(1), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.covariance[0], torch.cov(plain, correction=0), rtol=1e-5, atol=1e-9)
