@@ -182,7 +182,7 @@ def _notes(
     if left:
         yield f"not solved: {', '.join(f'{name} ({why})' for name, why in left.items())}"
     inputs = {site.name: site.inputs for site in sites}
-    few = [f"{o.site} {o.rows:,} for {inputs[o.site]:,}" for o in trial.outcomes if o.rows < inputs[o.site]]
+    few = [f"{o.site}: {o.rows:,} for {inputs[o.site]:,}" for o in trial.outcomes if o.rows < inputs[o.site]]
     if few:
         yield (
             f"fewer rows than inputs in {len(few)} layers ({', '.join(few)}): what they leave open stays as in "

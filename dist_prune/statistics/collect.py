@@ -158,22 +158,18 @@ def _watched_together(
 
 def warnings(statistics: Statistics, sites: Sequence[Site], method: MethodConfig, images: int) -> list[str]:
     """What leaves directions undetermined: fewer rows, or fewer probes, than dimensions; sites named."""
-    text = []
-    for site in sites:
-        width = View(site, method.side).width
-        rows = int(statistics.moments[site.name].count) if site.name in statistics.moments else width
-        if rows < width:
-            text.append(
-                f"{site.name}: {rows} rows for {width} dimensions, the covariance is rank-deficient; "
-                f"raise --statistics-images"
-            )
-        probes = min(method.probes, images) // site.groups
-        if method.probing and probes < width:
-            text.append(
-                f"{site.name}: {probes} probes for {width} dimensions, the Hessian is rank-deficient; "
-                f"raise --probes"
-            )
-    return text
+    widths = {site: View(site, method.side).width for site in sites}
+    rows = {site: int(statistics.moments[site.name].count) for site in sites if site.name in statistics.moments}
+    probes = {site: min(method.probes, images) // site.groups for site in sites if method.probing}
+    return [
+        f"fewer {what} than dimensions in {len(few)} layers ({', '.join(few)}): "
+        f"their {matrices} are rank-deficient; raise {flag}"
+        for what, counts, matrices, flag in (
+            ("rows", rows, "covariances", "--statistics-images"),
+            ("probes", probes, "Hessians", "--probes"),
+        )
+        if (few := [f"{s.name}: {n:,} for {widths[s]:,}" for s, n in counts.items() if n < widths[s]])
+    ]
 
 
 # ── on disk ────────────────────────────────────────────────────────────────────────────────────────────────

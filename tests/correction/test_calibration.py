@@ -59,7 +59,7 @@ def test_a_folder_of_unlabelled_images_corrects_and_distils(bench: Bench, tmp_pa
     bench.commands.succeed(*bench.words(tmp_path / "run", epochs=0, **flags), ranks=2)
     result, log = result_of(tmp_path / "run"), (tmp_path / "run" / "log.txt").read_text()
     assert (
-        "fewer rows than inputs in 1 layers (9 13 for 16): what they leave open stays as in the dense layers"
+        "fewer rows than inputs in 1 layers (9: 13 for 16): what they leave open stays as in the dense layers"
         in log
     )
     assert "3 steps on 13 images" in log

@@ -63,6 +63,8 @@ def test_what_is_not_solved_or_hardly_determined_is_named(world: World) -> None:
     result = correct(dense, compressed, sites, images, CorrectionConfig(ridge=0.02), 0, world)
     left, few = concerns(result)[:2]
     assert left == ("not solved: wide (16428 + 8 dimensions, more than 16384), twice (not called exactly once)")
-    assert few.startswith("fewer rows than inputs in 1 layers (few 7 for 8): what they leave open stays as in the")
+    assert few.startswith(
+        "fewer rows than inputs in 1 layers (few: 7 for 8): what they leave open stays as in the"
+    )
     assert "--ridge 0.02 of the inputs' mean variance" in few
     assert [outcome.site for outcome in result.trials[0].outcomes] == ["few"]

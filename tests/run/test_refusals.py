@@ -290,7 +290,7 @@ def test_fewer_rows_than_dimensions_are_warned_of(bench: Bench, tmp_path: Path) 
     done = bench.commands.succeed(*words, ranks=2)
     warnings = [line for line in done.out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
-    assert warnings[0].startswith("warning: 9: 2 rows for 4 dimensions")
+    assert warnings[0].startswith("warning: fewer rows than dimensions in 1 layers (9: 2 for 4): ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -221,8 +221,13 @@ def test_too_few_rows_and_probes_are_told_with_the_site(world: World) -> None:
     method = MethodConfig("hessian-global", probes=3)
     found = statistics.collect(network(), SITES, few, world, method, 0)
     text = statistics.warnings(found, SITES, method, 3)
-    assert any(t.startswith("4: 3 rows for 4 dimensions, the covariance is rank-deficient") for t in text)
-    assert any(t.startswith("0: 3 probes for 6 dimensions, the Hessian is rank-deficient") for t in text)
+    rows, probes = text
+    assert rows == (
+        "fewer rows than dimensions in 1 layers (4: 3 for 4): their covariances are rank-deficient; "
+        "raise --statistics-images"
+    )
+    assert probes.startswith("fewer probes than dimensions in 3 layers (0: 3 for 6, 2: 1 for 4, 4: 3 for 4): ")
+    assert probes.endswith("their Hessians are rank-deficient; raise --probes")
     assert not statistics.warnings(statistics.Statistics(), SITES, MethodConfig("random"), 3)
 
 
