@@ -45,7 +45,7 @@ RESULT = Path(__file__).parent / "results" / "imagenet.json"
 COMMAND = "uv run python -m tests.bench.imagenet --photos DIR"
 LITE = f"{Path(__file__).parent / 'efficientnet_lite.py'}:lite0"
 BUDGETS = (0.8, 0.65, 0.5)
-LITE_IMAGES = ImageSpec(0, 224, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
+LITE_SIDES = {"efficientnet_lite.py:lite0": 224, "efficientnet_lite.py:lite1": 240}
 
 Batches = list[tuple[Tensor, Tensor]]  # images (n, 3, H, W) and their classes (n,)
 
@@ -204,8 +204,8 @@ def show(found: Sequence[Row]) -> str:
 
 def images_of(options: argparse.Namespace) -> ImageSpec:
     """What the network takes: said, timm's, the weights' or the usual."""
-    if options.arch == LITE:
-        return LITE_IMAGES
+    if side := LITE_SIDES.get(Path(options.arch).name):
+        return ImageSpec(0, side, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
     if is_timms(options.arch):
         return spec_of(options.arch)
     if options.weights.isupper() or options.weights.startswith("IMAGENET"):
