@@ -19,16 +19,9 @@ from dist_prune.distributed.world import World
 from dist_prune.network import models
 from dist_prune.network.sites import Survey
 from dist_prune.reporting.report import Report
-from dist_prune.run.prepare import (
-    Given,
-    begin,
-    check_images,
-    load_network,
-    notes_on,
-    open_images,
-    open_unlabelled,
-    require_classes,
-)
+from dist_prune.run.images import check_images, notes_on, open_images, open_unlabelled, require_classes
+from dist_prune.run.network import load_network
+from dist_prune.run.prepare import Given, begin
 
 DECODED = 64  # images of each split that are decoded
 

@@ -30,8 +30,9 @@ from dist_prune.export.speed import device_name
 from dist_prune.factorization.latency import sample_calls
 from dist_prune.network import models
 from dist_prune.network.errors import ModelError
+from dist_prune.run.images import open_images, open_unlabelled
 from dist_prune.run.job import limited
-from dist_prune.run.prepare import load_network, open_images, open_unlabelled
+from dist_prune.run.network import load_network
 from dist_prune.run.train import cached_weights
 from dist_prune.training.evaluate import Metrics, Predictions, predict, score
 from dist_prune.utils.files import is_intact, replacing

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dist_prune.artifacts import run_directory
-from dist_prune.config.flags import ConfigError, parse_arch
+from dist_prune.config.flags import ConfigError
 from dist_prune.config.run import Run
-from dist_prune.correction.correct import FEWEST, require_deterministic
+from dist_prune.correction.correct import require_deterministic
 from dist_prune.data import pretrained_images
-from dist_prune.data.damage import check_files, require_size
-from dist_prune.data.dataset import Dataset, Split, list_unlabelled, open_dataset, write_digits
-from dist_prune.data.mnist import has_idx, unpack
-from dist_prune.data.verdicts import is_known_sound, keep_sound
+from dist_prune.data.dataset import Dataset, Split
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.preemption import Flag
 from dist_prune.distributed.world import World
 from dist_prune.factorization.planner import Planner, planner, timed_planner
 from dist_prune.network import models
-from dist_prune.network.attention import opened, opened_as, opened_in
-from dist_prune.network.errors import ModelError
-from dist_prune.network.inputs import required_inputs
-from dist_prune.network.memory_format import lay_out
-from dist_prune.network.padding import note_on, own_paddings, with_paddings
-from dist_prune.network.published import options_of
-from dist_prune.network.replacing import CopyError, with_replaced
-from dist_prune.network.sites import SiteError, Survey, survey
-from dist_prune.network.user_code import fault_of
+from dist_prune.network.attention import opened_as, opened_in
+from dist_prune.network.replacing import with_replaced
+from dist_prune.network.sites import Survey
 from dist_prune.reporting.report import Report
 from dist_prune.run.checkpointing import CheckpointManager
 from dist_prune.run.compress import made_of
+from dist_prune.run.images import (
+    check_images,
+    open_images,
+    open_unlabelled,
+    require_calibration,
+    require_classes,
+)
 from dist_prune.run.job import Job, calibration, probe, unlabelled_stream, validation
+from dist_prune.run.network import load_network, open_attention
 from dist_prune.run.state import State
 from dist_prune.run.train import cached_weights
 from dist_prune.statistics import collect as statistics
@@ -44,8 +41,8 @@ from dist_prune.training.evaluate import time_sites
 from dist_prune.training.trainer import require_possible
 from dist_prune.utils import files
 from dist_prune.width.choose import removable_groups, require_reachable_widths
-from dist_prune.width.groups import Groups, find_groups
-from dist_prune.width.listing import format_groups, note_on_staying
+from dist_prune.width.groups import find_groups
+from dist_prune.width.listing import format_groups
 
 
 @dataclass(frozen=True)
@@ -218,163 +215,6 @@ def shares_of(config: Run, world: World) -> dict[str, int]:
         "distill": config.distillation.distill_batch_size,
         "pretrain": config.pretrain.batch_size,
     }
-
-
-def open_images(config: Run) -> Dataset:
-    """The data set that `--data` names."""
-    if config.images.data == "digits":
-        with files.caching() as cache:
-            return open_dataset(write_digits(cache / "digits"))
-    folder = Path(config.images.data)
-    if has_idx(folder):
-        with files.caching() as cache:
-            folder = unpack(folder, cache)
-    needs_train = config.needs_labels or config.correction.calibrate_data is None
-    return open_dataset(folder, config.images.class_list, config.network.classes, config.needs_labels, needs_train)
-
-
-def open_unlabelled(config: Run) -> Split | None:
-    """The images that `--calibrate-data` names."""
-    folder = config.correction.calibrate_data
-    return None if folder is None else list_unlabelled(folder)
-
-
-def check_images(config: Run, split: Split, world: World, again: bool = False) -> None:
-    """Look at both ends of every file, and at the size of some.
-
-    Unless `again`, not at what was found sound before: by an earlier run, or when images were packed.
-
-    Raises:
-        DataError: on all ranks; see `check_files` and `require_size`.
-    """
-    trusted = not again and (config.skip_check or split.archive is not None)
-    if not trusted and (again or not world.from_first(lambda: is_known_sound(split))):
-        check_files(split, world)
-        world.from_first(lambda: keep_sound(split))
-    if not config.images.image.resize:
-        world.from_first(lambda: require_size(split, config.images.image.crop))
-
-
-def notes_on(dataset: Dataset, unlabelled: Split | None) -> list[str]:
-    """What is not as one might think of the images."""
-    return [*dataset.notes, *([unlabelled.left_out] if unlabelled and unlabelled.left_out else [])]
-
-
-def require_classes(config: Run, dataset: Dataset) -> None:
-    """The network's outputs and the data's classes must be one and the same list.
-
-    Raises:
-        ConfigError: they are not as many.
-    """
-    found, expected = len(dataset.train.classes), config.network.classes
-    if found != expected:
-        raise ConfigError(
-            f"--data {config.images.data} has {found} classes, the network {expected} outputs: give --classes "
-            f"{found} with weights for them, or --class-list FILE naming all {expected} folders in label order"
-        )
-
-
-def require_calibration(config: Run, split: Split) -> None:
-    """Some of the images to correct from are held out, the others are solved from: there must be both.
-
-    Raises:
-        ConfigError: there are too few.
-    """
-    used = config.keeps_to_dense and (config.correction.correct != "none" or config.correction.reestimate_bn)
-    if used and len(split) < FEWEST:
-        where = "--calibrate-data" if config.correction.calibrate_data else "--data"
-        raise ConfigError(
-            f"{where}: {len(split)} images in {split.root} to correct from, expected at least {FEWEST}, better "
-            f"hundreds: every eighth is held out; or use --correct none"
-        )
-
-
-def load_network(
-    config: Run, world: World, say: Callable[[str], None], read: bool = True
-) -> tuple[nn.Module, Survey]:
-    """The dense network on this rank's device, with weights unless not `read`, and all its sites.
-
-    Args:
-        config: names the network, its weights and images.
-        world: one rank reads, or downloads, the weights; the others get them from it.
-        say: given what was taken of a file of weights, where that needs saying.
-        read: whether the network gets its weights.
-
-    Raises:
-        ModelError: no such network or weights, or they do not fit.
-        ConfigError: the network does not take these images, or has other outputs than classes.
-    """
-    torch.manual_seed(config.seed)
-    network = config.network
-    options = options_of(network.arch, network.weights)
-    dense = models.build(network.arch, network.classes, options).eval()
-    if len(wanted := required_inputs(dense)) > 1:
-        raise ConfigError(
-            f"--arch {network.arch} takes several inputs ({', '.join(wanted)}), runs give it images; in Python, "
-            f"dist_prune.compress takes such networks: batches that are mappings, or `inputs`"
-        )
-    if read:
-        taken = world.from_first(lambda: models.fill(dense, network.arch, network.classes, network.weights))
-        if taken:
-            say(taken)
-    dense = dense.to(world.device)
-    world.broadcast_(*dense.state_dict().values())
-    if config.channels_last:
-        lay_out(dense, torch.channels_last)
-    image = probe(config, world, 1)
-    try:
-        own_padding = own_paddings(dense, image)
-        paddings = world.from_first(lambda: own_padding)
-        dense = with_paddings(dense, paddings)
-        own = survey(dense, image)
-    except (ModelError, SiteError, CopyError):
-        raise
-    except Exception as error:  # whatever the network's own code raises
-        size = " × ".join(map(str, image.shape[1:]))
-        see = "--crop and --channels-last" if config.channels_last else "--crop"
-        reason = error if isinstance(error, RuntimeError) else fault_of(error, Path(parse_arch(network.arch)[0]))
-        raise ConfigError(f"--arch {network.arch} does not take images of {size}, see {see} ({reason})") from error
-    if paddings:
-        say(note_on(paddings))
-    found = world.from_first(lambda: own)
-    found.require_classes()
-    if found.positions > 1:
-        raise ConfigError(
-            f"--arch {network.arch} has {found.classes} outputs at each of {found.positions} positions of an "
-            f"image, expected one set of logits per image; dist_prune.compress takes such networks in Python"
-        )
-    if found.classes != network.classes:
-        raise ConfigError(f"--arch {network.arch} has {found.classes} outputs, --classes is {network.classes}")
-    return dense, found
-
-
-def open_attention(
-    config: Run, network: nn.Module, sites: Survey, world: World, say: Callable[[str], None]
-) -> tuple[nn.Module, Survey]:
-    """The network with its attention taken apart, if its heads may lose dimensions, and all sites of that.
-
-    Args:
-        config: says so.
-        network: left as it is; the other one shares its parameters.
-        sites: of the network.
-        world: the ranks, which all take the same apart.
-        say: given what stays as it is, and why.
-    """
-    if not config.compression.removes_channels:
-        return network, sites
-    image = probe(config, world, 1)
-    names, closed = world.from_first(lambda: _attention(network, image, config.compression.sites))
-    if closed:
-        say(note_on_staying(Groups(), closed))
-    if not names:
-        return network, sites
-    dense = opened_as(network, names)
-    return dense, world.from_first(lambda: survey(dense, image))
-
-
-def _attention(network: nn.Module, image: torch.Tensor, patterns: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    found = opened(network, image, patterns)
-    return found.names, dict(found.closed)
 
 
 def show_plan(config: Run, world: World, report: Report) -> None:

@@ -18,8 +18,8 @@ from dist_prune.config.run import Run
 from dist_prune.distributed.preemption import restarts
 from dist_prune.distributed.world import World
 from dist_prune.factorization import layers
+from dist_prune.run.images import notes_on
 from dist_prune.run.job import Job
-from dist_prune.run.prepare import notes_on
 from dist_prune.training import sensitivity
 from dist_prune.utils.files import CheckpointError
 

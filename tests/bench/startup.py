@@ -25,7 +25,7 @@ import torch
 from dist_prune.config.recipes import parse
 from dist_prune.data.loader import training_stream
 from dist_prune.distributed.world import World, joined
-from dist_prune.run.prepare import check_images, open_images
+from dist_prune.run.images import check_images, open_images
 from tests.bench.timing import command_line, heading, write_json
 
 RESULT = Path(__file__).parent / "results" / "startup.json"

@@ -33,7 +33,7 @@ from dist_prune.factorization.planner import timed_planner, usual_step
 from dist_prune.network.memory_format import channels_last
 from dist_prune.network.models import build
 from dist_prune.network.sites import Site, View, survey
-from dist_prune.run.prepare import load_network
+from dist_prune.run.network import load_network
 from tests.ranks import run_ranks
 from tests.spin import spin
 
