@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_prune.artifacts.saved_model import Description, save_new
 from dist_prune.config.arguments import arguments_named, as_rule, naming_arguments, require_one_of
 from dist_prune.config.flags import ConfigError, parse_rule
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.correction import correct as correction
 from dist_prune.correction.calibration import divergence, holdout_logits
 from dist_prune.data.batches import BatchesError, Reading, checked

@@ -12,9 +12,10 @@ from torch import nn
 
 from dist_prune.compression import Compression, Ranks, as_plan, compressed_from, plan_from
 from dist_prune.config.arguments import arguments_named, as_patterns, require_one_of
+from dist_prune.config.compression import BLIND, CompressionConfig, Method, MethodConfig, Side
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import BUDGETS, ConfigError, did_you_mean
-from dist_prune.config.run import BLIND, CompressionConfig, Method, MethodConfig, Run, Side, require_views
+from dist_prune.config.run import Run, require_views
 from dist_prune.config.training import TuningConfig
 from dist_prune.correction.correct import FEWEST
 from dist_prune.data.batches import Reading, keep

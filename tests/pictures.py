@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.data.dataset import Split, list_images
 from dist_prune.data.loader import Stream
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 from dist_prune.config.flags import is_from_file, parse_arch
-from dist_prune.config.run import ImageSpec, NetworkConfig, to_dict
+from dist_prune.config.images import ImageSpec
+from dist_prune.config.run import NetworkConfig, to_dict
 from dist_prune.factorization.plan import Plan
 from dist_prune.factorization.project import rebuild
 from dist_prune.factorization.release import UnsoundError, require_finite

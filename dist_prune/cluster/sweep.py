@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_prune.config.compression import DATA_FREE
 from dist_prune.config.flags import ConfigError, did_you_mean
 from dist_prune.config.recipes import parse
-from dist_prune.config.run import DATA_FREE, Run, require_complete, to_dict
+from dist_prune.config.run import Run, require_complete, to_dict
 from dist_prune.config.settings import settings
 from dist_prune.data.views import views_of_statistics
 from dist_prune.statistics.collect import origin

@@ -8,19 +8,13 @@ from pathlib import Path
 
 import tyro
 
+from dist_prune.config.compression import CompressionConfig, MethodConfig
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError, did_you_mean
 from dist_prune.config.help import Usage, page
+from dist_prune.config.images import Augment, DataConfig, ImageSpec
 from dist_prune.config.recipe_files import is_file, keys_of, read_recipe
-from dist_prune.config.run import (
-    Augment,
-    CompressionConfig,
-    DataConfig,
-    ImageSpec,
-    MethodConfig,
-    NetworkConfig,
-    Run,
-)
+from dist_prune.config.run import NetworkConfig, Run
 from dist_prune.config.training import IterationConfig, TrainingConfig, TuningConfig
 from dist_prune.utils.console import columns
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.data.damage import damaged, decode_fault, file_fault, find_faults, size_fault, too_small
 from dist_prune.data.dataset import Split
 from dist_prune.data.listing import DataError

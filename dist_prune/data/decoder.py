@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.config.images import Augment, ImageSpec
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.config.images import Augment, ImageSpec
 from dist_prune.data.dali_errors import cause_of, explain
 from dist_prune.data.dataset import Split
 from dist_prune.data.decoder import Decoder

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import ImageSpec, NetworkConfig, Run, to_dict
+from dist_prune.config.images import ImageSpec
+from dist_prune.config.run import NetworkConfig, Run, to_dict
 from dist_prune.config.settings import changed
 from dist_prune.network.models import is_timms
 from dist_prune.network.published import entry_of, options_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_prune.artifacts.run_directory import CONFIG
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.data.dataset import Split, list_unlabelled, write_digits
 from dist_prune.data.listing import DataError
 from dist_prune.data.loader import evaluation_stream

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dist_prune.config.run import MethodConfig
+from dist_prune.config.compression import MethodConfig
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, View, bias_of, weight_of
 from dist_prune.statistics.collect import Statistics

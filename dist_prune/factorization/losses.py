@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_prune.config.run import MethodConfig
+from dist_prune.config.compression import MethodConfig
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis
 from dist_prune.factorization.forms import FORMS, Form, set_weight

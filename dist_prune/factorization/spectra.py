@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from dist_prune.config.run import BLIND, MethodConfig
+from dist_prune.config.compression import BLIND, MethodConfig
 from dist_prune.factorization.bases import Basis
 from dist_prune.factorization.knapsack import Floats
 from dist_prune.factorization.nested import Nested

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.config.arguments import naming_arguments
+from dist_prune.config.compression import CompressionConfig
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import CompressionConfig, Run
+from dist_prune.config.run import Run
 from dist_prune.correction.calibration import Calibration
 from dist_prune.correction.channels import channels_of
 from dist_prune.correction.correct import require_deterministic

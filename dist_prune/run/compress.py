@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_prune.config.run import DATA_FREE, Run, to_dict
+from dist_prune.config.compression import DATA_FREE
+from dist_prune.config.run import Run, to_dict
 from dist_prune.config.training import TuningConfig
 from dist_prune.data.views import in_views, views_of_statistics
 from dist_prune.distributed.fingerprint import digest, fingerprint

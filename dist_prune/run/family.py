@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_prune.artifacts.reader import member_folder, read_run, runs_in
-from dist_prune.config.run import DATA_FREE, Run
+from dist_prune.config.compression import DATA_FREE
+from dist_prune.config.run import Run
 from dist_prune.reporting.html.page import HTML
 from dist_prune.reporting.html.several import over_all
 from dist_prune.reporting.log import LOGGER

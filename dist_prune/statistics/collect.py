@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_prune.config.run import DATA_FREE, MethodConfig
+from dist_prune.config.compression import DATA_FREE, MethodConfig
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World
 from dist_prune.network.sites import Site, View

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_prune import load_compressed
 from dist_prune.artifacts.saved_model import Description, save_compressed
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.factorization.plan import Choice, Plan
 from dist_prune.factorization.project import rebuild

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.config.correction import CorrectionConfig
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.correction.calibration import Calibration
 from dist_prune.correction.correct import correct
 from dist_prune.data.loader import normalise

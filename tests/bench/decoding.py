@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.config.images import Augment, ImageSpec
 from dist_prune.data.dataset import list_images
 from dist_prune.data.loader import Stream, training_stream
 from dist_prune.data.share import Unsharded

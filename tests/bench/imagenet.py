@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dist_prune import Compression, compress
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import Rule
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.correction.calibration import Calibration
 from dist_prune.data.dataset import list_unlabelled
 from dist_prune.data.loader import evaluation_stream

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.flags import parse_rule
-from dist_prune.config.run import MethodConfig
 from dist_prune.export.speed import Engine, Speed, TimedPass, measure_speed
 from dist_prune.factorization import latency
 from dist_prune.factorization.bases import by_weight

@@ -28,7 +28,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.config.images import Augment, ImageSpec
 from dist_prune.data.dataset import Split, open_dataset
 from dist_prune.data.loader import evaluation_stream, training_stream
 from tests.bench.timing import Pair, Row, command_line, report, table, write_json

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.flags import Rule
 from dist_prune.config.recipes import RECIPES
-from dist_prune.config.run import MethodConfig
 from dist_prune.data.dataset import Dataset, Split, open_dataset
 from dist_prune.data.loader import Stream, evaluation_stream
 from dist_prune.distributed.world import World, joined

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.config.images import Augment, ImageSpec
 from dist_prune.data import reading
 from dist_prune.data.dataset import open_dataset
 from dist_prune.data.loader import evaluation_stream, training_stream

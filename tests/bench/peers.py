@@ -17,9 +17,9 @@ import torch_pruning
 from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import Rule
-from dist_prune.config.run import MethodConfig
 from dist_prune.correction.calibration import Calibration, decode
 from dist_prune.correction.correct import correct
 from dist_prune.data.views import Views

@@ -20,9 +20,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import parse_rule
-from dist_prune.config.run import ImageSpec, MethodConfig
+from dist_prune.config.images import ImageSpec
 from dist_prune.correction.calibration import Calibration
 from dist_prune.correction.correct import correct
 from dist_prune.data.loader import Batch, normalise

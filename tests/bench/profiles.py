@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.correction import CorrectionConfig
-from dist_prune.config.run import MethodConfig
 from dist_prune.config.training import TrainingConfig
 from dist_prune.correction.correct import correct
 from dist_prune.data.loader import Batch

@@ -21,7 +21,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dist_prune.config.run import MethodConfig, TrainingConfig
+from dist_prune.config.compression import MethodConfig
+from dist_prune.config.training import TrainingConfig
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import PANEL, World
 from dist_prune.factorization.bases import principal, solve, spread

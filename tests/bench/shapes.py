@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.flags import parse_rule
-from dist_prune.config.run import MethodConfig
 from dist_prune.factorization.bases import solve
 from dist_prune.factorization.latency import sample_calls
 from dist_prune.factorization.plan import Plan, cost, make_plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_prune.config.run import MethodConfig
+from dist_prune.config.compression import MethodConfig
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import solve
 from tests.bench.scaling import QUICK, Constants, Counting, Volume, bench, efficiency, seconds, volume

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.correction.batchnorm import Reestimation, format_summary, reestimate
 from dist_prune.correction.calibration import HELD, Calibration
 from dist_prune.data.loader import normalise

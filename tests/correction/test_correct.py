@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dist_prune.config.correction import CorrectionConfig
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.correction.calibration import Calibration
 from dist_prune.correction.correct import concerns, correct
 from dist_prune.data.loader import normalise

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_prune.config.run import MethodConfig
+from dist_prune.config.compression import MethodConfig
 from dist_prune.correction.reconstruct import Correction, Pair, SiteCorrection, choose, left_out
 from dist_prune.correction.solver import Solver
 from dist_prune.distributed.world import World

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_prune.config.run import MethodConfig
+from dist_prune.config.compression import MethodConfig
 from dist_prune.correction.solver import Solver
 from dist_prune.data.loader import Batch
 from dist_prune.distributed.world import World

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_prune.config.run import Augment
+from dist_prune.config.images import Augment
 from dist_prune.data import dali_errors
 from dist_prune.data.dali_errors import cause_of, explain
 from dist_prune.data.listing import DataError

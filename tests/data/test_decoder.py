@@ -9,7 +9,7 @@ from nvidia import dali
 from nvidia.dali.data_node import DataNode
 from PIL import Image
 
-from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.config.images import Augment, ImageSpec
 from dist_prune.data.dataset import list_images
 from dist_prune.data.decoder import Decoder
 from dist_prune.data.loader import training_stream

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.data.in_flight import MOST, InFlight, aboard
 from dist_prune.data.loader import normalise
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.data.damage import file_fault, find_faults, require_size, size_fault
 from dist_prune.data.dataset import list_images, list_unlabelled, open_dataset
 from dist_prune.data.extents import Extent

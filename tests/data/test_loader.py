@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.v2.functional import resize
 
-from dist_prune.config.run import Augment, ImageSpec
+from dist_prune.config.images import Augment, ImageSpec
 from dist_prune.data.damage import check_files
 from dist_prune.data.dataset import Split, list_images
 from dist_prune.data.listing import DataError

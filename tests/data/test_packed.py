@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_prune.config.run import Augment
+from dist_prune.config.images import Augment
 from dist_prune.data.damage import check_files, require_size
 from dist_prune.data.dataset import Split, list_images, list_unlabelled, open_dataset
 from dist_prune.data.listing import DataError

@@ -8,8 +8,9 @@ import torch
 import torchvision
 
 from dist_prune.config.flags import ConfigError
+from dist_prune.config.images import ImageSpec
 from dist_prune.config.recipes import given, parse
-from dist_prune.config.run import ImageSpec, NetworkConfig, Run
+from dist_prune.config.run import NetworkConfig, Run
 from dist_prune.data import pretrained_images
 from dist_prune.network.models import build, is_timms, load
 from dist_prune.network.published import options_of

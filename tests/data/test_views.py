@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_prune.config.compression import CompressionConfig, MethodConfig
 from dist_prune.config.correction import CorrectionConfig
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import CompressionConfig, MethodConfig, Run
+from dist_prune.config.run import Run
 from dist_prune.data.loader import Batch
 from dist_prune.data.views import SMALLEST, Views, cropped, in_views, views_of, views_of_statistics
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune.artifacts.saved_model import Description, save_compressed
-from dist_prune.config.run import ImageSpec
+from dist_prune.config.images import ImageSpec
 from dist_prune.export import speed_command
 from dist_prune.export.pair_times import _site_speed, _Times, time_pairs
 from dist_prune.export.speed import ENGINES, Speed, measure_speed, timed_passes

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torchvision
 
+from dist_prune.config.compression import CompressionConfig, MethodConfig
 from dist_prune.config.flags import ConfigError, Rule, parse_rule
-from dist_prune.config.run import CompressionConfig, MethodConfig
 from dist_prune.factorization.plan import Choice, Plan, PlanError, cost, make_plan, undecided
 from dist_prune.factorization.project import rebuild
 from dist_prune.factorization.spectra import Spectra

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_prune.config.run import MethodConfig
+from dist_prune.config.compression import MethodConfig
 from dist_prune.distributed.fingerprint import digest
 from dist_prune.distributed.world import World
 from dist_prune.factorization.bases import Basis, principal, solve

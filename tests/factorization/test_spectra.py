@@ -1,6 +1,6 @@
 import pytest
 
-from dist_prune.config.run import MethodConfig
+from dist_prune.config.compression import MethodConfig
 from dist_prune.factorization.spectra import Spectra, spectra_of
 from tests.surveys import spectrum
 

@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.flags import parse_rule
-from dist_prune.config.run import MethodConfig
 from dist_prune.correction.reconstruct import Correction, Pair
 from dist_prune.correction.solver import Solver
 from dist_prune.distributed.world import World

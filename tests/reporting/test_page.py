@@ -12,8 +12,9 @@ import pytest
 
 from dist_prune.artifacts.environment import start_of
 from dist_prune.artifacts.reader import paired_interval
+from dist_prune.config.compression import Method
 from dist_prune.config.recipes import RECIPES, parse
-from dist_prune.config.run import Method, to_dict
+from dist_prune.config.run import to_dict
 from dist_prune.factorization.plan import Choice
 from dist_prune.reporting.html.account import METHODS, account
 from dist_prune.reporting.html.charts import axis_of, plot, scatter

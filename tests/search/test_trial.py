@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.correction import CorrectionConfig
-from dist_prune.config.run import MethodConfig
 from dist_prune.correction.calibration import HELD, Calibration
 from dist_prune.correction.correct import correct
 from dist_prune.data.views import Views

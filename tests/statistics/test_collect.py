@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import MethodConfig
 from dist_prune.data.loader import Batch
 from dist_prune.data.views import Views, in_views
 from dist_prune.distributed.world import World

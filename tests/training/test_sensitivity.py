@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dist_prune.config.compression import MethodConfig
 from dist_prune.config.flags import Rule
-from dist_prune.config.run import ImageSpec, MethodConfig
+from dist_prune.config.images import ImageSpec
 from dist_prune.data.dataset import list_images
 from dist_prune.data.loader import Batch, evaluation_stream
 from dist_prune.data.share import Unsharded

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_prune import compress, load_compressed
+from dist_prune.config.compression import CompressionConfig, MethodConfig
 from dist_prune.config.flags import ConfigError
-from dist_prune.config.run import CompressionConfig, MethodConfig
 from dist_prune.distributed.world import World
 from dist_prune.network.channels import Consumer, Group
 from dist_prune.network.sites import survey
