@@ -197,7 +197,7 @@ def collect_moments(
         batches: images (N, 3, H, W) of this rank; N may be 0 and may differ between ranks.
         world: the ranks to sum over.
         watch: hands over the batches.
-        bf16: run the network in bfloat16 autocast; on a GPU products of what its layers return are then in TF32.
+        bf16: run the network in bfloat16 autocast; on a GPU what its layers return is then multiplied as it is.
 
     Returns:
         site name → moments, equal on all ranks.
