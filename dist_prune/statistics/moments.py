@@ -1,6 +1,6 @@
 """Streamed second moments of every site in one forward pass, exact over any number of ranks.
 
-Each rank sums n, Σ(y−m) and Σ(y−m)(y−m)ᵀ about a shift m of its own (the mean of its first batch): without
+Each rank sums n, Σ(y−m) and Σ(y−m)(y−m)ᵀ about a shift m of its own (near the mean of its first batch): without
 the shift, float32 products of data far from zero would cancel. At the end all ranks move their sums to one
 common shift, in float64, where the distance is a few standard deviations at most, and one all-reduce adds
 them. Products of centred rows are taken in float32, or, on a GPU where the network runs in bfloat16, of rows that
@@ -128,10 +128,11 @@ class Accumulator:
         parts = [block.view(groups, -1, *block.shape[1:]) for block in blocks]
         if self.shift is None:
             self.shift = torch.cat([_shift_of(part, wide) for part in parts], 1)
+        shift = self.shift.to(dtype)
         count, positions = blocks[0].shape[1:]
         images = max(1, tiles.bytes // (self.total.numel() * positions * dtype.itemsize))
         for some in zip(*(torch.split(part, images, dim=2) for part in parts), strict=True):
-            columns = _minus(some, self.shift.to(dtype))
+            columns = _minus(some, shift)
             self.outer.add_square(columns)
             self.total += columns.sum(-1, dtype=wide)
         self.count += count * positions
